@@ -1,0 +1,134 @@
+"""What was sent where: in-flight load and outcomes, one row per writer and one column per pod.
+
+Python has no cheap atomic addition between processes, so nobody shares a counter: each process adds to its own row
+and a reader sums the column. Rows are signed. A request may be charged by one process and released by another (the
+one that happens to receive Envoy's access log), which leaves +1 in one row and -1 in the other.
+
+Charges come in two kinds. A *held* charge is released by the process that made it, when its ext_proc stream ends; if
+that process dies, its held charges are void and `forfeit` takes them back. A charge *left to the log* outlives its
+writer: another process will receive the access log entry that releases it.
+
+What still drifts (an Envoy that died with requests in flight) is settled by the scraper, in its own row, against
+the engines' own counts.
+
+    0     8 bytes   writers in use are below this number
+    64    one int64[W][P] matrix for each Entry, in order
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+_HEADER = 64
+
+
+class Entry(IntEnum):
+    """The matrices."""
+
+    REQUESTS = 0
+    """Requests in flight."""
+    TOKENS = 1
+    """Their prompt tokens (estimated)."""
+    REQUESTS_HELD = 2
+    """The part of REQUESTS that ends with the process."""
+    TOKENS_HELD = 3
+    PROMISED = 4
+    """Prompt tokens sent to the pod and not expected in its cache: only ever goes up."""
+    CHOSEN = 5
+    """Requests sent, total."""
+    SUCCEEDED = 6
+    """Answers with a status below 500, total."""
+    FAILED = 7
+    """Connect failures, resets and 5xx answers, total."""
+
+
+class Charge(NamedTuple):
+    """One request's load on one pod. Whoever releases it needs no more than this."""
+
+    slot: int
+    generation: int
+    tokens: int
+
+
+class Ledger:
+    """One process's view: reads every row, writes row `writer`."""
+
+    def __init__(
+        self, region: memoryview, generations: Ints, writers: int, pods: int, writer: int | None = None
+    ) -> None:
+        self._header = region[:_HEADER].cast("q")
+        self._rows: Ints = np.frombuffer(region, np.int64, len(Entry) * writers * pods, _HEADER).reshape(
+            len(Entry), writers, pods
+        )
+        self._generations = generations
+        self._pods = pods
+        self._writers = writers
+        if writer is not None:
+            cells = region[_HEADER:].cast("q")
+            starts = [(entry * writers + writer) * pods for entry in Entry]
+            own = [cells[start : start + pods] for start in starts]
+            self._requests, self._tokens, self._requests_held, self._tokens_held = own[:4]
+            self._promised, self._chosen, self._succeeded, self._failed = own[4:]
+
+    @staticmethod
+    def size(writers: int, pods: int) -> int:
+        """Bytes of shared memory."""
+        return _HEADER + 8 * len(Entry) * writers * pods
+
+    def admit(self, writer: int) -> None:
+        """Let readers see row `writer`. Called by the supervisor, before it starts the writer."""
+        self._header[0] = max(self._header[0], writer + 1)
+
+    def totals(self, entry: Entry, high: int) -> Ints:
+        """Sum over all writers for pods 0..high-1."""
+        total: Ints = np.add.reduce(self._rows[entry, : self._header[0], :high], axis=0)
+        return total
+
+    def charge(self, slot: int, tokens: int, uncached_tokens: int, *, held: bool) -> Charge:
+        """Add one request to a pod's load. Called in the same step that selected the pod."""
+        self._requests[slot] += 1
+        self._tokens[slot] += tokens
+        self._promised[slot] += uncached_tokens
+        self._chosen[slot] += 1
+        if held:
+            self._requests_held[slot] += 1
+            self._tokens_held[slot] += tokens
+        return Charge(slot, int(self._generations[slot]), tokens)
+
+    def release(self, charge: Charge, *, held: bool) -> None:
+        """Take one request off again. Nothing happens when the pod has gone and its row belongs to another."""
+        slot = charge.slot
+        if held:
+            # Also for a pod that has gone: what is held must never outlast the charges it counts.
+            self._requests_held[slot] -= 1
+            self._tokens_held[slot] -= charge.tokens
+        if self._generations[slot] == charge.generation:
+            self._requests[slot] -= 1
+            self._tokens[slot] -= charge.tokens
+
+    def outcome(self, charge: Charge, *, ok: bool) -> None:
+        """Count how a request ended, for passive health checks."""
+        if self._generations[charge.slot] == charge.generation:
+            if ok:
+                self._succeeded[charge.slot] += 1
+            else:
+                self._failed[charge.slot] += 1
+
+    def forfeit(self, writer: int) -> int:
+        """Give back what a dead writer held. Returns how many requests that were."""
+        requests, held = self._rows[Entry.REQUESTS, writer], self._rows[Entry.REQUESTS_HELD, writer]
+        count = int(held.sum())
+        requests -= held
+        self._rows[Entry.TOKENS, writer] -= self._rows[Entry.TOKENS_HELD, writer]
+        held[:] = 0
+        self._rows[Entry.TOKENS_HELD, writer] = 0
+        return count
+
+    def settle(self, slot: int, requests: int, tokens: int) -> None:
+        """Correct a pod's totals by the given amounts, in this process's own row."""
+        self._requests[slot] += requests
+        self._tokens[slot] += tokens

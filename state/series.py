@@ -1,0 +1,118 @@
+"""Counters and histograms for `/metrics`: each writer has a region, the admin process adds them up.
+
+A series is a row: a label text and a float64. A writer finds its rows by a dict of its own, so adding one costs a
+dict look-up and one store; only a label set seen for the first time writes a new row. A successor reads its
+predecessor's rows back, so counters never go down when a worker is replaced.
+
+The number of rows is fixed. A writer that has used its last one adds to the row of the overflow label instead: the
+totals stay right, whatever is thrown at it.
+
+    per writer:  8 bytes rows in use, 56 spare; then rows of LABEL_BYTES + 8
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+LABEL_BYTES = 248
+_ROW = LABEL_BYTES + 8
+_HEADER = 64
+SEPARATOR = "\x1f"
+OVERFLOW = "overflow"
+
+DECISION_BUCKETS = (
+    0.000005, 0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0,
+)  # fmt: skip
+"""Upper bounds in seconds of the decision latency histogram."""
+
+
+class Series:
+    """One writer's counters. `add` and `put` are for the owner; `items` for anybody."""
+
+    def __init__(self, region: memoryview) -> None:
+        self._region = region
+        self._used = region[:8].cast("q")
+        self._capacity = (len(region) - _HEADER) // _ROW
+        self._values: "memoryview[float]" = region[_HEADER : _HEADER + self._capacity * _ROW].cast("d")
+        self._index: dict[tuple[str, ...], int] = {}
+        for row in range(self._used[0]):
+            self._index[self._labels(row)] = self._cell(row)
+
+    @staticmethod
+    def size(rows: int) -> int:
+        """Bytes of shared memory for one writer with `rows` series."""
+        return -(-(_HEADER + rows * _ROW) // 64) * 64
+
+    @staticmethod
+    def _cell(row: int) -> int:
+        return (row * _ROW + LABEL_BYTES) // 8
+
+    def _labels(self, row: int) -> tuple[str, ...]:
+        start = _HEADER + row * _ROW
+        raw = bytes(self._region[start : start + LABEL_BYTES]).rstrip(b"\0")
+        return tuple(raw.decode("utf-8", "replace").split(SEPARATOR))
+
+    def cell(self, *labels: str) -> int:
+        """The place of a series in `values`, made when it is new. `labels` begin with the metric's name."""
+        found = self._index.get(labels)
+        if found is not None:
+            return found
+        row = self._used[0]
+        if row >= self._capacity - 1 and labels != (labels[0], OVERFLOW):
+            if row >= self._capacity:
+                return self._cell(self._capacity - 1)
+            return self.cell(labels[0], OVERFLOW)
+        encoded = SEPARATOR.join(labels).encode()[:LABEL_BYTES]
+        start = _HEADER + row * _ROW
+        self._values[self._cell(row)] = 0.0
+        self._region[start : start + LABEL_BYTES] = encoded.ljust(LABEL_BYTES, b"\0")
+        self._used[0] = row + 1
+        self._index[labels] = self._cell(row)
+        return self._index[labels]
+
+    @property
+    def values(self) -> "memoryview[float]":
+        """All cells; `values[cell] += 1` is the cheapest way to count."""
+        return self._values
+
+    def add(self, amount: float, *labels: str) -> None:
+        """Add to a series."""
+        cell = self._index.get(labels)
+        self._values[self.cell(*labels) if cell is None else cell] += amount
+
+    def put(self, value: float, *labels: str) -> None:
+        """Set a series, for gauges."""
+        self._values[self.cell(*labels)] = value
+
+    def items(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """(labels, value) of every series."""
+        for row in range(self._used[0]):
+            yield self._labels(row), self._values[self._cell(row)]
+
+
+class Histogram:
+    """A histogram in a writer's region: one series per bucket and one for the sum."""
+
+    def __init__(self, series: Series, *labels: str, buckets: tuple[float, ...] = DECISION_BUCKETS) -> None:
+        self._values = series.values
+        self._bounds = buckets
+        self._cells = [series.cell(*labels, "le", repr(bound)) for bound in (*buckets, float("inf"))]
+        self._sum = series.cell(*labels, "sum")
+
+    def observe(self, value: float) -> None:
+        """Count one value. Buckets are not cumulative here; the admin process adds them up."""
+        values = self._values
+        values[self._sum] += value
+        for bound, cell in zip(self._bounds, self._cells, strict=False):
+            if value <= bound:
+                values[cell] += 1.0
+                return
+        values[self._cells[-1]] += 1.0
+
+
+def merge(regions: list[Series]) -> dict[tuple[str, ...], float]:
+    """The sum of every series over all writers."""
+    total: dict[tuple[str, ...], float] = defaultdict(float)
+    for series in regions:
+        for labels, value in series.items():
+            total[labels] += value
+    return dict(total)

@@ -1,0 +1,73 @@
+"""All tables of one replica, made once by the supervisor and opened by every other process."""
+
+from dataclasses import asdict, dataclass
+
+import orjson
+
+from state.catalog import Catalog
+from state.ledger import Ledger
+from state.pods import PodTable
+from state.segment import Segment
+from state.series import Series
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How much each table holds. Fixed for the life of the segment; configuration sets it."""
+
+    pods: int = 1024
+    writers: int = 34
+    catalog_bytes: int = 4 << 20
+    series: int = 4096
+
+
+SUPERVISOR, SCRAPER, ADMIN = 0, 1, 2
+"""Writer rows of the processes of which there is one. Workers have the rows from FIRST_WORKER on."""
+FIRST_WORKER = 3
+
+
+class Tables:
+    """Every table of the segment. `writer` is the row that this process may write; None for a pure reader."""
+
+    def __init__(self, segment: Segment, writer: int | None = None) -> None:
+        self.segment = segment
+        self.writer = writer
+        raw = bytes(segment.region("capacity")).rstrip(b"\0")
+        self.capacity = capacity = Capacity(**orjson.loads(raw))
+        self.catalog = Catalog(segment.region("catalog"))
+        self.pods = PodTable(segment.region("pods"), capacity.pods)
+        self.ledger = Ledger(segment.region("ledger"), self.pods.generation, capacity.writers, capacity.pods, writer)
+        self._series = segment.region("series")
+
+    @classmethod
+    def create(cls, capacity: Capacity, writer: int | None = None) -> "Tables":
+        """Make the segment."""
+        described = orjson.dumps(asdict(capacity))
+        segment = Segment.create(
+            {
+                "capacity": len(described),
+                "catalog": Catalog.size(capacity.catalog_bytes),
+                "pods": PodTable.size(capacity.pods),
+                "ledger": Ledger.size(capacity.writers, capacity.pods),
+                "series": Series.size(capacity.series) * capacity.writers,
+            }
+        )
+        segment.region("capacity")[:] = described
+        return cls(segment, writer)
+
+    @classmethod
+    def attach(cls, fd: int, writer: int | None = None) -> "Tables":
+        """Open the segment that the supervisor made."""
+        return cls(Segment.attach(fd), writer)
+
+    def series(self, writer: int | None = None) -> Series:
+        """The counters of one writer, by default this process's own."""
+        index = self.writer if writer is None else writer
+        if index is None:
+            raise ValueError("a process without a writer row has no counters")
+        size = Series.size(self.capacity.series)
+        return Series(self._series[index * size : (index + 1) * size])
+
+    def all_series(self) -> list[Series]:
+        """The counters of every writer."""
+        return [self.series(writer) for writer in range(self.capacity.writers)]
