@@ -32,7 +32,7 @@ class Series:
         self._region = region
         self._used = region[:8].cast("q")
         self._capacity = (len(region) - _HEADER) // _ROW
-        self._values: "memoryview[float]" = region[_HEADER : _HEADER + self._capacity * _ROW].cast("d")
+        self._values: memoryview[float] = region[_HEADER : _HEADER + self._capacity * _ROW].cast("d")
         self._index: dict[tuple[str, ...], int] = {}
         for row in range(self._used[0]):
             self._index[self._labels(row)] = self._cell(row)

@@ -1,0 +1,166 @@
+"""One process's read-only view of the fleet: who serves a model and how those pods are.
+
+Identity comes from the catalog (parsed when its version moves), health and engine metrics from the pod rows (copied
+when their epoch moves), in-flight load from the ledger (summed for every decision, since it changes with each). A
+`Candidates` object holds the pods that may take a request of one model as parallel arrays; it is built once per
+epoch and model, so that a request between two polls finds everything ready.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.catalog import PodRecord
+from state.ledger import Entry
+from state.pods import COLUMN, Floats, Health
+from state.tables import Tables
+
+Ints = npt.NDArray[np.int64]
+
+_HEALTH = COLUMN["health"]
+
+
+class Pod:
+    """A pod as the router knows it."""
+
+    __slots__ = ("address", "generation", "host_ip", "name", "record", "slot")
+
+    def __init__(self, record: PodRecord) -> None:
+        self.record = record
+        self.slot = record.slot
+        self.generation = record.generation
+        self.name = record.name
+        self.address = record.address
+        self.host_ip = record.address.rpartition(":")[0]
+
+
+class Candidates:
+    """The pods that may take a request: parallel arrays of length n, in the order of `pods`."""
+
+    __slots__ = ("_rows", "_span", "_tables", "_values", "epoch", "pods", "slots")
+
+    def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int) -> None:
+        self._tables = tables
+        self._values = values
+        self.pods = pods
+        self.slots: Ints = np.array([pod.slot for pod in pods], np.int64)
+        self.epoch = epoch
+        n = len(pods)
+        self._span = int(self.slots[-1]) + 1 if n else 0
+        contiguous = bool((self.slots == np.arange(n)).all())
+        self._rows: Ints | None = None if contiguous else self.slots
+
+    def __len__(self) -> int:
+        return len(self.pods)
+
+    def _of(self, entry: Entry) -> Ints:
+        totals = self._tables.ledger.totals(entry, self._span)
+        return totals if self._rows is None else totals[self._rows]
+
+    def requests(self) -> Ints:
+        """Requests in flight now, by this replica's own account."""
+        return self._of(Entry.REQUESTS)
+
+    def tokens(self) -> Ints:
+        """Prompt tokens of the requests in flight now."""
+        return self._of(Entry.TOKENS)
+
+    def promised(self) -> Ints:
+        """Prompt tokens ever sent and not expected in the pod's cache. Differences over time are what matters."""
+        return self._of(Entry.PROMISED)
+
+    def metric(self, name: str) -> Floats:
+        """One of `state.pods.FIELDS`, NaN where the engine does not publish it."""
+        column: Floats = self._values[self.slots, COLUMN[name]]
+        return column
+
+    def requests_since_sample(self) -> Floats:
+        """Requests sent since the pod was last polled and not finished: what its metrics cannot show yet."""
+        return np.maximum(self.requests() - self.metric("own_requests_at_sample"), 0.0)
+
+    def tokens_since_sample(self) -> Floats:
+        """Their prompt tokens."""
+        return np.maximum(self.tokens() - self.metric("own_tokens_at_sample"), 0.0)
+
+    def subset(self, indices: Sequence[int]) -> "Candidates":
+        """The same view of fewer pods."""
+        return Candidates(self._tables, [self.pods[i] for i in indices], self._values, self.epoch)
+
+
+class Model:
+    """One model name: its pods and the settings that discovery found for it."""
+
+    __slots__ = ("candidates", "name", "pods", "settings")
+
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        self.name = name
+        self.pods: list[Pod] = []
+        self.settings = settings
+        self.candidates: Candidates | None = None
+
+
+class Fleet:
+    """All models. `model` and `candidates` are cheap enough to be called for each request."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._version = -1
+        self._epoch = -1
+        self._values: Floats = np.empty((0, 0))
+        self.models: dict[str, Model] = {}
+
+    @property
+    def loaded(self) -> bool:
+        """Whether discovery has published anything yet."""
+        return self._tables.catalog.version > 0
+
+    def refresh(self) -> None:
+        """Follow the catalog and the pod rows. Two integer comparisons when nothing changed."""
+        tables = self._tables
+        if tables.catalog.version != self._version:
+            self._version, document = tables.catalog.read()
+            models: dict[str, Model] = {}
+            for record in document.pods:
+                pod = Pod(record)
+                for name in record.models:
+                    model = models.get(name)
+                    if model is None:
+                        model = models[name] = Model(name, document.models.get(name, {}))
+                    model.pods.append(pod)
+            for model in models.values():
+                model.pods.sort(key=lambda pod: pod.slot)
+            self.models = models
+            self._epoch = -1
+        if tables.pods.epoch != self._epoch:
+            self._epoch, self._values = tables.pods.snapshot()
+            for model in self.models.values():
+                model.candidates = None
+
+    def candidates(self, name: str) -> Candidates | None:
+        """The pods that may take a request for model `name` now: the READY ones, or where there are none those that
+        no poll has reached yet. Empty when all have failed; None when nobody serves the model."""
+        self.refresh()
+        model = self.models.get(name)
+        if model is None:
+            return None
+        if model.candidates is None:
+            model.candidates = self._eligible(model)
+        return model.candidates
+
+    def _eligible(self, model: Model) -> Candidates:
+        values, tables = self._values, self._tables
+        ready: list[Pod] = []
+        unseen: list[Pod] = []
+        for pod in model.pods:
+            if pod.record.draining or pod.slot >= len(values):
+                continue
+            if tables.pods.generation[pod.slot] != pod.generation:
+                continue
+            health = values[pod.slot, _HEALTH]
+            if health == Health.READY:
+                ready.append(pod)
+            elif health == Health.UNSEEN:
+                unseen.append(pod)
+        return Candidates(tables, ready or unseen, values, self._epoch)

@@ -1,0 +1,97 @@
+"""What a strategy is: a view of the fleet and a request in, the index of a pod out.
+
+Most strategies are a formula: one number per candidate, lower is better, and the lowest wins with ties broken at
+random. They derive from `Scoring` and write `scores`; the class docstring is the formula with its units and source,
+and `pointsman strategies` prints it. The few that are no formula (`random`, `round-robin`, `power-of-two`) derive
+from `Strategy` and write `pick`.
+
+NaN is "not known". A pod whose score is not known counts as an average one, so that it is neither shunned nor
+flooded. If nobody's score is known the strategy cannot do what its name says; it then takes the pod with the fewest
+requests in flight and the decision is counted as a fallback.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from math import isfinite, isnan
+from statistics import fmean
+from typing import Any, ClassVar
+
+from router.fleet import Candidates
+from router.request import RoutingRequest
+from state.pods import Floats
+
+NEAR = 1e-9
+"""Scores closer than this share of the best are equal."""
+
+
+class Context:
+    """What strategies share within one process: a source of chance and, by name, the parts only some need."""
+
+    def __init__(self, seed: int | None = None, **parts: Any) -> None:
+        self.random = random.Random(seed)
+        self.parts = parts
+
+
+class Strategy(ABC):
+    """Picks a pod. One instance per process; state that must be shared between processes lives in `state`."""
+
+    name: ClassVar[str]
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.fallbacks = 0
+
+    @abstractmethod
+    def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
+        """The index of the chosen pod. `candidates` is never empty; `now` is in monotonic seconds."""
+
+    def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
+        """Called right after `pick` (or another strategy's pick) settled on a pod, before anything else happens:
+        the place to remember where a prefix went, and to set `request.uncached_tokens`."""
+
+
+class Scoring(Strategy):
+    """A strategy that is a formula."""
+
+    @abstractmethod
+    def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
+        """One number per candidate, lower is better, NaN for unknown."""
+
+    def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
+        """The candidate with the lowest score."""
+        index = lowest(self.scores(request, candidates, now).tolist(), self.context.random)
+        if index < 0:
+            self.fallbacks += 1
+            index = fewest(candidates.requests().tolist(), self.context.random)
+        return index
+
+
+def fewest(counts: list[int], rng: random.Random) -> int:
+    """Index of the smallest count, at random among equals."""
+    best = min(counts)
+    ties = counts.count(best)
+    if ties == 1:
+        return counts.index(best)
+    nth = int(rng.random() * ties)
+    index = counts.index(best)
+    for _ in range(nth):
+        index = counts.index(best, index + 1)
+    return index
+
+
+def lowest(scores: list[float], rng: random.Random) -> int:
+    """Index of the lowest score, at random among equals; NaN counts as the mean of the others; -1 if all are NaN."""
+    if isnan(sum(scores)):
+        return _lowest_with_gaps(scores, rng)
+    best = min(scores)
+    bound = best + abs(best) * NEAR
+    ties = [index for index, score in enumerate(scores) if score <= bound]
+    return ties[0] if len(ties) == 1 else ties[int(rng.random() * len(ties))]
+
+
+def _lowest_with_gaps(scores: list[float], rng: random.Random) -> int:
+    known = [score for score in scores if isfinite(score)]
+    if not known:
+        return -1
+    mean = fmean(known)
+    return lowest([mean if isnan(score) else score for score in scores], rng)

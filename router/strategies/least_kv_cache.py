@@ -1,0 +1,48 @@
+"""The pod with the emptiest KV cache, and the same by GPU cache alone."""
+
+from typing import ClassVar
+
+import numpy as np
+
+from router.fleet import Candidates
+from router.request import RoutingRequest
+from router.strategies.base import Scoring
+from state.pods import Floats
+
+
+def gpu_share(request: RoutingRequest, candidates: Candidates) -> Floats:
+    """Share of the GPU's KV blocks in use, 0..1: as last published, plus the prompts sent since then."""
+    metric = candidates.metric
+    room = metric("num_gpu_blocks") * metric("block_size")
+    sent = np.nan_to_num(candidates.tokens_since_sample() / room)
+    result: Floats = metric("kv_usage") + sent
+    return result
+
+
+class LeastGpuCache(Scoring):
+    """score = share of GPU KV blocks in use + tokens sent since the last poll / tokens the cache holds. [0..1]
+
+    vLLM publishes the share as `kv_cache_usage_perc` (before 0.10 `gpu_cache_usage_perc`), SGLang as `token_usage`,
+    TensorRT-LLM as `kv_cache_utilization`.
+    """
+
+    name: ClassVar[str] = "least-gpu-cache"
+
+    def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
+        """GPU cache share."""
+        return gpu_share(request, candidates)
+
+
+class LeastKvCache(Scoring):
+    """score = share of GPU KV blocks in use + share of host KV blocks in use, where the engine offloads. [0..2]
+
+    AIBrix needs both metrics and falls back to random on every engine that has no host cache, which is all current
+    ones; an engine without a host cache uses none of it.
+    """
+
+    name: ClassVar[str] = "least-kv-cache"
+
+    def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
+        """GPU and host cache shares."""
+        result: Floats = gpu_share(request, candidates) + np.nan_to_num(candidates.metric("cpu_kv_usage"))
+        return result
