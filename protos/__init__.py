@@ -1,0 +1,1 @@
+"""The messages on the wire: our own minimal .proto files and the modules generated from them (`make protos`)."""

@@ -19,6 +19,10 @@ Push = Callable[[bytes], None]
 """Sends one message to the client outside of any `receive`."""
 
 
+Reply = bytes | tuple[bytes, ...] | None
+"""One message, several in order, or none."""
+
+
 class Status:
     """The gRPC status codes that this project sends."""
 
@@ -52,13 +56,13 @@ class Call(Protocol):
     idle: bool
     """True while the client waits for nothing: a draining transport may end the stream with OK at once."""
 
-    def receive(self, message: bytes, /) -> bytes | Awaitable[bytes | None] | None:
+    def receive(self, message: bytes, /) -> Reply | Awaitable[Reply]:
         """Take one message. Return the reply, None for no reply, or an awaitable of either where it must wait.
 
         Raises `CallError` to end the call with another status than OK.
         """
 
-    def half_close(self) -> bytes | None:
+    def half_close(self) -> Reply:
         """The client has sent its last message. Return a last reply or None. The stream ends with OK afterwards."""
 
     def close(self) -> None:
