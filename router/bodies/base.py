@@ -1,0 +1,109 @@
+"""What all request bodies have in common: the one parse, the checks every path shares, and the `Body` they give.
+
+A path's reader takes the parsed document and returns a `Body`, or raises `RequestError`. Reading does the checks and
+no more; the routing text is built when a strategy asks for it, because most strategies never do.
+
+Keys are taken as they are spelt. Of a repeated key the last one counts, which is also how engines read it, so what
+is checked and routed on is what the engine will see.
+"""
+
+from typing import Any, ClassVar, Final
+
+import orjson
+
+from router.errors import bad_body
+
+Document = dict[str, Any]
+
+BYTES_PER_TOKEN: Final = 4
+MEDIA_TOKENS: Final = 512
+"""What an image, a clip or a file is taken to cost in the prompt; vision models make some 200 to 2,000 of one."""
+SMALL: Final = 8192
+"""Bytes. A body this small is not searched for inline media before its tokens are estimated."""
+
+
+class Body:
+    """A request body that passed the checks of its path."""
+
+    __slots__ = ("_text", "include_usage", "json", "max_tokens", "media", "model", "size", "stream")
+
+    kind: ClassVar[str]
+
+    def __init__(self, document: Document, size: int, model: str, stream: bool) -> None:
+        self.json: Document | None = document
+        self.size = size
+        """Bytes of the body as sent."""
+        self.model = model
+        self.stream = stream
+        self.include_usage = False
+        """`stream_options.include_usage`: whether a stream will end with its usage."""
+        self.max_tokens = 0
+        """The client's bound on output tokens, 0 when it gave none."""
+        self.media = 0
+        """Images and the like, known once the routing text or the estimate was asked for."""
+        self._text: bytes | None = None
+
+    def routing_text(self) -> bytes:
+        """The prompt as UTF-8, or as four little-endian bytes per token id. Built once, when first asked for. Equal
+        beginnings of prompts give equal beginnings of text."""
+        text = self._text
+        if text is None:
+            text = self._text = self._write()
+        return text
+
+    @property
+    def approximate_tokens(self) -> int:
+        """Prompt tokens: exact for token ids, otherwise bytes / 4. Taken from the size of the body, less inline media,
+        as long as nobody needed the text."""
+        size = self._textual_bytes() if self._text is None else len(self._text)
+        return size // BYTES_PER_TOKEN + self.media * MEDIA_TOKENS
+
+    def _write(self) -> bytes:
+        """Build the routing text."""
+        return b""
+
+    def _textual_bytes(self) -> int:
+        """Bytes of the body that are prompt; sets `media`."""
+        return self.size
+
+
+def parse(body: bytes) -> Document:
+    """The JSON object of a body; `null` counts as one without fields."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise bad_body() from error
+    if type(document) is dict:
+        return document
+    if document is None:
+        return {}
+    raise bad_body()
+
+
+def read_model(document: Document) -> str:
+    """The model's name, empty when there is none: no pod serves it, which is said where models are looked up."""
+    model = document.get("model")
+    if type(model) is str:
+        return model
+    if model is None:
+        return ""
+    raise bad_body()
+
+
+def read_stream(document: Document) -> bool:
+    """Whether the answer shall be streamed."""
+    stream = document.get("stream")
+    if stream is None:
+        return False
+    if type(stream) is bool:
+        return stream
+    raise bad_body()
+
+
+def read_max_tokens(document: Document, *names: str) -> int:
+    """The first of the named bounds that is a positive number. What else may stand there is the engine's to refuse."""
+    for name in names:
+        value = document.get(name)
+        if type(value) is int and value > 0:
+            return value
+    return 0
