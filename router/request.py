@@ -1,26 +1,59 @@
 """What a strategy may know of a request."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 
-@dataclass(slots=True)
 class RoutingRequest:
     """One request, parsed once. Strategies read it and may leave notes for their own `chosen` step."""
 
-    model: str
-    """The name the client asked for: a base model or an adapter."""
-    text: bytes = b""
-    """The routing text (UTF-8): equal prefixes of requests give equal prefixes of text."""
-    prompt_tokens: int = 0
-    """Prompt length, estimated from the text where the tokens are not known."""
-    max_tokens: int = 0
-    """The client's bound on output tokens, 0 when it gave none."""
-    user: str = ""
-    session_key: str = ""
-    arrived: float = 0.0
-    """Monotonic seconds."""
-    uncached_tokens: int = -1
-    """Prompt tokens the chosen pod is expected to compute; -1: no strategy knew, all of them."""
-    notes: dict[str, Any] = field(default_factory=dict)
-    """What a strategy found while scoring (matched tokens for each candidate, say), for `chosen` and `explain`."""
+    __slots__ = (
+        "_read_text",
+        "_text",
+        "arrived",
+        "max_tokens",
+        "model",
+        "notes",
+        "prompt_tokens",
+        "session_key",
+        "uncached_tokens",
+        "user",
+    )
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        text: bytes | None = None,
+        read_text: Callable[[], bytes] | None = None,
+        prompt_tokens: int = 0,
+        max_tokens: int = 0,
+        user: str = "",
+        session_key: str = "",
+        arrived: float = 0.0,
+    ) -> None:
+        self.model = model
+        """The name the client asked for: a base model or an adapter."""
+        self._text = text
+        self._read_text = read_text
+        self.prompt_tokens = prompt_tokens
+        """Prompt length, estimated from the text where the tokens are not known."""
+        self.max_tokens = max_tokens
+        """The client's bound on output tokens, 0 when it gave none."""
+        self.user = user
+        self.session_key = session_key
+        self.arrived = arrived
+        """Monotonic seconds."""
+        self.uncached_tokens = -1
+        """Prompt tokens the chosen pod is expected to compute; -1: no strategy knew, all of them."""
+        self.notes: dict[str, Any] | None = None
+        """What a strategy found while scoring (matched tokens for each candidate, say), for `chosen` and `explain`."""
+
+    @property
+    def text(self) -> bytes:
+        """The routing text (UTF-8): equal prefixes of requests give equal prefixes of text. Built when first asked
+        for, because most strategies never do."""
+        text = self._text
+        if text is None:
+            text = self._text = self._read_text() if self._read_text else b""
+        return text

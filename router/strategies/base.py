@@ -45,7 +45,9 @@ class Strategy(ABC):
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The index of the chosen pod. `candidates` is never empty; `now` is in monotonic seconds."""
 
-    def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
+    def chosen(  # noqa: B027 (most strategies remember nothing)
+        self, request: RoutingRequest, candidates: Candidates, index: int, now: float
+    ) -> None:
         """Called right after `pick` (or another strategy's pick) settled on a pod, before anything else happens:
         the place to remember where a prefix went, and to set `request.uncached_tokens`."""
 

@@ -1,0 +1,37 @@
+"""Addresses as they are written in the configuration: "host:port", "[v6]:port" or "unix:/path"."""
+
+from typing import Literal, NamedTuple
+
+
+class Parsed(NamedTuple):
+    """`place` is a host or a path; `port` is 0 for a path."""
+
+    kind: Literal["tcp", "unix"]
+    place: str
+    port: int
+
+
+def parse_address(text: str) -> Parsed:
+    """Take an address apart. Raises ValueError that says what is wrong."""
+    if text.startswith("unix:"):
+        path = text[5:]
+        if path.startswith("//"):
+            path = path[2:]
+        if not path.startswith("/"):
+            raise ValueError(f"{text!r} is no address: a unix path must be absolute, such as unix:/run/pointsman.sock")
+        if len(path.encode()) > 100:
+            raise ValueError(f"{text!r} is no address: a unix path may have 100 bytes")
+        return Parsed("unix", path, 0)
+    host, colon, port_text = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r} is no address: write an IPv6 host in brackets, such as [::1]:50052")
+    if not colon or not host or not port_text.isascii() or not port_text.isdigit() or not 0 < int(port_text) < 65536:
+        raise ValueError(f"{text!r} is no address: write host:port, such as 0.0.0.0:50052, or unix:/path")
+    return Parsed("tcp", host, int(port_text))
+
+
+def join_address(host: str, port: int) -> str:
+    """The text form, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,277 @@
+"""One configuration: a YAML file, the environment over it, flags over both; checked once, then passed down.
+
+The environment names are POINTSMAN_<KEY>, nested with two underscores (POINTSMAN_SCRAPE__INTERVAL_MAX_SECONDS=10).
+AIBrix's names are honoured where they mean the same; the POINTSMAN_ name wins over them.
+
+Whatever is wrong is reported in one line that names the place, the thing and the cure: `ConfigError`.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from router.strategies import STRATEGIES
+from state.tables import FIRST_WORKER, Capacity
+from workers.address import parse_address
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. The message is one line for a person."""
+
+
+def _address(value: str) -> str:
+    parse_address(value)
+    return value
+
+
+def _optional_path(value: Any) -> Any:
+    return None if value == "" else value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_optional_path)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScrapeConfig(_Section):
+    """How pods are polled."""
+
+    interval_min_seconds: Seconds = 0.5
+    """Between two polls of a pod that has requests in flight."""
+    interval_max_seconds: Seconds = 5.0
+    """Of an idle pod."""
+    timeout_seconds: Seconds = 2.0
+    window_seconds: Seconds = 60.0
+    """What "recent" means for rates, means and quantiles."""
+    failures: int = Field(3, ge=1, le=100)
+    """Polls that must fail in a row before a pod is not ready."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ScrapeConfig":
+        if self.interval_max_seconds < self.interval_min_seconds:
+            raise ValueError("interval_max_seconds must not be below interval_min_seconds")
+        return self
+
+
+class CapacityConfig(_Section):
+    """How much room the shared tables have. Fixed when the router starts."""
+
+    pods: int = Field(1024, ge=1, le=65536)
+    workers: int = Field(0, ge=0, le=512)
+    """Most workers that may ever run (SIGTTIN adds one); 0: four more than `workers`."""
+    catalog_bytes: int = Field(4 << 20, ge=4096)
+    series: int = Field(4096, ge=64)
+    """Label sets each process can count."""
+
+
+class LogConfig(_Section):
+    """What is written to standard error."""
+
+    format: Literal["auto", "console", "json"] = "auto"
+    """auto: console on a terminal, else JSON."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class EnvoyConfig(_Section):
+    """What `pointsman envoy` writes."""
+
+    listen: Address = "0.0.0.0:10080"
+    admin: Address = "127.0.0.1:9901"
+    router_host: str = "127.0.0.1"
+    """Where Envoy finds the workers when they listen on a wildcard address."""
+    destination: Literal["header", "metadata", "override-host"] = "header"
+    accounting: Literal["access-log", "stream"] = "access-log"
+    body_limit_bytes: int = Field(32 << 20, ge=1024)
+
+
+class Config(BaseSettings):
+    """Everything `pointsman` can be told."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="POINTSMAN_", env_nested_delimiter="__", env_ignore_empty=True
+    )
+
+    listen: Address = "0.0.0.0:50052"
+    """All workers, SO_REUSEPORT."""
+    worker_listen: Address = "0.0.0.0:20052"
+    """Worker i alone: port + i, or a unix path with {i}."""
+    workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=256)
+    transport: Literal["h2", "grpcio"] = "grpcio"
+    admin: Address = "0.0.0.0:8080"
+    strategy: str = "least-request"
+    endpoints: OptionalPath = None
+    redis: str | None = None
+    max_message_bytes: int = Field(64 << 20, ge=4096, le=1 << 30)
+    """The largest gRPC message a worker takes: a request body and its envelope."""
+    drain_seconds: Seconds = 30.0
+    """How long a stopping worker waits for streams that still need it."""
+    scrape: ScrapeConfig = ScrapeConfig()
+    capacity: CapacityConfig = CapacityConfig()
+    log: LogConfig = LogConfig()
+    envoy: EnvoyConfig = EnvoyConfig()
+
+    _file: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment; the file is merged below by `load`."""
+        return (
+            init_settings,
+            env_settings,
+            _Lower(settings_cls, _aibrix_environment()),
+            _Lower(settings_cls, cls._file),
+        )
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Config":
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy: {_no_such('strategy', self.strategy, STRATEGIES)}")
+        most = self.max_workers
+        if most < self.workers:
+            raise ValueError(f"capacity.workers is {most}, fewer than the {self.workers} workers to start")
+        kind, place, port = parse_address(self.worker_listen)
+        if kind == "unix" and most > 1 and "{i}" not in place:
+            raise ValueError("worker_listen: a unix path needs {i} for the worker's number")
+        if kind == "tcp" and port + most - 1 > 65535:
+            raise ValueError(f"worker_listen: port {port} leaves no room for {most} workers")
+        return self
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that may run at the same time, not counting predecessors that drain."""
+        return self.capacity.workers or self.workers + 4
+
+    def worker_address(self, index: int) -> str:
+        """Worker `index`'s own address."""
+        kind, place, port = parse_address(self.worker_listen)
+        if kind == "unix":
+            return "unix:" + place.replace("{i}", str(index))
+        host = f"[{place}]" if ":" in place else place
+        return f"{host}:{port + index}"
+
+    def table_capacity(self) -> Capacity:
+        """Room for the shared tables: a draining worker and its successor both write, so workers count twice."""
+        return Capacity(
+            pods=self.capacity.pods,
+            writers=FIRST_WORKER + 2 * self.max_workers,
+            catalog_bytes=self.capacity.catalog_bytes,
+            series=self.capacity.series,
+        )
+
+
+class _Lower(PydanticBaseSettingsSource):
+    """A source that is a plain mapping."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: Mapping[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """Part of the interface; `__call__` gives everything at once."""
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """All values."""
+        return dict(self._values)
+
+
+def _aibrix_environment() -> dict[str, Any]:
+    """The environment that AIBrix's gateway plugin understands, where the meaning is the same."""
+    env = os.environ
+    values: dict[str, Any] = {}
+    if env.get("ROUTING_ALGORITHM"):
+        values["strategy"] = env["ROUTING_ALGORITHM"]
+    if env.get("AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES"):
+        values["max_message_bytes"] = env["AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES"]
+    if env.get("REDIS_HOST"):
+        password = f":{env['REDIS_PASSWORD']}@" if env.get("REDIS_PASSWORD") else ""
+        values["redis"] = f"redis://{password}{env['REDIS_HOST']}:{env.get('REDIS_PORT', '6379')}/0"
+    if env.get("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS"):
+        try:
+            seconds = float(env["AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS"]) / 1000
+        except ValueError:
+            raise ConfigError(
+                "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS: "
+                f"{env['AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS']!r} is no number of milliseconds"
+            ) from None
+        values["scrape"] = {"interval_min_seconds": seconds}
+    return values
+
+
+def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
+    """Read, merge and check. Raises ConfigError."""
+    given: Mapping[str, Any] = {}
+    if path is not None:
+        given = _read_file(path)
+        endpoints = given.get("endpoints")
+        if isinstance(endpoints, str) and endpoints and not Path(endpoints).is_absolute():
+            given = {**given, "endpoints": str(path.parent / endpoints)}
+    source = type("_Loaded", (Config,), {"_file": given})
+    try:
+        return source(**(flags or {}))  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, str(path or "configuration"))) from None
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        raise ConfigError(f"{path}:{where} not YAML: {getattr(error, 'problem', None) or error}") from None
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, such as `strategy: least-request`")
+    return given
+
+
+def _no_such(what: str, name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
+    return f"no {what} {name!r}; {hint}"
+
+
+def _one_line(error: ValidationError, where: str) -> str:
+    problems = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(_no_such("key", place, _known_keys(problem["loc"])))
+            continue
+        message = problem["msg"].removeprefix("Value error, ")
+        value = problem.get("input")
+        if isinstance(value, str | int | float) and repr(value) not in message:
+            message += f" (got {value!r})"
+        problems.append(f"{place}: {message}" if place else message)
+    return f"{where}: " + "; ".join(problems)
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    prefix = "".join(f"{part}." for part in location[:-1])
+    return [prefix + name for name in model.model_fields]
