@@ -1,0 +1,1 @@
+"""Who the pods are: sources that list them, and the registry that gives each a row in the shared tables."""

@@ -1,0 +1,110 @@
+"""AIBrix's standalone endpoints file, read strictly.
+
+    models:
+      - name: llama-3-8b
+        engine: vllm                      # vllm (default), sglang, trtllm, xllm
+        endpoints: ["10.0.0.1:8000", "vllm-1.example:8000"]
+      - name: qwen
+        rolesets:
+          - name: rs-0
+            prefill: ["10.0.1.1:8000"]
+            decode: ["10.0.1.2:8000"]
+
+Beyond AIBrix's keys an endpoint may be a mapping {address, name, metrics_port, labels, adapters}, and a model may
+carry `metrics_port`, `labels`, `adapters` (further model names its pods answer to, such as LoRA adapters) and
+`config` (AIBrix's routing profiles, the JSON of its `model.aibrix.ai/config` annotation, as a mapping).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from workers.address import parse_address
+
+
+class EndpointsError(Exception):
+    """The file cannot be used. The message is one line for a person."""
+
+
+def _tcp(value: str) -> str:
+    if parse_address(value).kind != "tcp":
+        raise ValueError(f"{value!r} is no pod address: write host:port")
+    return value
+
+
+def _plain(value: str) -> str:
+    if not value.isprintable() or any(ord(char) > 0xFFF for char in value):
+        raise ValueError(f"{value!r} must be printable")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Endpoint(_Strict):
+    """One pod, or with a host name that has several addresses, one pod each."""
+
+    address: Annotated[str, AfterValidator(_tcp)]
+    name: Name | None = None
+    metrics_port: Port | None = None
+    labels: Mapping[str, str] = {}
+    adapters: tuple[Name, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"address": value} if isinstance(value, str) else value
+
+
+class Roleset(_Strict):
+    """Pods that prefill for each other's decode pods."""
+
+    name: Name
+    prefill: tuple[Endpoint, ...] = ()
+    decode: tuple[Endpoint, ...] = ()
+
+
+class ModelEntry(_Strict):
+    """One model and its pods."""
+
+    name: Name
+    engine: Literal["vllm", "sglang", "trtllm", "xllm"] = "vllm"
+    endpoints: tuple[Endpoint, ...] = ()
+    rolesets: tuple[Roleset, ...] = ()
+    metrics_port: Port | None = None
+    labels: Mapping[str, str] = {}
+    adapters: tuple[Name, ...] = ()
+    config: Mapping[str, Any] = {}
+
+
+class _File(_Strict):
+    models: tuple[ModelEntry, ...]
+
+
+def read_endpoints(path: Path) -> tuple[ModelEntry, ...]:
+    """The file's models. Raises EndpointsError when it is missing, no YAML, or not of this shape."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise EndpointsError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise EndpointsError(f"{path}: is no UTF-8 text") from None
+    try:
+        return _File.model_validate(yaml.safe_load(text)).models
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}:" if mark else ""
+        raise EndpointsError(f"{path}:{where} not YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise EndpointsError(f"{path}: {place}: {problem['msg'].removeprefix('Value error, ')}{more}") from None

@@ -1,0 +1,103 @@
+"""The endpoints file as a source of pods: read when it changes, host names resolved again and again.
+
+Changes are seen by what `stat` says of the file (a Kubernetes ConfigMap is swapped by a symbolic link, which `stat`
+follows). A file that cannot be used is reported once and the pods stay as they are.
+"""
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from workers.address import join_address, parse_address
+from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, read_endpoints
+from workers.discovery.registry import FoundPod, sanitised
+
+log = structlog.get_logger()
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+class FileSource:
+    """What the endpoints file says now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._models: tuple[ModelEntry, ...] = ()
+        self._seen: object = None
+        self._addresses: dict[str, tuple[str, ...]] = {}
+
+    def reload(self) -> bool:
+        """Read the file again if it changed. Returns whether it did and could be used."""
+        try:
+            status = self.path.stat()
+            seen: object = (status.st_mtime_ns, status.st_ino, status.st_size)
+        except OSError as error:
+            seen = error.errno
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        try:
+            self._models = read_endpoints(self.path)
+        except EndpointsError as error:
+            log.error("endpoints file cannot be used, the pods stay as they are", error=str(error))
+            return False
+        return True
+
+    async def resolve(self) -> tuple[list[FoundPod], Settings]:
+        """The pods with the addresses their host names have at this moment. A name that cannot be resolved keeps the
+        addresses it had last."""
+        loop = asyncio.get_running_loop()
+        hosts = {parse_address(endpoint.address).place for endpoint, *_ in self._endpoints()}
+
+        async def look_up(host: str) -> None:
+            try:
+                found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            except OSError as error:
+                log.warning("host name cannot be resolved", host=host, error=error.strerror or str(error))
+                return
+            v4 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET})
+            v6 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET6})
+            self._addresses[host] = tuple(v4 or v6)
+
+        await asyncio.gather(*(look_up(host) for host in hosts))
+        return self._pods()
+
+    def _endpoints(self) -> list[tuple[Endpoint, ModelEntry, str, str]]:
+        """(endpoint, model, role, roleset) of every line of the file."""
+        lines = []
+        for model in self._models:
+            lines += [(endpoint, model, "", "") for endpoint in model.endpoints]
+            for roleset in model.rolesets:
+                lines += [(endpoint, model, "prefill", roleset.name) for endpoint in roleset.prefill]
+                lines += [(endpoint, model, "decode", roleset.name) for endpoint in roleset.decode]
+        return lines
+
+    def _pods(self) -> tuple[list[FoundPod], Settings]:
+        pods: dict[str, FoundPod] = {}
+        numbers: dict[str, int] = {}
+        for endpoint, model, role, roleset in self._endpoints():
+            _, host, port = parse_address(endpoint.address)
+            names = (model.name, *model.adapters, *endpoint.adapters)
+            for ip in self._addresses.get(host, ()):
+                number = numbers.get(model.name, 0)
+                numbers[model.name] = number + 1
+                address = join_address(ip, port)
+                known = pods.get(address)
+                metrics_port = endpoint.metrics_port or model.metrics_port or port
+                pods[address] = FoundPod(
+                    address=address,
+                    name=known.name if known else endpoint.name or f"{sanitised(model.name)}-{sanitised(ip)}-{number}",
+                    models=tuple(dict.fromkeys((*(known.models if known else ()), *names))),
+                    engine=model.engine,
+                    host=host,
+                    metrics_address=join_address(ip, metrics_port),
+                    role=role,
+                    roleset=roleset,
+                    labels={**model.labels, **endpoint.labels},
+                )
+        settings = {model.name: dict(model.config) for model in self._models if model.config}
+        return list(pods.values()), settings
