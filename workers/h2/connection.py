@@ -1,0 +1,459 @@
+"""One HTTP/2 connection, seen from the server, without a socket: bytes in, bytes out.
+
+Read this file from `receive`: bytes are walked once, frame by frame, in `_frames`. A DATA frame that holds exactly one
+message of a stream on which nothing is pending is answered there and then, without leaving the function; everything
+else has a method of its own. Nothing is built per frame. What the calls say is in `dialogue`, what is sent in
+`outbound`, all frames that carry no message in `control`.
+
+A cut frame at the end of a read is kept in `_rest` and completed from the next read, so that a byte of a large body is
+copied once out of the read and once into its message.
+"""
+
+from collections.abc import Callable
+
+from workers.calls import CallError, Methods
+from workers.h2.control import Control
+from workers.h2.faults import ConnectionFault, StreamFault
+from workers.h2.frames import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    DEFAULT_WINDOW,
+    END_HEADERS,
+    END_STREAM,
+    ENHANCE_YOUR_CALM,
+    FLOW_CONTROL_ERROR,
+    FRAME_SIZE_ERROR,
+    HEADER_BYTES,
+    HEADERS,
+    INITIAL_WINDOW_SIZE,
+    MAX_CONCURRENT_STREAMS,
+    MAX_HEADER_LIST_SIZE,
+    MAX_WINDOW,
+    MIN_MAX_FRAME,
+    NO_ERROR,
+    PADDED,
+    PREFACE,
+    PRIORITY_FIELDS,
+    PROTOCOL_ERROR,
+    SETTINGS,
+    STREAM_CLOSED,
+    message_header,
+    read_header,
+    settings,
+    window_update,
+)
+from workers.h2.limits import CREDIT_PER_MESSAGE, Counters, Limits
+from workers.h2.messages import PREFIX_BYTES, MessageCutter
+from workers.h2.requests import RequestReader
+from workers.h2.stream import Stream
+
+_MAX_FRAME = MIN_MAX_FRAME
+"""What we allow a client's frames to hold: SETTINGS_MAX_FRAME_SIZE stays at its default."""
+
+_TINY_PIECE = 256
+_MAX_DISCARDED = 64 << 10
+_INSIDE_HEADERS = 1
+_EXPECT_SETTINGS = 2
+
+
+class Connection(Control):
+    """`receive` takes what was read and returns what to write. `done` says that the connection is to be closed then."""
+
+    def __init__(self, methods: Methods, limits: Limits, counters: Counters, clock: Callable[[], float]) -> None:
+        super().__init__(methods, limits, counters, clock)
+        self._reader = RequestReader(methods, limits.max_header_list_bytes, limits.header_cache_entries)
+        self._rest = bytearray()
+        self._unread = 0
+        self._special = _EXPECT_SETTINGS
+        """Not 0 while only one kind of frame is allowed."""
+        self._block = b""
+        self._block_id = 0
+        self._block_flags = 0
+        self._continuations = 0
+        self._preface_done = False
+        announced = {
+            MAX_CONCURRENT_STREAMS: limits.max_concurrent_streams,
+            INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
+            MAX_HEADER_LIST_SIZE: limits.max_header_list_bytes,
+        }
+        self.out.append(settings(announced))
+        if limits.connection_window_bytes > DEFAULT_WINDOW:
+            self.out.append(window_update(0, limits.connection_window_bytes - DEFAULT_WINDOW))
+
+    def receive(self, data: bytes) -> bytes:
+        if self.done:
+            return b""
+        self.heard = True
+        try:
+            if self._rest or not self._preface_done:
+                self._continue(data)
+            else:
+                self._frames(data, 0)
+            if self._parked:
+                self.unpark()
+        except ConnectionFault as fault:
+            self.fault(fault)
+        if self.draining:
+            self.check_drained()
+        return self.take()
+
+    def set_writable(self, writable: bool) -> bytes:
+        """The socket is full, or no longer. Returns what can now be written."""
+        self.writable = writable
+        if writable and not self.done:
+            self.flush()
+            self.unpark()
+        return self.take()
+
+    def _continue(self, data: bytes) -> None:
+        """A read that begins within the preface or within a frame."""
+        rest = self._rest
+        if not self._preface_done:
+            rest += data
+            if not PREFACE.startswith(rest[: len(PREFACE)]):
+                raise ConnectionFault(PROTOCOL_ERROR, "not an HTTP/2 client")  # 3.4
+            if len(rest) < len(PREFACE):
+                return
+            self._preface_done = True
+            data = bytes(rest[len(PREFACE) :])
+            rest.clear()
+            self._frames(data, 0)
+            return
+        if len(rest) < HEADER_BYTES:
+            data = bytes(rest) + data
+            rest.clear()
+            self._frames(data, 0)
+            return
+        missing = HEADER_BYTES + int.from_bytes(rest[:3], "big") - len(rest)
+        if len(data) < missing:
+            rest += data
+            return
+        frame = bytes(rest) + data[:missing]
+        rest.clear()
+        self._frames(frame, 0)
+        if missing < len(data):
+            self._frames(data, missing)
+
+    def _frames(self, buf: bytes, pos: int) -> None:
+        """Everything from `pos` on; an incomplete frame at the end goes to `_rest`. Raises `ConnectionFault`."""
+        end = len(buf)
+        streams = self.streams
+        append = self.out.append
+        from_bytes = int.from_bytes
+        half_window = self.limits.stream_window_bytes // 2
+        received = self._unread
+        special = self._special
+        while end - pos >= HEADER_BYTES:
+            word, flags, stream_id = read_header(buf, pos)
+            length = word >> 8
+            start = pos + HEADER_BYTES
+            pos = start + length
+            if length > _MAX_FRAME:
+                raise ConnectionFault(FRAME_SIZE_ERROR, "frame over SETTINGS_MAX_FRAME_SIZE")  # 4.2
+            if pos > end:
+                pos = start - HEADER_BYTES
+                break
+            kind = word & 0xFF
+            if kind == DATA and not special:
+                received += length
+                stream = streams.get(stream_id)
+                if (
+                    stream is not None
+                    and stream.quick
+                    and flags <= END_STREAM
+                    # The compression flag is the highest of these five bytes: set, it makes the number too large.
+                    and from_bytes(buf[start : start + PREFIX_BYTES], "big") == length - PREFIX_BYTES
+                    and (unread := stream.unread + length) < half_window
+                    and not self.congested
+                ):
+                    stream.unread = unread
+                    call = stream.call
+                    assert call is not None
+                    self.budget += CREDIT_PER_MESSAGE
+                    try:
+                        reply = call.receive(buf[start + PREFIX_BYTES : pos])
+                    except Exception as error:
+                        self.fail(stream, error)
+                    else:
+                        if isinstance(reply, bytes):
+                            size = len(reply)
+                            total = size + PREFIX_BYTES
+                            if (
+                                stream.headers_sent
+                                and total <= stream.send_window
+                                and total <= self.send_window
+                                and total <= MIN_MAX_FRAME
+                            ):
+                                stream.send_window -= total
+                                self.send_window -= total
+                                append(message_header(total << 8, 0, stream_id, 0, size))
+                                append(reply)
+                                if call.finished:
+                                    stream.ended_remote = bool(flags)
+                                    self.finish(stream)
+                            else:
+                                self.take_result(stream, call, reply)
+                        else:
+                            self.take_result(stream, call, reply)
+                    if flags and not stream.ended_remote:
+                        self.remote_end(stream)
+                else:
+                    try:
+                        self._data(stream, stream_id, flags, buf, start, pos)
+                    except StreamFault as fault:
+                        self._stream_fault(stream_id, fault)
+                continue
+            try:
+                if kind == HEADERS and not special:
+                    self._headers(stream_id & MAX_WINDOW, flags, buf[start:pos])
+                elif special:
+                    self._in_order(kind, flags, stream_id & MAX_WINDOW, buf[start:pos])
+                elif kind == CONTINUATION:
+                    raise ConnectionFault(PROTOCOL_ERROR, "CONTINUATION without HEADERS")  # 6.10
+                else:
+                    self.on_control(kind, flags, stream_id & MAX_WINDOW, buf[start:pos])
+            except StreamFault as fault:
+                self._stream_fault(stream_id & MAX_WINDOW, fault)
+            special = self._special
+        if pos < end:
+            self._rest += buf[pos:]
+        if received > self.limits.connection_window_bytes // 2:
+            if received > self.limits.connection_window_bytes:
+                raise ConnectionFault(FLOW_CONTROL_ERROR, "connection window overrun")  # 6.9
+            append(window_update(0, received))
+            received = 0
+        self._unread = received
+
+    def _stream_fault(self, stream_id: int, fault: StreamFault) -> None:
+        """A stream error (5.4.2)."""
+        self.counters.protocol_errors += 1
+        self.spend("stream errors")
+        stream = self.streams.get(stream_id)
+        if stream is not None:
+            self.reset(stream, fault.code)
+        else:
+            self.send_reset(stream_id, fault.code)
+            self.remember_reset(stream_id)
+
+    def _in_order(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+        """A frame where only one kind is allowed."""
+        if self._special == _EXPECT_SETTINGS:
+            if kind != SETTINGS or flags & ACK:
+                raise ConnectionFault(PROTOCOL_ERROR, "the first frame is not SETTINGS")  # 3.4
+            self._special = 0
+            self.greeted = True
+            self.on_control(kind, flags, stream_id, payload)
+            return
+        if kind != CONTINUATION or stream_id != self._block_id:
+            raise ConnectionFault(PROTOCOL_ERROR, "header block interrupted")  # 4.3, 6.2
+        self.spend("CONTINUATION")
+        self._continuations += 1
+        if self._continuations > self.limits.max_continuations:
+            raise ConnectionFault(ENHANCE_YOUR_CALM, "too many CONTINUATION frames", abuse="CONTINUATION")
+        self._collect_block(payload, flags)
+
+    # Headers.
+
+    def _headers(self, stream_id: int, flags: int, block: bytes) -> None:
+        if not stream_id & 1:
+            raise ConnectionFault(PROTOCOL_ERROR, "HEADERS on a stream that no client may open")  # 5.1.1
+        fault = None
+        if flags & (PADDED | PRIORITY_FIELDS):
+            block, fault = self._strip(stream_id, flags, block)
+        if flags & END_HEADERS and fault is None:
+            self._header_block(stream_id, flags, block)
+            return
+        if fault is not None:
+            # The block must be decoded all the same (4.3); self-dependency is the only fault found so far.
+            if flags & END_HEADERS:
+                self._reader.skip(block)
+                self.last_id = max(self.last_id, stream_id)
+                raise fault
+            raise ConnectionFault(fault.code, fault.reason)
+        self._special = _INSIDE_HEADERS
+        self._block_id = stream_id
+        self._block_flags = flags
+        self._continuations = 0
+        self._block = b""
+        self._collect_block(block, 0)
+
+    def _strip(self, stream_id: int, flags: int, block: bytes) -> tuple[bytes, StreamFault | None]:
+        """Padding and priority fields off (6.2)."""
+        if flags & PADDED:
+            block = _unpad(block)
+        if not flags & PRIORITY_FIELDS:
+            return block, None
+        if len(block) < 5:
+            raise ConnectionFault(FRAME_SIZE_ERROR, "HEADERS too short for its priority fields")
+        try:
+            self.check_dependency(stream_id, block)
+        except StreamFault as fault:
+            return block[5:], fault
+        return block[5:], None
+
+    def _collect_block(self, piece: bytes, flags: int) -> None:
+        self._block += piece
+        if len(self._block) > 2 * self.limits.max_header_list_bytes:
+            raise ConnectionFault(ENHANCE_YOUR_CALM, "header block too long", abuse="header block")  # 10.5.1
+        if flags & END_HEADERS:
+            block, self._block = self._block, b""
+            self._special = 0
+            self._header_block(self._block_id, self._block_flags, block)
+
+    def _header_block(self, stream_id: int, flags: int, block: bytes) -> None:
+        """A whole header block: a new stream, trailers, or something that comes too late."""
+        if stream_id <= self.last_id:
+            self._late_headers(stream_id, flags, block)
+            return
+        self.last_id = stream_id
+        if self.refusing:  # 6.8: the client knows from GOAWAY that this stream was not processed
+            self._reader.skip(block)
+            self.remember_reset(stream_id)
+            self.spend("streams after GOAWAY")
+            return
+        self.accepted_id = stream_id
+        request = self._reader.read(block)
+        counters, limits = self.counters, self.limits
+        if len(self.streams) >= limits.max_concurrent_streams or counters.streams_open >= limits.max_open_streams:
+            self.refuse_stream(stream_id)
+            return
+        stream = Stream(stream_id, None, self.initial_send_window)
+        self.streams[stream_id] = stream
+        counters.streams_opened += 1
+        counters.streams_open += 1
+        if request.content_length >= 0:
+            stream.content_left = request.content_length
+            if flags & END_STREAM and stream.content_left:
+                raise StreamFault(PROTOCOL_ERROR, "content-length without content")  # 8.1.1
+        if request.method is None:
+            self.spend("refused requests")
+        stream.ended_remote = bool(flags & END_STREAM)
+        self.open_call(stream, request)
+        if flags & END_STREAM and stream.call is not None:
+            self.remote_end(stream)
+
+    def _late_headers(self, stream_id: int, flags: int, block: bytes) -> None:
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            self._reader.skip(block)
+            if stream_id in self.reset_ids:
+                self.spend("frames on closed streams")
+                return  # 5.1: sent before our RST_STREAM arrived
+            # 5.1, 5.1.1: an id that was skipped can never be used; of other closed streams only the last is known.
+            code = STREAM_CLOSED if stream_id == self.last_id else PROTOCOL_ERROR
+            raise ConnectionFault(code, "HEADERS on a closed stream")
+        self._reader.read_trailers(block)
+        if stream.ended_remote:
+            raise StreamFault(STREAM_CLOSED, "HEADERS after END_STREAM")  # 5.1
+        if not flags & END_STREAM:
+            raise StreamFault(PROTOCOL_ERROR, "trailers that do not end the stream")  # 8.1
+        if stream.content_left > 0:
+            raise StreamFault(PROTOCOL_ERROR, "less content than content-length")  # 8.1.1
+        self.remote_end(stream)
+
+    # Data.
+
+    def _data(self, stream: Stream | None, stream_id: int, flags: int, buf: bytes, start: int, end: int) -> None:
+        """A DATA frame that is not one message of a quiet stream. Its payload is `buf[start:end]`."""
+        length = end - start
+        if stream is None:
+            stream_id &= MAX_WINDOW
+            stream = self.streams.get(stream_id)
+            if stream is None:
+                self._late_data(stream_id)
+                return
+        if stream.ended_remote:
+            raise StreamFault(STREAM_CLOSED, "DATA after END_STREAM")  # 5.1
+        stream.unread += length
+        if flags & PADDED:
+            if not length or (padding := buf[start]) >= length:
+                raise ConnectionFault(PROTOCOL_ERROR, "padding longer than its frame")  # 6.1
+            start += 1
+            end -= padding
+        piece = buf[start:end]
+        if stream.content_left >= 0:
+            stream.content_left -= len(piece)
+            if stream.content_left < 0 or (flags & END_STREAM and stream.content_left):
+                raise StreamFault(PROTOCOL_ERROR, "content and content-length differ")  # 8.1.1
+        call = stream.call
+        if call is None:
+            self._discard(stream, piece)
+        elif piece:
+            self._collect(stream, piece)
+        elif not flags & END_STREAM:
+            self.spend("empty DATA")
+        self._account(stream)
+        if flags & END_STREAM and stream.id in self.streams:
+            self.remote_end(stream)
+
+    def _late_data(self, stream_id: int) -> None:
+        if not stream_id:
+            raise ConnectionFault(PROTOCOL_ERROR, "DATA on stream 0")  # 6.1
+        self.require_started(stream_id)
+        self.spend("frames on closed streams")
+        if stream_id not in self.reset_ids:
+            self.send_reset(stream_id, STREAM_CLOSED)  # 5.1
+            self.remember_reset(stream_id)
+
+    def _discard(self, stream: Stream, piece: bytes) -> None:
+        """The answer is out, what still comes is of no use; a client that does not stop is stopped (8.1)."""
+        if stream.unread > _MAX_DISCARDED and stream.ended_local:
+            self.reset(stream, NO_ERROR)
+        elif len(piece) < _TINY_PIECE:
+            self.spend("tiny DATA")
+
+    def _collect(self, stream: Stream, piece: bytes) -> None:
+        cutter = stream.cutter
+        if cutter is None:
+            cutter = stream.cutter = MessageCutter(self.limits.max_message_bytes)
+        held = cutter.held
+        try:
+            messages = cutter.feed(piece)
+        except CallError as error:
+            self.counters.buffered_bytes += cutter.held - held
+            self.fail(stream, error)
+            return
+        self.counters.buffered_bytes += cutter.held - held
+        if messages:
+            self.budget += CREDIT_PER_MESSAGE
+            self.deliver(stream, messages)
+        else:
+            if len(piece) < _TINY_PIECE:
+                self.spend("tiny DATA")
+            self.check_buffered(stream)
+        self.settle(stream)
+
+    def settle(self, stream: Stream) -> None:
+        """Back to the short way if nothing stands against it any more."""
+        if stream.call is None or stream.inbox is not None:
+            return
+        if stream.cutter is not None and stream.cutter.empty:
+            stream.cutter = None
+        stream.quick = (
+            stream.cutter is None
+            and stream.content_left < 0
+            and stream.pending is None
+            and not (stream.ended_remote or stream.pushes)
+        )
+        self._account(stream)
+
+    def _account(self, stream: Stream) -> None:
+        """The stream's receive window (6.9): enforced, and opened again while the call keeps up."""
+        window = self.limits.stream_window_bytes
+        if stream.unread > window:
+            raise StreamFault(FLOW_CONTROL_ERROR, "stream window overrun")
+        if (
+            stream.unread >= window // 2
+            and stream.inbox is None
+            and stream.call is not None
+            and not stream.ended_remote
+        ):
+            self.out.append(window_update(stream.id, stream.unread))
+            stream.unread = 0
+
+
+def _unpad(payload: bytes) -> bytes:
+    if not payload or payload[0] >= len(payload):
+        raise ConnectionFault(PROTOCOL_ERROR, "padding longer than its frame")  # 6.1, 6.2
+    return payload[1 : len(payload) - payload[0]]

@@ -1,0 +1,96 @@
+"""Numbers of RFC 9113 and the bytes of the frames that a server sends.
+
+A frame is never an object here: it is a place in the read buffer on the way in, and packed bytes on the way out.
+"""
+
+from struct import Struct
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+"""What every client says first (3.4)."""
+
+HEADER_BYTES = 9
+DEFAULT_WINDOW = 65535
+MAX_WINDOW = 2**31 - 1
+MIN_MAX_FRAME = 16384
+
+# Frame types (6).
+DATA = 0
+HEADERS = 1
+PRIORITY = 2
+RST_STREAM = 3
+SETTINGS = 4
+PUSH_PROMISE = 5
+PING = 6
+GOAWAY = 7
+WINDOW_UPDATE = 8
+CONTINUATION = 9
+
+# Flags.
+ACK = 0x1
+END_STREAM = 0x1
+END_HEADERS = 0x4
+PADDED = 0x8
+PRIORITY_FIELDS = 0x20
+
+# Settings (6.5.2).
+HEADER_TABLE_SIZE = 1
+ENABLE_PUSH = 2
+MAX_CONCURRENT_STREAMS = 3
+INITIAL_WINDOW_SIZE = 4
+MAX_FRAME_SIZE = 5
+MAX_HEADER_LIST_SIZE = 6
+
+# Error codes (7).
+NO_ERROR = 0
+PROTOCOL_ERROR = 1
+INTERNAL_ERROR = 2
+FLOW_CONTROL_ERROR = 3
+SETTINGS_TIMEOUT = 4
+STREAM_CLOSED = 5
+FRAME_SIZE_ERROR = 6
+REFUSED_STREAM = 7
+CANCEL = 8
+COMPRESSION_ERROR = 9
+ENHANCE_YOUR_CALM = 11
+
+read_header = Struct(">IBI").unpack_from
+"""(length << 8 | type, flags, stream id with its reserved bit) at an offset of a buffer."""
+
+frame_header = Struct(">IBI").pack
+"""The same three numbers to bytes."""
+
+message_header = Struct(">IBIBI").pack
+"""A DATA frame's header and the five bytes before a gRPC message, packed together."""
+
+read_settings = Struct(">HI").iter_unpack
+_setting = Struct(">HI").pack
+_u32 = Struct(">I").pack
+_u32_pair = Struct(">II").pack
+
+
+def read_u32(data: bytes, offset: int = 0) -> int:
+    return int.from_bytes(data[offset : offset + 4], "big")
+
+
+def settings(values: dict[int, int]) -> bytes:
+    payload = b"".join(_setting(key, value) for key, value in values.items())
+    return frame_header(len(payload) << 8 | SETTINGS, 0, 0) + payload
+
+
+SETTINGS_ACK = frame_header(SETTINGS, ACK, 0)
+
+
+def window_update(stream_id: int, increment: int) -> bytes:
+    return frame_header(4 << 8 | WINDOW_UPDATE, 0, stream_id) + _u32(increment)
+
+
+def rst_stream(stream_id: int, code: int) -> bytes:
+    return frame_header(4 << 8 | RST_STREAM, 0, stream_id) + _u32(code)
+
+
+def ping(flags: int, payload: bytes) -> bytes:
+    return frame_header(8 << 8 | PING, flags, 0) + payload
+
+
+def goaway(last_stream_id: int, code: int, debug: bytes = b"") -> bytes:
+    return frame_header(8 + len(debug) << 8 | GOAWAY, 0, 0) + _u32_pair(last_stream_id, code) + debug

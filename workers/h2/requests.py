@@ -1,0 +1,145 @@
+"""From header fields to what is to be done with a stream: RFC 9113 8.2, 8.3 and the gRPC wire protocol.
+
+`RequestReader.read` is the only place where a request's header block is looked at. What it finds is a `Request`,
+kept under the block's bytes as long as the dynamic table stands still: clients that repeat themselves cost one dict
+lookup.
+"""
+
+import re
+from dataclasses import dataclass, field
+from math import inf
+
+from workers.calls import Metadata, Method, Methods, Status
+from workers.h2.faults import StreamFault
+from workers.h2.frames import PROTOCOL_ERROR
+from workers.h2.hpack_decoder import Field, HpackDecoder
+from workers.h2.responses import GRPC_HEADERS, plain, trailers
+
+_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])").fullmatch
+_UNIT_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_GRPC = re.compile(r"application/grpc(?:[+;].*)?", re.IGNORECASE).fullmatch
+_PSEUDO = {":method", ":scheme", ":path", ":authority"}
+_LONGEST_CACHED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A whole response: header block and body (empty: the headers end the stream)."""
+
+    block: bytes
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A well-formed request. `method` is None when the answer is `refusal`."""
+
+    method: Method | None
+    metadata: Metadata = field(default_factory=dict)
+    timeout_seconds: float = inf
+    content_length: int = -1
+    """-1: not stated."""
+    refusal: Refusal | None = None
+
+
+TOO_LARGE = Request(None, refusal=Refusal(plain(431, b"request headers too large\n"), b"request headers too large\n"))
+
+
+class RequestReader:
+    """Reads the header blocks of one connection."""
+
+    __slots__ = ("_cache", "_cache_entries", "_decoder", "_methods")
+
+    def __init__(self, methods: Methods, max_header_list_bytes: int, cache_entries: int) -> None:
+        self._methods = methods
+        self._decoder = HpackDecoder(max_header_list_bytes)
+        self._cache: dict[bytes, Request] = {}
+        self._cache_entries = cache_entries
+
+    def read(self, block: bytes) -> Request:
+        """Raises `ConnectionFault` if the block cannot be decoded, `StreamFault` if it is no request."""
+        request = self._cache.get(block)
+        if request is not None:
+            return request
+        decoder = self._decoder
+        version = decoder.version
+        fields = decoder.decode(block)
+        if decoder.version != version:
+            self._cache.clear()
+            return TOO_LARGE if fields is None else read_request(fields, self._methods)
+        if fields is None:
+            return TOO_LARGE
+        request = read_request(fields, self._methods)
+        if len(block) <= _LONGEST_CACHED:
+            if len(self._cache) >= self._cache_entries:
+                self._cache.clear()
+            self._cache[block] = request
+        return request
+
+    def skip(self, block: bytes) -> None:
+        """Keep the decoding state right for a block whose fields nobody wants (RFC 9113 4.3)."""
+        self._decode(block)
+
+    def read_trailers(self, block: bytes) -> None:
+        """Raises `StreamFault` if the block cannot be a request's trailers (8.1)."""
+        for name, _, _, fault in self._decode(block) or ():
+            if fault or name[0] == ":":
+                raise StreamFault(PROTOCOL_ERROR, fault or "pseudo header in trailers")
+
+    def _decode(self, block: bytes) -> list[Field] | None:
+        version = self._decoder.version
+        fields = self._decoder.decode(block)
+        if self._decoder.version != version:
+            self._cache.clear()
+        return fields
+
+
+def read_request(fields: list[Field], methods: Methods) -> Request:
+    pseudo: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for name, value, _, fault in fields:
+        if fault:
+            raise StreamFault(PROTOCOL_ERROR, fault)
+        if name[0] == ":":
+            if metadata or name in pseudo or name not in _PSEUDO:  # 8.3
+                raise StreamFault(PROTOCOL_ERROR, "unknown, repeated or misplaced pseudo header")
+            pseudo[name] = value
+        elif name in metadata:
+            if name == "content-length":
+                if metadata[name] != value:
+                    raise StreamFault(PROTOCOL_ERROR, "contradicting content-length")
+                continue
+            metadata[name] += ("; " if name == "cookie" else ", ") + value  # 8.2.3, RFC 9110 5.3
+        else:
+            metadata[name] = value
+    verb, path = pseudo.get(":method"), pseudo.get(":path")
+    if not verb or (verb != "CONNECT" and (not path or ":scheme" not in pseudo)):  # 8.3.1
+        raise StreamFault(PROTOCOL_ERROR, "missing pseudo header")
+    content_length = -1
+    if "content-length" in metadata:
+        text = metadata["content-length"]
+        if not text.isascii() or not text.isdigit() or len(text) > 18:
+            raise StreamFault(PROTOCOL_ERROR, "invalid content-length")
+        content_length = int(text)
+    if verb != "POST":
+        body = b"" if verb == "HEAD" else b"gRPC calls are POST requests\n"
+        return Request(None, content_length=content_length, refusal=Refusal(plain(405, body, "POST"), body))
+    if not _GRPC(metadata.get("content-type", "")):
+        body = b"gRPC calls have content-type application/grpc\n"
+        return Request(None, content_length=content_length, refusal=Refusal(plain(415, body), body))
+    method = methods.get(path or "")
+    if method is None:
+        return _trailers_only(content_length, Status.UNIMPLEMENTED, f"unknown method {path}")
+    timeout = inf
+    if "grpc-timeout" in metadata:
+        match = _TIMEOUT(metadata["grpc-timeout"])
+        if not match:
+            return _trailers_only(content_length, Status.INTERNAL, "malformed grpc-timeout")
+        timeout = int(match[1]) * _UNIT_SECONDS[match[2]]
+    for name in [name for name in metadata if name.endswith("-bin")]:
+        del metadata[name]
+    return Request(method, metadata, timeout, content_length)
+
+
+def _trailers_only(content_length: int, code: int, message: str) -> Request:
+    return Request(None, content_length=content_length, refusal=Refusal(GRPC_HEADERS + trailers(code, message)))
