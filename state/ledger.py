@@ -88,6 +88,14 @@ class Ledger:
         total: Ints = np.add.reduce(self._rows[entry, : self._header[0], :high], axis=0)
         return total
 
+    def total(self, entry: Entry, slot: int) -> int:
+        """Sum over all writers for one pod."""
+        return int(self._rows[entry, : self._header[0], slot].sum())
+
+    def load(self, slot: int) -> tuple[int, int]:
+        """(requests, prompt tokens) in flight on one pod."""
+        return self.total(Entry.REQUESTS, slot), self.total(Entry.TOKENS, slot)
+
     def charge(self, slot: int, tokens: int, uncached_tokens: int, *, held: bool) -> Charge:
         """Add one request to a pod's load. Called in the same step that selected the pod."""
         self._requests[slot] += 1

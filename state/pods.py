@@ -52,17 +52,25 @@ FIELDS = (
     "kv_usage",  # share of KV blocks in use, 0..1
     "cpu_kv_usage",  # the same for blocks offloaded to the host, where the engine has it
     "utilization",  # 0..1, engines that publish one (xllm)
+    "num_gpu_blocks",  # KV blocks the engine has
+    "block_size",  # tokens in a block
+    "start_time_seconds",  # unix seconds of the engine's start
+    "window_seconds",  # what "recent" spans in this row
+    "observed_age_seconds",  # of the newest observation behind the means, when the sample was taken
     "busy_ratio",  # share of recent time with at least one request running
     "hit_ratio",  # prefix cache: hit tokens / queried tokens, recent
     "prompt_tokens_per_second",  # recent, cached tokens included
+    "computed_prompt_tokens_per_second",  # recent, without cached and transferred ones
     "generation_tokens_per_second",
     "requests_per_second",  # finished
     "preemptions_per_second",
+    "steps_per_second",  # engine iterations
+    "tokens_per_step",  # tokens in one engine iteration
     "ttft_mean_seconds",
     "ttft_p50_seconds",
     "ttft_p90_seconds",
     "ttft_p99_seconds",
-    "itl_mean_seconds",  # time between output tokens
+    "itl_mean_seconds",  # time between output tokens: the step time while decoding
     "itl_p90_seconds",
     "e2e_mean_seconds",
     "e2e_p90_seconds",
@@ -71,10 +79,6 @@ FIELDS = (
     "decode_mean_seconds",
     "prompt_tokens_mean",  # per request
     "generation_tokens_mean",
-    "tokens_per_step",  # tokens in one engine iteration
-    "num_gpu_blocks",  # KV blocks the engine has
-    "block_size",  # tokens in a block
-    "started_at",  # unix seconds of the engine's start
 )
 """The columns of a row, all float64; NaN where the engine does not say."""
 

@@ -10,9 +10,9 @@ Why no reader ever applies a record that was not written so:
 - A writer announces how far it is going to write (`reserved`), writes, and then publishes (`head`). A reader copies up
   to `head` and afterwards looks at `reserved`: what it copied is intact if the writer has announced no more than one
   ring's length beyond the reader's place.
-- Every record has a checksum over its bytes, seeded with its position, so that a record of an earlier lap, half a record,
-  or one whose bytes arrive after `head` on a machine with weak memory order does not fit. The reader then waits one
-  turn, and if it does not fit then either, gives up what lies before `head`.
+- Every record has a checksum over its bytes, seeded with its position, so that a record of an earlier lap, half a
+  record, or one whose bytes arrive after `head` on a machine with weak memory order does not fit. The reader then
+  waits one turn, and if it does not fit then either, gives up what lies before `head`.
 - A writer that dies while it writes has not moved `head`; its successor writes over the remains.
 A reader that was lapped goes on at the oldest place that is still safe. Records never cross the bounds of a
 segment, so the begin of each segment is the begin of a record.

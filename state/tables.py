@@ -7,6 +7,8 @@ import orjson
 from state.catalog import Catalog
 from state.ledger import Ledger
 from state.pods import PodTable
+from state.prefix_log import PrefixLog
+from state.roster import Roster
 from state.segment import Segment
 from state.series import Series
 
@@ -19,6 +21,7 @@ class Capacity:
     writers: int = 34
     catalog_bytes: int = 4 << 20
     series: int = 4096
+    prefix_ring_bytes: int = 4 << 20
 
 
 SUPERVISOR, SCRAPER, ADMIN = 0, 1, 2
@@ -37,6 +40,8 @@ class Tables:
         self.catalog = Catalog(segment.region("catalog"))
         self.pods = PodTable(segment.region("pods"), capacity.pods)
         self.ledger = Ledger(segment.region("ledger"), self.pods.generation, capacity.writers, capacity.pods, writer)
+        self.roster = Roster(segment.region("roster"), capacity.writers)
+        self.prefix_log = PrefixLog(segment.region("prefix_log"), capacity.writers, capacity.prefix_ring_bytes, writer)
         self._series = segment.region("series")
 
     @classmethod
@@ -49,6 +54,8 @@ class Tables:
                 "catalog": Catalog.size(capacity.catalog_bytes),
                 "pods": PodTable.size(capacity.pods),
                 "ledger": Ledger.size(capacity.writers, capacity.pods),
+                "roster": Roster.size(capacity.writers),
+                "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
                 "series": Series.size(capacity.series) * capacity.writers,
             }
         )

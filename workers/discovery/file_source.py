@@ -30,22 +30,27 @@ class FileSource:
         self._seen: object = None
         self._addresses: dict[str, tuple[str, ...]] = {}
 
-    def reload(self) -> bool:
-        """Read the file again if it changed. Returns whether it did and could be used."""
-        try:
-            status = self.path.stat()
-            seen: object = (status.st_mtime_ns, status.st_ino, status.st_size)
-        except OSError as error:
-            seen = error.errno
+    def changed(self) -> bool:
+        """Whether the file is another than the one read last."""
+        return self._look() != self._seen
+
+    def reload(self) -> None:
+        """Read the file again if it changed."""
+        seen = self._look()
         if seen == self._seen:
-            return False
+            return
         self._seen = seen
         try:
             self._models = read_endpoints(self.path)
         except EndpointsError as error:
             log.error("endpoints file cannot be used, the pods stay as they are", error=str(error))
-            return False
-        return True
+
+    def _look(self) -> object:
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            return error.errno
+        return (status.st_mtime_ns, status.st_ino, status.st_size)
 
     async def resolve(self) -> tuple[list[FoundPod], Settings]:
         """The pods with the addresses their host names have at this moment. A name that cannot be resolved keeps the
@@ -82,7 +87,8 @@ class FileSource:
         for endpoint, model, role, roleset in self._endpoints():
             _, host, port = parse_address(endpoint.address)
             names = (model.name, *model.adapters, *endpoint.adapters)
-            for ip in self._addresses.get(host, ()):
+            ips = self._addresses.get(host, ())
+            for ip in ips:
                 number = numbers.get(model.name, 0)
                 numbers[model.name] = number + 1
                 address = join_address(ip, port)
@@ -90,7 +96,9 @@ class FileSource:
                 metrics_port = endpoint.metrics_port or model.metrics_port or port
                 pods[address] = FoundPod(
                     address=address,
-                    name=known.name if known else endpoint.name or f"{sanitised(model.name)}-{sanitised(ip)}-{number}",
+                    name=known.name
+                    if known
+                    else endpoint.name or f"{sanitised(model.name)}-{host if len(ips) == 1 else ip}-{number}",
                     models=tuple(dict.fromkeys((*(known.models if known else ()), *names))),
                     engine=model.engine,
                     host=host,

@@ -134,9 +134,8 @@ class Registry:
         self._resting.pop(slot, None)
         tables = self._tables
         self._generation += 1
-        load = int(tables.ledger.totals(Entry.REQUESTS, slot + 1)[slot])
-        tokens = int(tables.ledger.totals(Entry.TOKENS, slot + 1)[slot])
-        tables.ledger.settle(slot, -load, -tokens)
+        requests, tokens = tables.ledger.load(slot)
+        tables.ledger.settle(slot, -requests, -tokens)
         tables.pods.claim(slot, self._generation)
         return _Row(pod, slot, self._generation)
 

@@ -1,0 +1,67 @@
+"""Which processes there are and how they do. The supervisor writes, the admin process reads.
+
+int64[rows][len(fields of Process)]
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Kind(IntEnum):
+    """What a process does. 0 is an unused row."""
+
+    WORKER = 1
+    SCRAPER = 2
+    ADMIN = 3
+
+
+class Phase(IntEnum):
+    """Where a process is in its life."""
+
+    STARTING = 1
+    READY = 2
+    DRAINING = 3
+    DOWN = 4
+
+
+class Process(NamedTuple):
+    """One row."""
+
+    kind: Kind
+    number: int
+    pid: int
+    phase: Phase
+    restarts: int
+
+
+class Roster:
+    """The table of processes."""
+
+    def __init__(self, region: memoryview, rows: int) -> None:
+        self._rows: npt.NDArray[np.int64] = np.frombuffer(region, np.int64, rows * len(Process._fields)).reshape(
+            rows, len(Process._fields)
+        )
+
+    @staticmethod
+    def size(rows: int) -> int:
+        """Bytes of shared memory."""
+        return 8 * rows * len(Process._fields)
+
+    def put(self, row: int, process: Process) -> None:
+        """Write one row."""
+        self._rows[row] = list(process)
+
+    def clear(self, row: int) -> None:
+        """The process of this row is gone for good."""
+        self._rows[row] = 0
+
+    def processes(self) -> list[Process]:
+        """All rows in use."""
+        return [
+            Process(Kind(kind), number, pid, Phase(phase), restarts)
+            for kind, number, pid, phase, restarts in self._rows.tolist()
+            if kind
+        ]

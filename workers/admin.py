@@ -1,0 +1,136 @@
+"""The admin server: health, metrics and what the router believes, over HTTP, from a process of its own."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import orjson
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from state.ledger import Entry
+from state.pods import COLUMN, FIELDS, Health
+from state.roster import Kind, Phase
+from state.tables import Tables
+from workers.address import parse_address
+from workers.config import Config
+from workers.metrics import TablesCollector
+from workers.process import Stop
+
+
+class Admin:
+    """The handlers."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._registry = CollectorRegistry()
+        self._registry.register(TablesCollector(tables))
+
+    def application(self) -> web.Application:
+        """The routes."""
+        application = web.Application()
+        application.add_routes(
+            [
+                web.get("/healthz", self.healthz),
+                web.get("/readyz", self.readyz),
+                web.get("/metrics", self.metrics),
+                web.get("/v1/models", self.models),
+                web.get("/debug/pods", self.pods),
+            ]
+        )
+        return application
+
+    async def healthz(self, _: web.Request) -> web.Response:
+        """This process answers."""
+        return web.json_response({"status": "ok"})
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        """200 once every worker listens and discovery has loaded; else 503 that says what is missing."""
+        missing = []
+        processes = self._tables.roster.processes()
+        workers = [process for process in processes if process.kind is Kind.WORKER]
+        if not workers:
+            missing.append("no worker is running")
+        missing += [
+            f"worker {process.number} is {process.phase.name.lower()}"
+            for process in workers
+            if process.phase is Phase.STARTING
+        ]
+        if self._tables.catalog.version == 0:
+            missing.append("discovery has not loaded")
+        if missing:
+            return web.json_response({"status": "not ready", "missing": missing}, status=503)
+        return web.json_response({"status": "ready", "workers": len(workers)})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Prometheus text format."""
+        return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def models(self, _: web.Request) -> web.Response:
+        """OpenAI's list of models, with AIBrix's fields."""
+        _, document = self._tables.catalog.read()
+        names = sorted({name for pod in document.pods if not pod.draining for name in pod.models})
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "aibrix"} for name in names]
+        return web.json_response({"object": "list", "data": data})
+
+    async def pods(self, _: web.Request) -> web.Response:
+        """Everything the router believes of each pod."""
+        tables = self._tables
+        version, document = tables.catalog.read()
+        _, rows = tables.pods.snapshot()
+        totals = {entry.name.lower(): tables.ledger.totals(entry, tables.pods.high) for entry in Entry}
+        now = time.monotonic()
+        listed = []
+        for pod in document.pods:
+            row = rows[pod.slot] if pod.slot < len(rows) else np.full(len(FIELDS), np.nan)
+            sampled = row[COLUMN["sampled_at"]]
+            listed.append(
+                {
+                    "name": pod.name,
+                    "namespace": pod.namespace,
+                    "address": pod.address,
+                    "models": pod.models,
+                    "engine": pod.engine,
+                    "role": pod.role,
+                    "roleset": pod.roleset,
+                    "labels": pod.labels,
+                    "slot": pod.slot,
+                    "generation": pod.generation,
+                    "draining": pod.draining,
+                    "health": Health(int(row[COLUMN["health"]])).name.lower(),
+                    "sample_age_seconds": round(now - sampled, 3) if sampled > 0 else None,
+                    "own": {name: int(counts[pod.slot]) for name, counts in totals.items()},
+                    "engine_metrics": _known(row),
+                }
+            )
+        return web.Response(
+            body=orjson.dumps({"catalog_version": version, "pods": listed}, option=orjson.OPT_INDENT_2),
+            content_type="application/json",
+        )
+
+
+def _known(row: Any) -> dict[str, float]:
+    return {
+        name: float(row[column])
+        for name, column in COLUMN.items()
+        if column >= COLUMN["running"] and row[column] == row[column]
+    }
+
+
+async def run_admin(config: Config, tables: Tables, ready: Callable[[], None]) -> None:
+    """Serve until told to stop."""
+    stop = Stop()
+    runner = web.AppRunner(Admin(tables).application(), access_log=None, handle_signals=False)
+    await runner.setup()
+    kind, host, port = parse_address(config.admin)
+    site: web.BaseSite
+    if kind == "unix":
+        site = web.UnixSite(runner, host)
+    else:
+        site = web.TCPSite(runner, host, port, reuse_address=True)
+    await site.start()
+    ready()
+    await stop.wait()
+    await runner.cleanup()

@@ -1,0 +1,123 @@
+"""The `pointsman` command."""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+# One thread is all that a child of a fork can rely on.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import click
+
+from workers.config import Config, ConfigError, load
+
+_CONFIG_ERROR = 2
+
+
+class _Commands(click.Group):
+    """The commands of this file, and those that installed packages add under `pointsman.commands`."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        found = {entry.name for entry in entry_points(group="pointsman.commands")}
+        return sorted(found | set(super().list_commands(context)))
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        own = super().get_command(context, name)
+        if own is not None:
+            return own
+        for entry in entry_points(group="pointsman.commands", name=name):
+            try:
+                command: click.Command = entry.load()
+            except ModuleNotFoundError as error:
+                raise click.ClickException(
+                    f"{name} needs the Python package {error.name!r}: pip install 'pointsman[bench]'"
+                ) from None
+            return command
+        return None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="pointsman")
+def main() -> None:
+    """Sends each LLM request to the pod that will answer it soonest: an external processor for Envoy."""
+
+
+def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config FILE`."""
+    return click.option(
+        "--config", "path", type=click.Path(path_type=Path), help="YAML file; see docs/configuration.md."
+    )(command)
+
+
+def load_or_exit(path: Path | None, flags: dict[str, Any] | None = None) -> Config:
+    """The configuration, or one line on standard error and exit code 2."""
+    try:
+        config = load(path, flags)
+        if config.endpoints is not None:
+            from workers.discovery.endpoints_file import EndpointsError, read_endpoints
+
+            try:
+                read_endpoints(config.endpoints)
+            except EndpointsError as error:
+                raise ConfigError(str(error)) from None
+    except ConfigError as error:
+        click.echo(f"pointsman: {error}", err=True)
+        sys.exit(_CONFIG_ERROR)
+    return config
+
+
+@main.command()
+@config_option
+@click.option("--listen", help="Address of all workers together.")
+@click.option("--worker-listen", help="Address of worker i alone: port + i, or a unix path with {i}.")
+@click.option("--workers", type=int, help="How many worker processes.")
+@click.option("--transport", help="h2 or grpcio.")
+@click.option("--admin", help="Address of the admin server.")
+@click.option("--strategy", help="Default routing strategy; see `pointsman strategies`.")
+@click.option("--endpoints", type=click.Path(), help="AIBrix endpoints file.")
+@click.option("--log-format", type=click.Choice(["auto", "console", "json"]), help="Log lines.")
+def serve(path: Path | None, log_format: str | None, **flags: Any) -> None:
+    """Run the router."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    if log_format:
+        given["log"] = {"format": log_format}
+    config = load_or_exit(path, given)
+    from workers.supervisor import serve as run
+
+    try:
+        code = run(config, lambda: load(path, given))
+    except ConfigError as error:
+        click.echo(f"pointsman: {error}", err=True)
+        sys.exit(_CONFIG_ERROR)
+    sys.exit(code)
+
+
+@main.command("check-config")
+@config_option
+def check_config(path: Path | None) -> None:
+    """Check the configuration and the endpoints file, and print what is in force."""
+    import yaml
+
+    config = load_or_exit(path)
+    click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@main.command()
+def strategies() -> None:
+    """List the routing strategies and their formulas."""
+    import inspect
+
+    from router.strategies import STRATEGIES
+
+    for name, strategy in STRATEGIES.items():
+        click.secho(name, bold=True)
+        for line in (inspect.getdoc(strategy) or "").splitlines():
+            click.echo(f"    {line}" if line else "")
+        click.echo()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""An ext_proc worker: a transport, the methods it serves, and the scheduler behind them."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+
+from router.access_log import AccessLog
+from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY, Exchange, MessageError, Peer
+from router.scheduler import Scheduler
+from state.tables import Tables
+from workers.calls import Call, CallError, Metadata, Method, Methods, Reply, Status
+from workers.config import Config
+from workers.health import EXT_PROC_SERVICE, Health
+from workers.process import Stop
+from workers.transport import make_server
+
+PROCESS = f"/{EXT_PROC_SERVICE}/Process"
+STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
+
+_MOST_PEERS = 256
+
+
+class ProcessCall(Exchange):
+    """The exchange, as a gRPC call."""
+
+    __slots__ = ()
+
+    def receive(self, message: bytes) -> Reply:
+        """See `Exchange.receive`."""
+        try:
+            return super().receive(message)
+        except MessageError as error:
+            raise CallError(Status.INVALID_ARGUMENT, str(error)) from None
+
+
+class AccessLogCall(AccessLog):
+    """The access log, as a gRPC call."""
+
+    __slots__ = ()
+
+    def receive(self, message: bytes) -> None:
+        """See `AccessLog.receive`."""
+        try:
+            super().receive(message)
+        except MessageError as error:
+            raise CallError(Status.INVALID_ARGUMENT, str(error)) from None
+
+
+def request_ids() -> Callable[[], bytes]:
+    """A source of request ids: random UUIDs (version 4), 36 characters."""
+    bits = random.Random(os.urandom(16)).getrandbits
+
+    def new() -> bytes:
+        digits = b"%032x" % bits(128)
+        return b"%b-%b-4%b-a%b-%b" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
+
+    return new
+
+
+def process_method(scheduler: Scheduler, max_body_bytes: int) -> Method:
+    """The ext_proc Process stream."""
+    peers: dict[tuple[str, str], Peer] = {}
+    new_request_id = request_ids()
+
+    def open_exchange(metadata: Metadata) -> Call:
+        key = (metadata.get(ACCOUNTING_KEY, "stream"), metadata.get(DESTINATION_KEY, "header"))
+        peer = peers.get(key)
+        if peer is None:
+            peer = Peer(*key)
+            if len(peers) < _MOST_PEERS:
+                peers[key] = peer
+        return ProcessCall(scheduler, peer, new_request_id, max_body_bytes)
+
+    return Method(open_exchange)
+
+
+def methods(scheduler: Scheduler, health: Health, max_body_bytes: int) -> Methods:
+    """Everything a worker answers."""
+    return {
+        PROCESS: process_method(scheduler, max_body_bytes),
+        STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLogCall(scheduler)),
+        **health.methods(),
+    }
+
+
+async def run_worker(config: Config, tables: Tables, index: int, ready: Callable[[], None]) -> None:
+    """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
+    stop = Stop()
+    health = Health()
+    scheduler = Scheduler(tables, config.strategy, time.monotonic)
+    server = make_server(config, methods(scheduler, health, config.max_message_bytes))
+    await server.listen(config.listen)
+    await server.listen(config.worker_address(index))
+    ready()
+    await stop.wait()
+    health.stop()
+    await server.stop(config.drain_seconds)

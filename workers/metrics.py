@@ -1,0 +1,144 @@
+"""The shared tables as Prometheus metrics: read when somebody asks, no matter how busy the workers are."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from state.ledger import Entry
+from state.pods import COLUMN, Health
+from state.roster import Phase
+from state.series import DECISION_BUCKETS, OVERFLOW, merge
+from state.tables import Tables
+
+_COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "decisions": ("pointsman_decisions", "Requests routed", ("model", "pod", "strategy")),
+    "refused": ("pointsman_refused", "Requests answered by the router itself", ("status", "code")),
+    "finished": ("pointsman_finished", "Requests that ended, by the status the client got", ("pod", "status")),
+    "fallbacks": ("pointsman_strategy_fallbacks", "Decisions a strategy could not base on its metric", ("strategy",)),
+    "polls": ("pointsman_scrapes", "Polls of the pods' metrics", ("pod", "result")),
+    "page_cpu_seconds": ("pointsman_scrape_cpu_seconds", "CPU time spent reading metrics pages", ()),
+    "ejections": ("pointsman_ejections", "Times a pod was left out because its answers failed", ("pod",)),
+    "settled": ("pointsman_settled_requests", "In-flight counts corrected against the engine's own", ("pod",)),
+    "restarts": ("pointsman_restarts", "Processes restarted after they ended unexpectedly", ("process",)),
+    "transport": ("pointsman_transport_events", "What the transport met", ("event",)),
+}
+"""Series name: metric, help, labels."""
+
+_POD_GAUGES = (
+    ("running", "requests the engine runs"),
+    ("waiting", "requests the engine has queued"),
+    ("kv_usage", "share of the engine's KV blocks in use"),
+    ("hit_ratio", "prefix cache hits per query, in tokens, recent"),
+    ("busy_ratio", "share of recent time with a request running"),
+    ("prompt_tokens_per_second", "prompt tokens the engine took, recent"),
+    ("generation_tokens_per_second", "tokens the engine generated, recent"),
+    ("ttft_mean_seconds", "mean time to first token, recent"),
+    ("itl_mean_seconds", "mean time between tokens, recent"),
+)
+
+
+class TablesCollector(Collector):
+    """Everything in the shared tables."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by prometheus_client for each scrape of ours."""
+        merged = merge(self._tables.all_series())
+        yield from _counters(merged)
+        yield from _histogram(merged)
+        yield from self._gauges(merged)
+        yield from self._pods()
+        yield from self._processes()
+
+    @staticmethod
+    def _gauges(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:
+        modes = GaugeMetricFamily(
+            "pointsman_strategy_mode", "What a strategy bases its choices on", labels=("model", "mode")
+        )
+        for labels, value in merged.items():
+            if labels[0] == "mode":
+                modes.add_metric(labels[1:], value)
+        yield modes
+
+    def _pods(self) -> Iterator[Metric]:
+        tables = self._tables
+        _, document = tables.catalog.read()
+        _, rows = tables.pods.snapshot()
+        now = time.monotonic()
+        in_flight = GaugeMetricFamily(
+            "pointsman_in_flight", "Requests in flight, by the router's own account", labels=("pod",)
+        )
+        age = GaugeMetricFamily("pointsman_scrape_age_seconds", "Age of the last good poll", labels=("pod",))
+        health = GaugeMetricFamily("pointsman_pod_health", "1 for the pod's state", labels=("pod", "state"))
+        engine = {
+            name: GaugeMetricFamily(f"pointsman_pod_{name}", f"By the engine's own account: {text}", labels=("pod",))
+            for name, text in _POD_GAUGES
+        }
+        requests = tables.ledger.totals(Entry.REQUESTS, tables.pods.high)
+        for pod in document.pods:
+            if pod.slot >= len(rows):
+                continue
+            row = rows[pod.slot]
+            in_flight.add_metric((pod.name,), int(requests[pod.slot]))
+            if row[COLUMN["sampled_at"]] > 0:
+                age.add_metric((pod.name,), now - row[COLUMN["sampled_at"]])
+            state = "draining" if pod.draining else Health(int(row[COLUMN["health"]])).name.lower()
+            health.add_metric((pod.name, state), 1)
+            for name, family in engine.items():
+                value = row[COLUMN[name]]
+                if value == value:
+                    family.add_metric((pod.name,), value)
+        yield in_flight
+        yield age
+        yield health
+        yield from engine.values()
+
+    def _processes(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("pointsman_process_up", "1 for a process that is ready", labels=("process", "number"))
+        for process in self._tables.roster.processes():
+            ready = 1.0 if process.phase is Phase.READY else 0.0
+            up.add_metric((process.kind.name.lower(), str(process.number)), ready)
+        yield up
+
+
+def _counters(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:
+    families: dict[str, CounterMetricFamily] = {
+        name: CounterMetricFamily(metric, text, labels=labels) for name, (metric, text, labels) in _COUNTERS.items()
+    }
+    for labels, value in merged.items():
+        family = families.get(labels[0])
+        if family is None:
+            continue
+        wanted = len(_COUNTERS[labels[0]][2])
+        given = labels[1:]
+        if given == (OVERFLOW,):
+            given = (OVERFLOW,) * wanted
+        if len(given) == wanted:
+            family.add_metric(given, value)
+    yield from families.values()
+
+
+def _histogram(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:
+    """Buckets are counted apart in the tables; Prometheus wants them added up."""
+    buckets: dict[float, float] = defaultdict(float)
+    total = 0.0
+    for labels, value in merged.items():
+        if labels[0] == "decision_seconds":
+            if labels[1] == "sum":
+                total += value
+            elif labels[1] == "le":
+                buckets[float(labels[2])] += value
+    running = 0.0
+    cumulative = []
+    for bound in (*DECISION_BUCKETS, float("inf")):
+        running += buckets[bound]
+        cumulative.append(("+Inf" if bound == float("inf") else repr(bound), running))
+    family = HistogramMetricFamily("pointsman_decision_seconds", "Time from a parsed request to the chosen pod")
+    family.add_metric((), buckets=cumulative, sum_value=total)
+    yield family

@@ -1,0 +1,84 @@
+"""What every child process does first: a name, a way to die, a log, an event loop."""
+
+import asyncio
+import ctypes
+import gc
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import setproctitle
+import structlog
+import uvloop
+
+from workers.config import LogConfig
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int, how: signal.Signals) -> None:
+    """Have the kernel send `how` to this process when its parent is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(how), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os.kill(os.getpid(), how)
+
+
+def set_up_logging(config: LogConfig, name: str) -> None:
+    """Structured lines on standard error: readable on a terminal, JSON elsewhere."""
+    as_json = config.format == "json" or (config.format == "auto" and not sys.stderr.isatty())
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(pad_event_to=0)
+    )
+    levels = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(levels[config.level]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(process=name, pid=os.getpid())
+
+
+class Stop:
+    """SIGTERM and SIGINT, as something to wait for."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._event.set)
+
+    async def wait(self) -> None:
+        """Until the first of them."""
+        await self._event.wait()
+
+
+def run_child(name: str, parent: int, log: LogConfig, main: Callable[[], Awaitable[None]]) -> int:
+    """The life of a child, from right after the fork to its exit code."""
+    for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    setproctitle.setproctitle(f"pointsman: {name}")
+    set_up_logging(log, name)
+    die_with_parent(parent, signal.SIGTERM)
+    gc.enable()
+
+    async def body() -> None:
+        await main()
+
+    try:
+        uvloop.run(body())
+    except (KeyboardInterrupt, SystemExit):
+        return 0
+    except Exception:
+        structlog.get_logger().exception("process ends by an error")
+        return 1
+    return 0

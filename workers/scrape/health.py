@@ -1,0 +1,67 @@
+"""Whether a pod may be sent requests, from what its polls and its answers say. Pure: time is passed in.
+
+Polls: `failures` bad ones in a row and the pod is FAILED; the first good one brings it back. Answers: the workers
+count connect failures, resets and 5xx per pod; when three or more come with no good answer between them, the pod is
+EJECTED although its metrics answer: for 5 s, then twice as long each time, up to five minutes; a good answer after
+its return makes the next ejection short again. However bad it looks, at most half of the pods that could serve are
+ejected at a time: when everything fails, the fault is elsewhere.
+"""
+
+from dataclasses import dataclass
+
+from state.pods import Health
+
+EJECT_AFTER = 3
+"""Failed answers in a row."""
+EJECT_SECONDS = 5.0
+EJECT_SECONDS_MAX = 300.0
+
+
+@dataclass(slots=True)
+class PodHealth:
+    """One pod's record."""
+
+    failures: int
+    """Bad polls in a row that make a pod FAILED."""
+    seen: bool = False
+    failed_polls: int = 0
+    asleep: bool = False
+    bad_answers: int = 0
+    ejections: int = 0
+    ejected_until: float = 0.0
+
+    def polled(self, *, ok: bool, asleep: bool = False) -> None:
+        """A poll ended."""
+        if ok:
+            self.seen = True
+            self.failed_polls = 0
+            self.asleep = asleep
+        else:
+            self.failed_polls += 1
+
+    def answered(self, good: int, bad: int, now: float, *, may_eject: bool) -> bool:
+        """Answers counted since the last call. Returns whether the pod is ejected now for them."""
+        if good:
+            self.bad_answers = 0
+            if now >= self.ejected_until:
+                self.ejections = 0
+        if not good or bad > good:
+            self.bad_answers += bad
+        if self.bad_answers < EJECT_AFTER or now < self.ejected_until or not may_eject:
+            return False
+        self.bad_answers = 0
+        self.ejected_until = now + min(EJECT_SECONDS * 2**self.ejections, EJECT_SECONDS_MAX)
+        self.ejections += 1
+        return True
+
+    def state(self, now: float) -> Health:
+        """The verdict."""
+        if self.failed_polls >= self.failures and self.seen:
+            return Health.FAILED
+        if not self.seen:
+            return Health.UNSEEN
+        if self.asleep:
+            return Health.ASLEEP
+        if now < self.ejected_until:
+            return Health.EJECTED
+        return Health.READY

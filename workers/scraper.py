@@ -1,0 +1,312 @@
+"""The scraper process: finds the pods, polls their metrics, judges their health, and is the only writer of their rows.
+
+Every pod has one task at most: the poll under way. `Pace` says whose turn it is, so polls are spread evenly over the
+interval and a fleet of pods never delivers its pages in one burst; reading a page costs some 0.1 ms.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+
+from state.ledger import Entry
+from state.pods import COLUMN, FIELDS, Floats, Health
+from state.tables import Tables
+from workers.address import parse_address
+from workers.config import Config
+from workers.discovery.file_source import FileSource, Settings
+from workers.discovery.registry import FoundPod, Registry, RegistryFull
+from workers.process import Stop
+from workers.scrape.engines import engine_named
+from workers.scrape.health import PodHealth
+from workers.scrape.pace import Pace
+from workers.scrape.page import KnownLines, PageReader, Sample
+from workers.scrape.poll import Poller, PollError
+from workers.scrape.settle import Excess
+from workers.scrape.window import EngineState, Window
+
+log = structlog.get_logger()
+
+LOOK_SECONDS = 1.0
+"""Between two looks at the endpoints file."""
+RESOLVE_SECONDS = 10.0
+"""Between two resolutions of the host names."""
+JUDGE_SECONDS = 0.1
+"""Between two looks at what the workers saw of the pods' answers."""
+
+_FROM_STATE = tuple((COLUMN[name], EngineState._fields.index(name)) for name in FIELDS if name in EngineState._fields)
+_COLUMNS = np.array([column for column, _ in _FROM_STATE])
+_PLACES = [place for _, place in _FROM_STATE]
+
+
+@dataclass(eq=False, slots=True)
+class _Watched:
+    """A pod that is polled."""
+
+    pod: FoundPod
+    slot: int
+    poller: Poller
+    reader: PageReader
+    window: Window
+    health: PodHealth
+    row: Floats
+    excess: Excess = field(default_factory=Excess)
+    incarnation: int = 0
+    restarts: float = 0.0
+    good: int = 0
+    bad: int = 0
+    task: asyncio.Task[None] | None = None
+
+
+class Scraper:
+    """See the head of this file."""
+
+    def __init__(self, config: Config, tables: Tables, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._tables = tables
+        self._clock = clock
+        self._series = tables.series()
+        self._source = FileSource(config.endpoints) if config.endpoints else None
+        self._registry = Registry(tables)
+        scrape = config.scrape
+        self._pace: Pace[int] = Pace(
+            scrape.interval_min_seconds, scrape.interval_max_seconds, max(scrape.interval_max_seconds, 10.0)
+        )
+        self._known_lines: dict[str, KnownLines] = {}
+        self._pods: dict[int, _Watched] = {}
+        self._wake = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        for slot, pod in self._registry.pods.items():
+            self._watch(slot, pod)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._poll_forever())
+            group.create_task(self._judge_forever())
+            group.create_task(self._discover_forever())
+
+    async def discover(self) -> None:
+        """Follow the source once."""
+        now = self._clock()
+        found: list[FoundPod] = []
+        settings: Settings = {}
+        if self._source is not None:
+            self._source.reload()
+            found, settings = await self._source.resolve()
+        try:
+            added, leaving = self._registry.update(found, settings, now)
+        except RegistryFull as error:
+            log.error("pods not taken over, the others stay as they are", error=str(error))
+            return
+        pods = self._registry.pods
+        for slot in added:
+            self._watch(slot, pods[slot])
+        for slot, pod in pods.items():
+            watched = self._pods.get(slot)
+            if watched is not None and watched.pod != pod:
+                if (watched.pod.metrics_address, watched.pod.engine) != (pod.metrics_address, pod.engine):
+                    self._unwatch(slot)
+                    self._watch(slot, pod)
+                watched.pod = pod
+        if added or leaving:
+            log.info("pods changed", added=len(added), leaving=len(leaving), pods=len(pods))
+
+    # -- loops
+
+    async def _discover_forever(self) -> None:
+        resolved = self._clock()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = self._clock()
+            changed = self._source is not None and self._source.changed()
+            if changed or now - resolved >= RESOLVE_SECONDS:
+                resolved = now
+                await self.discover()
+            for slot in self._registry.sweep(now):
+                self._unwatch(slot)
+                log.info("a pod is gone", slot=slot)
+
+    async def _poll_forever(self) -> None:
+        while True:
+            now = self._clock()
+            for slot in self._pace.due(now):
+                watched = self._pods[slot]
+                watched.task = asyncio.ensure_future(self._poll(watched))
+            due = self._pace.next_due()
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(None if due is None else max(due - self._clock(), 0.0)):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _judge_forever(self) -> None:
+        while True:
+            await asyncio.sleep(JUDGE_SECONDS)
+            self._judge()
+
+    # -- one pod
+
+    def _watch(self, slot: int, pod: FoundPod) -> None:
+        engine = engine_named(pod.engine)
+        _, host, port = parse_address(pod.metrics_address)
+        known = self._known_lines.setdefault(engine.name, KnownLines(engine))
+        scrape = self._config.scrape
+        row = self._tables.pods.row(slot)
+        watched = _Watched(
+            pod,
+            slot,
+            Poller(host, port, engine.path, scrape.timeout_seconds),
+            PageReader(known),
+            Window(scrape.window_seconds),
+            PodHealth(scrape.failures, seen=row[COLUMN["sampled_at"]] > 0),
+            row,
+            incarnation=int(row[COLUMN["incarnation"]]),
+        )
+        watched.good, watched.bad = self._answers(slot)
+        self._pods[slot] = watched
+        self._pace.add(slot, self._clock())
+        self._wake.set()
+
+    def _unwatch(self, slot: int) -> None:
+        watched = self._pods.pop(slot, None)
+        if watched is None:
+            return
+        self._pace.remove(slot)
+        if watched.task is not None:
+            watched.task.cancel()
+        watched.poller.close()
+
+    async def _poll(self, watched: _Watched) -> None:
+        slot = watched.slot
+        try:
+            page = await watched.poller.poll()
+        except PollError as error:
+            self._series.add(1.0, "polls", watched.pod.name, error.reason)
+            self._failed(watched, str(error))
+            return
+        started = time.process_time()
+        sample = watched.reader.read(page)
+        now = self._clock()
+        if not sample.found:
+            self._series.add(1.0, "polls", watched.pod.name, "no-metrics")
+            self._failed(watched, f"the page has no metrics of engine {watched.pod.engine}")
+            return
+        self._series.add(1.0, "polls", watched.pod.name, "ok")
+        self._take(watched, sample, now)
+        self._series.add(time.process_time() - started, "page_cpu_seconds")
+        busy = self._busy(watched, sample)
+        self._pace.polled(slot, now, busy=busy, ok=True)
+        self._wake.set()
+
+    def _failed(self, watched: _Watched, why: str) -> None:
+        health = watched.health
+        before = health.state(self._clock())
+        health.polled(ok=False)
+        now = self._clock()
+        after = health.state(now)
+        if after is not before:
+            log.warning("a pod is not ready", pod=watched.pod.name, address=watched.pod.address, why=why)
+        watched.row[COLUMN["failed_polls"]] = health.failed_polls
+        self._write(watched, now)
+        self._pace.polled(watched.slot, now, busy=after is not Health.FAILED, ok=False)
+        self._wake.set()
+
+    def _take(self, watched: _Watched, sample: Sample, now: float) -> None:
+        """A good page: its figures go into the pod's row."""
+        health = watched.health
+        before = health.state(now)
+        health.polled(ok=True, asleep=sample.awake == 0.0)
+        state = watched.window.add(now, sample)
+        if state.restarts > watched.restarts:
+            watched.restarts = state.restarts
+            watched.incarnation += 1
+            log.info("an engine has restarted", pod=watched.pod.name)
+        row, slot = watched.row, watched.slot
+        row[_COLUMNS] = [state[place] for place in _PLACES]
+        row[COLUMN["utilization"]] = sample.utilization
+        row[COLUMN["sampled_at"]] = now
+        row[COLUMN["incarnation"]] = watched.incarnation
+        row[COLUMN["failed_polls"]] = 0
+        ledger = self._tables.ledger
+        own, tokens = ledger.load(slot)
+        correction = watched.excess.correction(own, sample.running + _or_zero(sample.waiting), now)
+        if correction:
+            # Tokens go with requests, in the same proportion.
+            ledger.settle(slot, correction, -tokens if own <= 0 else round(tokens * correction / own))
+            self._series.add(abs(correction), "settled", watched.pod.name)
+            own, tokens = ledger.load(slot)
+        row[COLUMN["own_requests_at_sample"]] = own
+        row[COLUMN["own_tokens_at_sample"]] = tokens
+        self._write(watched, now)
+        if before is not Health.READY and health.state(now) is Health.READY:
+            log.info("a pod is ready", pod=watched.pod.name, address=watched.pod.address)
+
+    def _busy(self, watched: _Watched, sample: Sample) -> bool:
+        own, _ = self._tables.ledger.load(watched.slot)
+        return own > 0 or sample.running > 0 or sample.waiting > 0
+
+    def _write(self, watched: _Watched, now: float) -> None:
+        watched.row[COLUMN["health"]] = watched.health.state(now)
+        self._tables.pods.write(watched.slot, watched.row)
+
+    # -- passive health
+
+    def _answers(self, slot: int) -> tuple[int, int]:
+        ledger = self._tables.ledger
+        return ledger.total(Entry.SUCCEEDED, slot), ledger.total(Entry.FAILED, slot)
+
+    def _judge(self) -> None:
+        """Look at what the workers saw of the pods' answers; also wake pods that have got work, and end ejections."""
+        now = self._clock()
+        high = self._tables.pods.high
+        ledger = self._tables.ledger
+        good, bad = ledger.totals(Entry.SUCCEEDED, high).tolist(), ledger.totals(Entry.FAILED, high).tolist()
+        in_flight = ledger.totals(Entry.REQUESTS, high).tolist()
+        for slot, watched in self._pods.items():
+            if in_flight[slot] > 0:
+                self._pace.hurry(slot, now)
+            health = watched.health
+            more_good, more_bad = good[slot] - watched.good, bad[slot] - watched.bad
+            if more_good or more_bad:
+                watched.good, watched.bad = good[slot], bad[slot]
+                if health.answered(more_good, more_bad, now, may_eject=self._may_eject(watched, now)):
+                    self._series.add(1.0, "ejections", watched.pod.name)
+                    log.warning(
+                        "a pod's answers fail, it is left out for a while",
+                        pod=watched.pod.name, seconds=round(health.ejected_until - now, 1),
+                    )  # fmt: skip
+            if health.state(now) != watched.row[COLUMN["health"]]:
+                self._write(watched, now)
+        self._wake.set()
+
+    def _may_eject(self, watched: _Watched, now: float) -> bool:
+        """Whether at least half of the pods of each of its models stay in when this one goes."""
+        for model in watched.pod.models:
+            peers = [other for other in self._pods.values() if model in other.pod.models]
+            out = sum(1 for other in peers if now < other.health.ejected_until)
+            if (out + 1) * 2 > len(peers):
+                return False
+        return True
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+async def run_scraper(config: Config, tables: Tables, ready: Callable[[], None]) -> None:
+    """The scraper process: discover once, say so, then go on until told to stop."""
+    stop = Stop()
+    scraper = Scraper(config, tables)
+    await scraper.discover()
+    ready()
+    work = asyncio.ensure_future(scraper.run())
+    waiting = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+    if work.done():
+        work.result()
+    work.cancel()

@@ -1,0 +1,421 @@
+"""Starts the processes, watches them, replaces them.
+
+One plain loop, no threads, nothing asynchronous: signals and children's words arrive on file descriptors. Children
+are forked from this process, which has imported everything already, so that a dead one is back within some tens of
+milliseconds and shares the memory of the code. What a child does is in `ext_proc`, `scraper` and `admin`.
+
+    SIGTERM, SIGINT   drain and end; a second one ends at once
+    SIGHUP            read the configuration again and replace every worker, one after the other: the successor
+                      listens before its predecessor is told to drain
+    SIGTTIN, SIGTTOU  one worker more, one less
+"""
+
+import contextlib
+import gc
+import os
+import selectors
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from state.roster import Kind, Phase, Process
+from state.tables import ADMIN, FIRST_WORKER, SCRAPER, SUPERVISOR, Tables
+from workers.admin import run_admin
+from workers.config import Config, ConfigError
+from workers.ext_proc import run_worker
+from workers.ports import Reservation, clear_stale_socket
+from workers.process import run_child, set_up_logging
+from workers.scraper import run_scraper
+
+log = structlog.get_logger()
+
+BACK_OFF_SECONDS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Before the first, second, ... restart in a row; the last one repeats."""
+STEADY_SECONDS = 10.0
+"""A child that lived this long was all right: its successor starts at once."""
+KILL_AFTER_SECONDS = 5.0
+"""Beyond the drain time, before a child that was told to end is killed."""
+
+
+@dataclass(eq=False)
+class Child:
+    """One running process."""
+
+    seat: "Seat"
+    pid: int
+    writer: int
+    started: float
+    ready_fd: int
+    phase: Phase = Phase.STARTING
+    kill_at: float | None = None
+
+
+@dataclass(eq=False)
+class Seat:
+    """A job that somebody must be doing: worker 0, the scraper, ..."""
+
+    kind: Kind
+    number: int
+    child: Child | None = None
+    retiring: list[Child] = field(default_factory=list)
+    successor: Child | None = None
+    restarts: int = 0
+    failures_in_a_row: int = 0
+    start_at: float | None = None
+    closing: bool = False
+
+    @property
+    def name(self) -> str:
+        """For titles and logs."""
+        return f"worker {self.number}" if self.kind is Kind.WORKER else self.kind.name.lower()
+
+
+class Supervisor:
+    """See the head of this file. `reload` gives the configuration anew, or raises ConfigError."""
+
+    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
+        self._config = config
+        self._reload = reload
+        self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
+        for writer in (SUPERVISOR, SCRAPER, ADMIN):
+            self._tables.ledger.admit(writer)
+        self._series = self._tables.series()
+        self._free_writers = list(range(FIRST_WORKER, self._tables.capacity.writers))
+        self._seats: list[Seat] = [Seat(Kind.SCRAPER, 0), Seat(Kind.ADMIN, 0)]
+        self._seats += [Seat(Kind.WORKER, number) for number in range(config.workers)]
+        self._children: dict[int, Child] = {}
+        self._rolling: deque[Seat] = deque()
+        self._reservations: list[Reservation] = []
+        self._stopping = False
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def run(self) -> int:
+        """Until everything has ended. Returns the exit code."""
+        set_up_logging(self._config.log, "supervisor")
+        self._reserve()
+        self._install_signals()
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        gc.collect()
+        gc.freeze()
+        log.info("starting", workers=self._config.workers, listen=self._config.listen, admin=self._config.admin)
+        for seat in self._seats:
+            self._fill(seat)
+        while self._children or not self._stopping:
+            self._wait()
+            self._reap()
+            now = time.monotonic()
+            self._restart_due(now)
+            self._kill_due(now)
+            self._roll()
+            if self._stopping:
+                self._end_services()
+        log.info("ended")
+        return 0
+
+    # -- addresses
+
+    def _reserve(self) -> None:
+        """Make sure that nobody else has our addresses, and that nobody takes them while we live."""
+        config = self._config
+        addresses = [config.listen] + [config.worker_address(number) for number in range(config.workers)]
+        for address in addresses:
+            self._reservations.append(Reservation(address, shared=True))
+        Reservation(config.admin, shared=False).release()
+
+    # -- signals
+
+    def _install_signals(self) -> None:
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        handled = (
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD,
+        )  # fmt: skip
+        for number in handled:
+            signal.signal(number, lambda *_: None)
+
+    def _wait(self) -> None:
+        """Sleep until a signal, a word from a child, or the next thing that is due."""
+        now = time.monotonic()
+        due = [seat.start_at for seat in self._seats if seat.start_at is not None]
+        due += [child.kill_at for child in self._children.values() if child.kill_at is not None]
+        timeout = max(0.0, min(due) - now) if due else None
+        for key, _ in self._selector.select(timeout):
+            if key.fd == self._wake_read:
+                for number in os.read(self._wake_read, 4096):
+                    self._on_signal(signal.Signals(number))
+            else:
+                self._on_ready(key.data)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            if self._stopping:
+                for child in self._children.values():
+                    self._signal(child, signal.SIGKILL)
+            else:
+                self._stop()
+        elif self._stopping:
+            return
+        elif number is signal.SIGHUP:
+            self._start_rolling()
+        elif number is signal.SIGTTIN:
+            self._add_worker()
+        elif number is signal.SIGTTOU:
+            self._remove_worker()
+
+    def _stop(self) -> None:
+        log.info("draining", seconds=self._config.drain_seconds)
+        self._stopping = True
+        self._rolling.clear()
+        for seat in self._seats:
+            seat.start_at = None
+            if seat.kind is Kind.WORKER:
+                for child in (seat.child, seat.successor):
+                    if child is not None:
+                        self._retire(child)
+
+    def _end_services(self) -> None:
+        """Scraper and admin go last: until then there are workers that need the one and people who watch the other."""
+        if any(child.seat.kind is Kind.WORKER for child in self._children.values()):
+            return
+        for child in self._children.values():
+            if child.phase is not Phase.DRAINING:
+                self._retire(child)
+
+    # -- children
+
+    def _fill(self, seat: Seat) -> None:
+        seat.start_at = None
+        seat.child = self._start(seat)
+
+    def _start(self, seat: Seat) -> Child:
+        """Fork one child."""
+        writer = {Kind.SCRAPER: SCRAPER, Kind.ADMIN: ADMIN}.get(seat.kind)
+        if writer is None:
+            writer = self._free_writers.pop(0)
+        self._tables.ledger.admit(writer)
+        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = self._be_child(seat, writer, write, parent)
+            finally:
+                os._exit(code)
+        os.close(write)
+        child = Child(seat, pid, writer, time.monotonic(), read)
+        self._children[pid] = child
+        self._selector.register(read, selectors.EVENT_READ, child)
+        self._record(child)
+        return child
+
+    def _be_child(self, seat: Seat, writer: int, ready_fd: int, parent: int) -> int:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        for child in self._children.values():
+            if child.ready_fd >= 0:
+                os.close(child.ready_fd)
+        for reservation in self._reservations:
+            reservation.release()
+        config = self._config
+        tables = Tables.attach(self._tables.segment.fd, writer)
+
+        def ready() -> None:
+            os.write(ready_fd, b"R")
+            os.close(ready_fd)
+
+        async def main() -> None:
+            if seat.kind is Kind.WORKER:
+                await run_worker(config, tables, seat.number, ready)
+            elif seat.kind is Kind.SCRAPER:
+                await run_scraper(config, tables, ready)
+            else:
+                await run_admin(config, tables, ready)
+
+        return run_child(seat.name, parent, config.log, main)
+
+    def _on_ready(self, child: Child) -> None:
+        """A child spoke (it is ready) or its pipe closed (it died before)."""
+        try:
+            word = os.read(child.ready_fd, 1)
+        except BlockingIOError:
+            return
+        self._selector.unregister(child.ready_fd)
+        os.close(child.ready_fd)
+        child.ready_fd = -1
+        if word and child.phase is Phase.STARTING:
+            child.phase = Phase.READY
+            self._record(child)
+            log.info("ready", child=child.seat.name, child_pid=child.pid)
+
+    def _retire(self, child: Child) -> None:
+        """Tell a child to drain and end."""
+        if child.phase is Phase.DRAINING:
+            return
+        child.phase = Phase.DRAINING
+        child.kill_at = time.monotonic() + self._config.drain_seconds + KILL_AFTER_SECONDS
+        self._record(child)
+        self._signal(child, signal.SIGTERM)
+
+    @staticmethod
+    def _signal(child: Child, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended; `_reap` will see
+            os.kill(child.pid, number)
+
+    def _kill_due(self, now: float) -> None:
+        for child in self._children.values():
+            if child.kill_at is not None and now >= child.kill_at:
+                log.warning("killing a child that would not end", child=child.seat.name, child_pid=child.pid)
+                child.kill_at = None
+                self._signal(child, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        while self._children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self._children.pop(pid, None)
+            if child is not None:
+                self._on_end(child, os.waitstatus_to_exitcode(status))
+
+    def _on_end(self, child: Child, code: int) -> None:
+        """A child has ended: give back what it held, and decide who comes next."""
+        seat = child.seat
+        if child.ready_fd >= 0:
+            self._selector.unregister(child.ready_fd)
+            os.close(child.ready_fd)
+        given_back = self._tables.ledger.forfeit(child.writer)
+        self._tables.roster.clear(child.writer)
+        if seat.kind is Kind.WORKER:
+            self._free_writers.append(child.writer)
+            self._free_writers.sort()
+        if child in seat.retiring:
+            seat.retiring.remove(child)
+            if seat.closing and not seat.retiring:
+                self._seats.remove(seat)
+            return
+        if child is seat.successor:
+            seat.successor = None
+            self._rolling.clear()
+            log.error("a replacement ended before it was ready; the rolling restart stops here", child=seat.name)
+            return
+        seat.child = None
+        if self._stopping:
+            return
+        now = time.monotonic()
+        steady = now - child.started >= STEADY_SECONDS
+        seat.failures_in_a_row = 0 if steady else seat.failures_in_a_row + 1
+        delay = 0.0 if steady else BACK_OFF_SECONDS[min(seat.failures_in_a_row, len(BACK_OFF_SECONDS)) - 1]
+        seat.start_at = now + delay
+        seat.restarts += 1
+        self._series.add(1.0, "restarts", seat.name)
+        log.error(
+            "a child ended unexpectedly",
+            child=seat.name, child_pid=child.pid, exit_code=code, requests_given_back=given_back, restart_in=delay,
+        )  # fmt: skip
+
+    def _restart_due(self, now: float) -> None:
+        for seat in self._seats:
+            if seat.start_at is not None and now >= seat.start_at:
+                self._fill(seat)
+
+    def _record(self, child: Child) -> None:
+        seat = child.seat
+        self._tables.roster.put(child.writer, Process(seat.kind, seat.number, child.pid, child.phase, seat.restarts))
+
+    # -- rolling restart, more and fewer workers
+
+    def _start_rolling(self) -> None:
+        try:
+            config = self._reload()
+        except ConfigError as error:
+            log.error("configuration not reloaded", error=str(error))
+            return
+        fixed = ("listen", "worker_listen", "admin", "capacity", "workers")
+        for name in fixed:
+            if getattr(config, name) != getattr(self._config, name):
+                log.warning("a change that needs a full restart is left out", key=name)
+        keep = {name: getattr(self._config, name) for name in fixed}
+        self._config = config.model_copy(update=keep)
+        log.info("rolling restart")
+        self._rolling = deque(seat for seat in self._seats if not seat.closing)
+
+    def _roll(self) -> None:
+        """Take the rolling restart one step further, if one is under way."""
+        while self._rolling:
+            seat = self._rolling[0]
+            if seat.child is None or seat.closing:
+                self._rolling.popleft()
+            elif seat.kind is not Kind.WORKER:
+                # These have one writer row and one address each: the old one ends, then the new one starts.
+                self._rolling.popleft()
+                self._retire(seat.child)
+                seat.failures_in_a_row = 0
+            elif seat.successor is None:
+                seat.successor = self._start(seat)
+                return
+            elif seat.successor.phase is Phase.READY:
+                self._retire(seat.child)
+                seat.retiring.append(seat.child)
+                seat.child, seat.successor = seat.successor, None
+                self._rolling.popleft()
+            else:
+                return
+
+    def _add_worker(self) -> None:
+        numbers = {seat.number for seat in self._seats if seat.kind is Kind.WORKER}
+        number = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        if number >= self._config.max_workers:
+            log.error("no room for another worker: raise capacity.workers", workers=len(numbers))
+            return
+        try:
+            self._reservations.append(Reservation(self._config.worker_address(number), shared=True))
+        except ConfigError as error:
+            log.error("no address for another worker", error=str(error))
+            return
+        seat = Seat(Kind.WORKER, number)
+        self._seats.append(seat)
+        self._fill(seat)
+        log.info("one worker more", workers=len(numbers) + 1)
+
+    def _remove_worker(self) -> None:
+        workers = [seat for seat in self._seats if seat.kind is Kind.WORKER and not seat.closing]
+        if len(workers) <= 1:
+            log.error("the last worker stays")
+            return
+        seat = max(workers, key=lambda seat: seat.number)
+        seat.closing = True
+        seat.start_at = None
+        address = self._config.worker_address(seat.number)
+        for reservation in [held for held in self._reservations if held.address == address]:
+            reservation.release()
+            self._reservations.remove(reservation)
+        for child in (seat.child, seat.successor):
+            if child is not None:
+                self._retire(child)
+                seat.retiring.append(child)
+        seat.child = seat.successor = None
+        if not seat.retiring:
+            self._seats.remove(seat)
+        log.info("one worker less", workers=len(workers) - 1)
+
+
+def serve(config: Config, reload: Callable[[], Config]) -> int:
+    """Run until stopped. Raises ConfigError when an address is taken."""
+    for number in range(config.max_workers):
+        clear_stale_socket(config.worker_address(number))
+    clear_stale_socket(config.listen)
+    return Supervisor(config, reload).run()
