@@ -7,9 +7,9 @@ seed, so that one 64-bit number stands for the whole text up to there:
     h[i] = xxh3_64(block i, seed = h[i-1])
 
 Two texts of one model have equal first k hashes exactly if their first k blocks are equal (but for a chance of
-2^-64 per pair). The root keeps models and adapters apart; every worker of a fleet must use one fleet seed, which clients
-do not know, so that nobody can search for texts that collide (a collision would only misplace a request). A trailing
-part of a block is left out: an engine does not share partial blocks either.
+2^-64 per pair). The root keeps models and adapters apart. Every worker of a fleet must use one fleet seed, which
+clients do not know, so that nobody can search for texts that collide (a collision would only misplace a request). A
+trailing part of a block is left out: an engine does not share partial blocks either.
 
 Everything is hashed in one pass, although a look-up alone could stop at the first unknown block: whatever the look-up
 finds, the chosen pod is remembered with the whole chain.

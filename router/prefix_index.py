@@ -7,8 +7,8 @@ of memory, however long. A look-up takes as many steps as the prompt has runs (t
 the matched length for every pod at once: a pod holds a run only if it holds all runs before it.
 
 Each pod has an order of use over its runs. Whoever uses a run uses all runs before it, and those are moved to the end
-after it, so that the least recently used run of a pod never has another one of the same pod behind it and can be dropped
-by itself: the order in which engines free blocks, tails first. Runs are dropped
+after it, so that the least recently used run of a pod never has another one of the same pod behind it and can be
+dropped by itself: the order in which engines free blocks, tails first. Runs are dropped
 - when the pod's runs hold more than the engine's KV cache (`num_gpu_blocks` times `block_size`),
 - when they were not used for `ttl_seconds`,
 - all of a pod's when its row belongs to another pod, or its engine has restarted,
@@ -26,7 +26,7 @@ from typing import Protocol
 
 import numpy as np
 
-from router.prefix_hash import BLOCK_BYTES, NOMINAL_BYTES_PER_TOKEN, Chain
+from router.prefix_hash import NOMINAL_BYTES_PER_TOKEN, Chain
 from state.pods import COLUMN, Floats, Ints
 from state.prefix_log import LogReader, PrefixLog, Routed, pod_tag
 
@@ -265,7 +265,9 @@ class PrefixIndex:
             self._orders.append(OrderedDict())
         for slot, (generation, incarnation, tokens) in enumerate(rows.T.tolist()):
             tag = pod_tag(int(generation), int(incarnation)) if generation else 0
-            if tag != self._tags[slot]:
+            known = self._tags[slot]
+            # A lower incarnation of the same pod is a row that could not be read: its writer died inside it.
+            if tag != known and not (tag < known and tag >> 32 == known >> 32):
                 self.forget(slot)
                 self._tags[slot] = tag
             self._room[slot] = tokens if tokens > 0 else self._default_tokens
