@@ -7,11 +7,12 @@ Keys are taken as they are spelt. Of a repeated key the last one counts, which i
 is checked and routed on is what the engine will see.
 """
 
+import re
 from typing import Any, ClassVar, Final
 
 import orjson
 
-from router.errors import bad_body
+from router.errors import RequestError, bad_body, missing
 
 Document = dict[str, Any]
 
@@ -21,6 +22,15 @@ MEDIA_TOKENS: Final = 512
 SMALL: Final = 8192
 """Bytes. A body this small is not searched for inline media before its tokens are estimated."""
 
+REPAIRABLE_BYTES: Final = 4 << 20
+REPAIRABLE_ESCAPES: Final = 50_000
+"""Bodies past these with lone surrogates in them are refused: repairing costs 0.5 µs an escape."""
+_ESCAPE: Final = re.compile(
+    rb"\\(?:([^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u(?![dD][89a-fA-F]))"
+    rb"|u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
+"""One escape of a JSON string. The first group takes all but lone surrogates."""
+
 
 class Body:
     """A request body that passed the checks of its path."""
@@ -29,14 +39,15 @@ class Body:
 
     kind: ClassVar[str]
 
-    def __init__(self, document: Document, size: int, model: str, stream: bool) -> None:
-        self.json: Document | None = document
+    def __init__(self, document: Document | None, size: int, model: str, stream: bool) -> None:
+        self.json = document
+        """The parsed document; None for a form."""
         self.size = size
         """Bytes of the body as sent."""
         self.model = model
         self.stream = stream
         self.include_usage = False
-        """`stream_options.include_usage`: whether a stream will end with its usage."""
+        """Whether a streamed answer will tell its usage: `stream_options.include_usage`, or the path always does."""
         self.max_tokens = 0
         """The client's bound on output tokens, 0 when it gave none."""
         self.media = 0
@@ -72,12 +83,23 @@ def parse(body: bytes) -> Document:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise bad_body() from error
+        document = _parse_repaired(body, error)
     if type(document) is dict:
         return document
     if document is None:
         return {}
     raise bad_body()
+
+
+def _parse_repaired(body: bytes, error: orjson.JSONDecodeError) -> Any:
+    """Escaped lone surrogates are what a JavaScript client sends of a text that was cut inside an emoji. Engines take
+    them, orjson does not, so they are read as U+FFFD here; the body itself goes on as it came."""
+    if "surrogate" in error.msg and len(body) <= REPAIRABLE_BYTES and 0 < body.count(b"\\") <= REPAIRABLE_ESCAPES:
+        try:
+            return orjson.loads(_ESCAPE.sub(lambda match: match[0] if match[1] else b"\\ufffd", body))
+        except orjson.JSONDecodeError:
+            pass
+    raise bad_body() from error
 
 
 def read_model(document: Document) -> str:
@@ -90,6 +112,14 @@ def read_model(document: Document) -> str:
     raise bad_body()
 
 
+def require_model(document: Document) -> str:
+    """The model's name, on the paths that say so when it is missing."""
+    model = read_model(document)
+    if not model:
+        raise missing("model")
+    return model
+
+
 def read_stream(document: Document) -> bool:
     """Whether the answer shall be streamed."""
     stream = document.get("stream")
@@ -100,6 +130,13 @@ def read_stream(document: Document) -> bool:
     raise bad_body()
 
 
+def refuse_stream(document: Document, what: str) -> None:
+    """For the paths whose answers cannot be streamed."""
+    stream = document.get("stream")
+    if stream is not None and stream is not False:
+        raise bad_body(f"stream not supported for {what}", "stream")
+
+
 def read_max_tokens(document: Document, *names: str) -> int:
     """The first of the named bounds that is a positive number. What else may stand there is the engine's to refuse."""
     for name in names:
@@ -107,3 +144,14 @@ def read_max_tokens(document: Document, *names: str) -> int:
         if type(value) is int and value > 0:
             return value
     return 0
+
+
+def wants_usage(document: Document) -> bool:
+    """`stream_options.include_usage`, on the paths that do not check it."""
+    options = document.get("stream_options")
+    return type(options) is dict and options.get("include_usage") is True
+
+
+def not_strings(param: str) -> RequestError:
+    """An `input` of neither form."""
+    return bad_body(f"'{param}' must be a string or array of strings", param)

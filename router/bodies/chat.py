@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`."""
+"""`/v1/chat/completions`, and `/v1/messages`, which is a chat with the system prompt apart."""
 
 from typing import Any, ClassVar, Final
 
@@ -10,6 +10,7 @@ _TURNS: Final = frozenset({dict, type(None)})
 _LEADING: Final = frozenset({"system", "developer"})
 _STRINGS: Final = ("name", "reasoning_content", "reasoning", "tool_call_id", "refusal")
 _CALLS: Final = ("tool_calls", "function_call")
+_BEFORE_TURNS: Final = ("tools", "functions", "documents")
 
 
 class ChatBody(Body):
@@ -25,40 +26,44 @@ class ChatBody(Body):
         salt = document.get("cache_salt")
         if type(salt) is str:  # vLLM shares no block between salts
             pieces.append(f"{salt}{TURN}")
-        messages = document["messages"]
-        first = messages[0]
-        rest = messages
-        if type(first) is dict and first.get("role") in _LEADING:
-            self._add(pieces, first)
-            rest = messages[1:]
-        for name in ("tools", "functions", "documents"):
+        turns = self._add_system(pieces, document)
+        for name in _BEFORE_TURNS:
             value = document.get(name)
             if value:
                 pieces.append(f"{TURN}{name}{FIELD}")
                 pieces.append(dumped(value))
-        for message in rest:
-            self._add(pieces, message)
+        for turn in turns:
+            self._add(pieces, turn)
         return joined(pieces)
 
-    def _add(self, pieces: Pieces, message: dict[str, Any] | None) -> None:
-        if message is None:
+    def _add_system(self, pieces: Pieces, document: Document) -> list[Any]:
+        """Append what comes before the tools; returns the turns that come after them."""
+        turns: list[Any] = document["messages"]
+        first = turns[0]
+        if type(first) is dict and first.get("role") in _LEADING:
+            self._add(pieces, first)
+            return turns[1:]
+        return turns
+
+    def _add(self, pieces: Pieces, turn: dict[str, Any] | None) -> None:
+        if turn is None:
             pieces.append(TURN)
             return
-        role = message.get("role")
+        role = turn.get("role")
         pieces.append(f"{TURN}{role}{FIELD}" if type(role) is str else f"{TURN}{FIELD}")
-        content = message.get("content")
+        content = turn.get("content")
         if type(content) is str:
             pieces.append(content)
         else:
             self.media += add_content(pieces, content)
-        if len(message) > 2:
+        if len(turn) > 2:
             for name in _STRINGS:
-                value = message.get(name)
+                value = turn.get(name)
                 if type(value) is str and value:
                     pieces.append(f"{FIELD}{name}{FIELD}")
                     pieces.append(value)
             for name in _CALLS:
-                value = message.get(name)
+                value = turn.get(name)
                 if value:
                     pieces.append(f"{FIELD}{name}{FIELD}")
                     pieces.append(dumped(value))
@@ -66,11 +71,40 @@ class ChatBody(Body):
     def _textual_bytes(self) -> int:
         if self.size < SMALL:
             return self.size
-        self.media, inline = media_in((self.json or {}).get("messages"), "content")
+        self.media, inline = media_in((self.json or {}).get("messages"))
         return max(self.size - inline, 0)
 
 
+class MessagesBody(ChatBody):
+    """Anthropic's form: `system` as a string or as text blocks, content blocks in the turns."""
+
+    __slots__ = ()
+    kind: ClassVar[str] = "messages"
+
+    def _add_system(self, pieces: Pieces, document: Document) -> list[Any]:
+        system = document.get("system")
+        if system:
+            self._add(pieces, {"role": "system", "content": system})
+        turns: list[Any] = document["messages"]
+        return turns
+
+
 def read_chat(document: Document, size: int) -> ChatBody:
+    """A chat completion."""
+    body = _read(ChatBody, document, size)
+    body.max_tokens = read_max_tokens(document, "max_tokens", "max_completion_tokens")
+    return body
+
+
+def read_messages(document: Document, size: int) -> ChatBody:
+    """An Anthropic message. Its streams always tell their usage."""
+    body = _read(MessagesBody, document, size)
+    body.include_usage = True
+    body.max_tokens = read_max_tokens(document, "max_tokens")
+    return body
+
+
+def _read(form: type[ChatBody], document: Document, size: int) -> ChatBody:
     """Checks in AIBrix's order: the types of what is read, then whether there are messages."""
     get = document.get
     model = get("model")
@@ -97,7 +131,6 @@ def read_chat(document: Document, size: int) -> ChatBody:
         include_usage = wanted is True
     if not messages:
         raise bad_body("no messages in the request body", "messages")
-    body = ChatBody(document, size, model, stream)
+    body = form(document, size, model, stream)
     body.include_usage = include_usage
-    body.max_tokens = read_max_tokens(document, "max_tokens", "max_completion_tokens")
     return body

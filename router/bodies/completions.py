@@ -1,10 +1,9 @@
 """`/v1/completions`: a prompt as text or as token ids, one or many."""
 
-from array import array
 from typing import Any, ClassVar
 
-from router.bodies.base import Body, Document, read_max_tokens, read_model, read_stream
-from router.bodies.text import TURN, add_part, joined
+from router.bodies.base import Body, Document, read_max_tokens, read_model, read_stream, wants_usage
+from router.bodies.text import TURN, joined, medium, packed_ids
 from router.errors import RequestError, bad_body
 
 
@@ -27,7 +26,7 @@ class CompletionBody(Body):
             pieces.append(TURN.join(prompt))
         embeds = document.get("prompt_embeds")
         if embeds:
-            add_part(pieces, {"type": "prompt_embeds", "data": embeds})
+            pieces.append(medium("prompt_embeds", embeds))
         return joined(pieces)
 
 
@@ -39,8 +38,7 @@ def read_completion(document: Document, size: int) -> CompletionBody:
         body._text = _tokens(prompt)
     elif prompt is not None and type(prompt) is not str:
         raise bad_body()
-    options = document.get("stream_options")
-    body.include_usage = type(options) is dict and options.get("include_usage") is True
+    body.include_usage = wants_usage(document)
     body.max_tokens = read_max_tokens(document, "max_tokens", "max_completion_tokens")
     return body
 
@@ -50,24 +48,18 @@ def _tokens(prompt: list[Any]) -> bytes | None:
     if not prompt:
         raise bad_body("'prompt' array cannot be empty", "prompt")
     first = type(prompt[0])
-    if first is str:
-        if {str}.issuperset(map(type, prompt)):
-            return None
-        raise _not_a_prompt()
+    if first is str and {str}.issuperset(map(type, prompt)):
+        return None
     if first is int:
-        return pack(prompt)
-    if first is list:
-        return b"".join([pack(ids) for ids in prompt])
-    raise _not_a_prompt()
-
-
-def pack(ids: Any) -> bytes:
-    """Token ids as little-endian 32 bit numbers."""
-    try:
-        packed = array("I", ids)
-    except (TypeError, OverflowError, ValueError) as error:
-        raise _not_a_prompt() from error
-    return packed.tobytes()
+        packed = packed_ids(prompt)
+    elif first is list:
+        arrays = [packed_ids(ids) if type(ids) is list else None for ids in prompt]
+        packed = None if None in arrays else b"".join(ids for ids in arrays if ids)
+    else:
+        packed = None
+    if packed is None:
+        raise _not_a_prompt()
+    return packed
 
 
 def _not_a_prompt() -> RequestError:

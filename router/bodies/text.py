@@ -2,10 +2,12 @@
 
 The order is that of the usual chat templates: the leading system message, the tools, then turn after turn, so that a
 conversation that goes on begins with the text it had before. A turn is `RS role US content` and, where it has them,
-its further fields, each after a US. Text parts count as text, whether they came as a string or in a list; every other
-part stands as its type and the hash of its content, so that a megabyte of image is 40 characters here.
+its further fields, each after a US. Text parts count as text, whether they came as a string or in a list. Images and
+the like stand as their type and the hash of their content, so that a megabyte of image is 40 characters here; tool
+calls, tool results and what is unknown stand as their JSON, since that is what lands in the prompt.
 """
 
+from array import array
 from typing import Any, Final
 
 import orjson
@@ -15,7 +17,14 @@ TURN: Final = "\x1e"
 FIELD: Final = "\x1f"
 MEDIUM: Final = "\x1d"
 
-TEXT_TYPES: Final = frozenset({"text", "input_text", "output_text", "summary_text", "reasoning_text"})
+_TEXT_TYPES: Final = frozenset({"text", "input_text", "output_text", "summary_text", "reasoning_text"})
+_MEDIA_TYPES: Final = frozenset(
+    {
+        *("image", "image_url", "image_pil", "image_embeds", "input_image"),
+        *("audio", "audio_url", "audio_embeds", "input_audio", "video", "video_url", "video_embeds", "input_video"),
+        *("file", "input_file", "document", "prompt_embeds"),
+    }
+)
 
 Pieces = list[str]
 
@@ -24,11 +33,11 @@ def dumped(value: Any) -> str:
     """A value as compact JSON in the key order it was sent in, which is the order templates print it in."""
     try:
         return orjson.dumps(value).decode()
-    except TypeError:  # nested deeper than orjson writes (254), which no template prints either
+    except TypeError:  # nested deeper than orjson writes (254 levels), which no template prints either
         return MEDIUM
 
 
-def add_content(pieces: Pieces, content: Any) -> int:
+def add_content(pieces: Pieces, content: Any, nested: bool = False) -> int:
     """Append a content of any shape; returns how many media were in it."""
     if type(content) is str:
         pieces.append(content)
@@ -47,32 +56,67 @@ def add_content(pieces: Pieces, content: Any) -> int:
         if type(part) is str:
             pieces.append(part)
         elif type(part) is dict:
-            media += add_part(pieces, part)
+            media += _add_part(pieces, part, nested)
         else:
             pieces.append(dumped(part))
     return media
 
 
-def add_part(pieces: Pieces, part: dict[str, Any]) -> int:
-    """Append one element of a content list; returns 1 if it was a medium."""
-    text = part.get("text")
+def _add_part(pieces: Pieces, part: dict[str, Any], nested: bool) -> int:
     kind = part.get("type")
-    if type(text) is str and (kind is None or kind in TEXT_TYPES):
+    text = part.get("text")
+    if type(text) is str and (kind is None or kind in _TEXT_TYPES):
         pieces.append(text)
         return 0
-    name = kind if type(kind) is str else ""
+    if is_medium(part):
+        pieces.append(medium(kind, part))
+        return 1
+    if kind == "tool_result" and not nested:
+        pieces.append(f"{MEDIUM}{part.get('tool_use_id')}{FIELD}")
+        return add_content(pieces, part.get("content"), nested=True)
+    pieces.append(dumped(part))
+    return 0
+
+
+def is_medium(part: dict[str, Any]) -> bool:
+    """Whether a part carries an image, sound, a clip or a file. Parts without a type are told by their keys."""
+    kind = part.get("type")
+    if kind is None:
+        return not _MEDIA_TYPES.isdisjoint(part)
+    return type(kind) is str and kind in _MEDIA_TYPES
+
+
+def medium(kind: Any, content: Any) -> str:
+    """What stands for a medium: its type and its content's hash."""
     try:
-        digest = xxh3_128_hexdigest(orjson.dumps(part))
+        digest = xxh3_128_hexdigest(orjson.dumps(content))
     except TypeError:
         digest = ""
-    pieces.append(f"{MEDIUM}{name}:{digest}")
-    return 1
+    return f"{MEDIUM}{kind if type(kind) is str else ''}:{digest}"
 
 
-def medium_bytes(part: Any) -> int:
-    """Characters of a part's own strings and of those one level below: where inline data stands. 0 for text parts."""
-    if type(part) is not dict or part.get("type", "text") in TEXT_TYPES:
-        return 0
+def media_in(turns: Any, depth: int = 2) -> tuple[int, int]:
+    """Number of media in a list of turns, and the characters they take up inline. Looks into tool results too."""
+    count = total = 0
+    if type(turns) is not list:
+        return 0, 0
+    for turn in turns:
+        content = turn.get("content") if type(turn) is dict else None
+        if type(content) is not list:
+            continue
+        for part in content:
+            if type(part) is dict and is_medium(part):
+                count += 1
+                total += _inline_characters(part)
+        if depth > 1:
+            inner_count, inner_total = media_in(content, depth - 1)
+            count += inner_count
+            total += inner_total
+    return count, total
+
+
+def _inline_characters(part: dict[str, Any]) -> int:
+    """Length of a part's strings, its own and those one level below: where inline data stands."""
     total = 0
     for value in part.values():
         if type(value) is str:
@@ -82,22 +126,12 @@ def medium_bytes(part: Any) -> int:
     return total
 
 
-def media_in(turns: Any, field: str) -> tuple[int, int]:
-    """Number of media and their characters in a list of turns whose contents stand under `field`."""
-    count = total = 0
-    if type(turns) is not list:
-        return 0, 0
-    for turn in turns:
-        if type(turn) is not dict:
-            continue
-        content = turn.get(field)
-        if type(content) is list:
-            for part in content:
-                size = medium_bytes(part)
-                if size:
-                    count += 1
-                    total += size
-    return count, total
+def packed_ids(ids: Any) -> bytes | None:
+    """Token ids as little-endian 32 bit numbers; None if something else is among them."""
+    try:
+        return array("I", ids).tobytes()
+    except (TypeError, OverflowError, ValueError):
+        return None
 
 
 def joined(pieces: Pieces) -> bytes:
