@@ -42,11 +42,11 @@ class Admin:
         )
         return application
 
-    async def healthz(self, _: web.Request) -> web.Response:
+    async def healthz(self, request: web.Request) -> web.Response:
         """This process answers."""
         return web.json_response({"status": "ok"})
 
-    async def readyz(self, _: web.Request) -> web.Response:
+    async def readyz(self, request: web.Request) -> web.Response:
         """200 once every worker listens and discovery has loaded; else 503 that says what is missing."""
         missing = []
         processes = self._tables.roster.processes()
@@ -64,18 +64,18 @@ class Admin:
             return web.json_response({"status": "not ready", "missing": missing}, status=503)
         return web.json_response({"status": "ready", "workers": len(workers)})
 
-    async def metrics(self, _: web.Request) -> web.Response:
+    async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus text format."""
         return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    async def models(self, _: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> web.Response:
         """OpenAI's list of models, with AIBrix's fields."""
         _, document = self._tables.catalog.read()
         names = sorted({name for pod in document.pods if not pod.draining for name in pod.models})
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "aibrix"} for name in names]
         return web.json_response({"object": "list", "data": data})
 
-    async def pods(self, _: web.Request) -> web.Response:
+    async def pods(self, request: web.Request) -> web.Response:
         """Everything the router believes of each pod."""
         tables = self._tables
         version, document = tables.catalog.read()

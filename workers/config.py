@@ -106,7 +106,7 @@ class Config(BaseSettings):
     worker_listen: Address = "0.0.0.0:20052"
     """Worker i alone: port + i, or a unix path with {i}."""
     workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=256)
-    transport: Literal["h2", "grpcio"] = "grpcio"
+    transport: Literal["h2", "grpcio"] = "h2"
     admin: Address = "0.0.0.0:8080"
     strategy: str = "least-request"
     endpoints: OptionalPath = None

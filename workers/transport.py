@@ -19,6 +19,11 @@ class Server(Protocol):
 
 def make_server(config: Config, methods: Methods) -> Server:
     """The transport that the configuration names. Imports only that one."""
-    from workers.grpcio_transport import GrpcioServer
+    if config.transport == "grpcio":
+        from workers.grpcio_transport import GrpcioServer
 
-    return GrpcioServer(methods, max_message_bytes=config.max_message_bytes)
+        return GrpcioServer(methods, max_message_bytes=config.max_message_bytes)
+    from workers.h2.limits import Limits
+    from workers.h2.server import H2Server
+
+    return H2Server(methods, limits=Limits(max_message_bytes=config.max_message_bytes))

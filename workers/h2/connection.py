@@ -11,7 +11,7 @@ copied once out of the read and once into its message.
 
 from collections.abc import Callable
 
-from workers.calls import CallError, Methods
+from workers.calls import Call, CallError, Methods
 from workers.h2.control import Control
 from workers.h2.faults import ConnectionFault, StreamFault
 from workers.h2.frames import (
@@ -34,17 +34,20 @@ from workers.h2.frames import (
     NO_ERROR,
     PADDED,
     PREFACE,
+    PREFIX_BYTES,
     PRIORITY_FIELDS,
     PROTOCOL_ERROR,
     SETTINGS,
     STREAM_CLOSED,
+    first_message_header,
     message_header,
     read_header,
     settings,
+    trailers_ok,
     window_update,
 )
 from workers.h2.limits import CREDIT_PER_MESSAGE, Counters, Limits
-from workers.h2.messages import PREFIX_BYTES, MessageCutter
+from workers.h2.messages import MessageCutter
 from workers.h2.requests import RequestReader
 from workers.h2.stream import Stream
 
@@ -144,6 +147,7 @@ class Connection(Control):
         half_window = self.limits.stream_window_bytes // 2
         received = self._unread
         special = self._special
+        credit = 0
         while end - pos >= HEADER_BYTES:
             word, flags, stream_id = read_header(buf, pos)
             length = word >> 8
@@ -168,9 +172,8 @@ class Connection(Control):
                     and not self.congested
                 ):
                     stream.unread = unread
-                    call = stream.call
-                    assert call is not None
-                    self.budget += CREDIT_PER_MESSAGE
+                    call: Call = stream.call  # type: ignore[assignment]
+                    credit += CREDIT_PER_MESSAGE
                     try:
                         reply = call.receive(buf[start + PREFIX_BYTES : pos])
                     except Exception as error:
@@ -180,14 +183,18 @@ class Connection(Control):
                             size = len(reply)
                             total = size + PREFIX_BYTES
                             if (
-                                stream.headers_sent
-                                and total <= stream.send_window
+                                total <= stream.send_window
                                 and total <= self.send_window
                                 and total <= MIN_MAX_FRAME
+                                and not self.hpack_prefix
                             ):
                                 stream.send_window -= total
                                 self.send_window -= total
-                                append(message_header(total << 8, 0, stream_id, 0, size))
+                                if stream.headers_sent:
+                                    append(message_header(total << 8, 0, stream_id, 0, size))
+                                else:
+                                    stream.headers_sent = True
+                                    append(first_message_header(stream_id, size))
                                 append(reply)
                                 if call.finished:
                                     stream.ended_remote = bool(flags)
@@ -198,6 +205,10 @@ class Connection(Control):
                             self.take_result(stream, call, reply)
                     if flags and not stream.ended_remote:
                         self.remote_end(stream)
+                elif (
+                    length == 0 and flags == END_STREAM and stream is not None and stream.quick and stream.headers_sent
+                ):
+                    self._half_close_quietly(stream)
                 else:
                     try:
                         self._data(stream, stream_id, flags, buf, start, pos)
@@ -224,6 +235,24 @@ class Connection(Control):
             append(window_update(0, received))
             received = 0
         self._unread = received
+        self.budget += credit
+
+    def _half_close_quietly(self, stream: Stream) -> None:
+        """The client has finished sending, and nothing stands between that and the trailers: `remote_end` at once."""
+        call: Call = stream.call  # type: ignore[assignment]
+        stream.ended_remote = stream.half_closed = True
+        try:
+            reply = call.half_close()
+        except Exception as error:
+            self.fail(stream, error)
+            return
+        if reply is not None or self.hpack_prefix:
+            self.reply(stream, call, reply)
+            if stream.call is not None:
+                self.finish(stream)
+            return
+        self.out.append(trailers_ok(stream.id))
+        self.forget(stream)
 
     def _stream_fault(self, stream_id: int, fault: StreamFault) -> None:
         """A stream error (5.4.2)."""

@@ -91,7 +91,7 @@ class Control(Dialogue):
         }
 
     def spend(self, reason: str, cost: int = 1) -> None:
-        self.budget = min(self.budget, self.limits.control_frames_burst) - cost
+        self.budget -= cost
         if self.budget < 0:
             raise ConnectionFault(ENHANCE_YOUR_CALM, f"too many: {reason}", abuse=reason)
 

@@ -5,10 +5,14 @@ A frame is never an object here: it is a place in the read buffer on the way in,
 
 from struct import Struct
 
+from workers.h2.responses import GRPC_HEADERS, TRAILERS_OK
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What every client says first (3.4)."""
 
 HEADER_BYTES = 9
+PREFIX_BYTES = 5
+"""What stands before each gRPC message: compression flag and length."""
 DEFAULT_WINDOW = 65535
 MAX_WINDOW = 2**31 - 1
 MIN_MAX_FRAME = 16384
@@ -61,6 +65,24 @@ frame_header = Struct(">IBI").pack
 
 message_header = Struct(">IBIBI").pack
 """A DATA frame's header and the five bytes before a gRPC message, packed together."""
+
+_FIRST = Struct(f">IBI{len(GRPC_HEADERS)}sIBIBI").pack
+_GRPC_HEADERS_WORD = len(GRPC_HEADERS) << 8 | HEADERS
+
+
+def first_message_header(stream_id: int, size: int) -> bytes:
+    """Response headers and what `message_header` packs, for the first message of a stream."""
+    word = (size + PREFIX_BYTES) << 8
+    return _FIRST(_GRPC_HEADERS_WORD, END_HEADERS, stream_id, GRPC_HEADERS, word, 0, stream_id, 0, size)
+
+
+def trailers_ok(stream_id: int) -> bytes:
+    """HEADERS with END_STREAM and grpc-status 0."""
+    return _TRAILERS(_TRAILERS_OK_WORD, END_HEADERS | END_STREAM, stream_id, TRAILERS_OK)
+
+
+_TRAILERS = Struct(f">IBI{len(TRAILERS_OK)}s").pack
+_TRAILERS_OK_WORD = len(TRAILERS_OK) << 8 | HEADERS
 
 read_settings = Struct(">HI").iter_unpack
 _setting = Struct(">HI").pack

@@ -6,8 +6,8 @@ that a client that sends single bytes cannot make the list weigh more than the b
 """
 
 from workers.calls import CallError, Status
+from workers.h2.frames import PREFIX_BYTES
 
-PREFIX_BYTES = 5
 _SMALL = 1024
 
 

@@ -20,12 +20,12 @@ from workers.h2.frames import (
     HEADERS,
     MAX_WINDOW,
     MIN_MAX_FRAME,
+    PREFIX_BYTES,
     frame_header,
     message_header,
     rst_stream,
 )
 from workers.h2.limits import Counters, Limits
-from workers.h2.messages import PREFIX_BYTES
 from workers.h2.responses import GRPC_HEADERS
 from workers.h2.stream import Stream
 

@@ -14,7 +14,7 @@ Cost of one 51 KB page on uvloop, without reading it: about 0.1 ms; `python -m b
 """
 
 import asyncio
-from typing import Literal
+from typing import Literal, cast
 
 import httptools
 
@@ -89,8 +89,7 @@ class _Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
 
     def data_received(self, data: bytes) -> None:
         if self._waiter is None:
