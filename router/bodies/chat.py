@@ -7,7 +7,7 @@ from router.bodies.text import FIELD, TURN, Pieces, add_content, dumped, joined,
 from router.errors import bad_body
 
 _TURNS: Final = frozenset({dict, type(None)})
-_LEADING: Final = frozenset({"system", "developer"})
+_LEADING: Final = ("system", "developer")
 _STRINGS: Final = ("name", "reasoning_content", "reasoning", "tool_call_id", "refusal")
 _CALLS: Final = ("tool_calls", "function_call")
 _BEFORE_TURNS: Final = ("tools", "functions", "documents")

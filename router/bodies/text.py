@@ -65,14 +65,14 @@ def add_content(pieces: Pieces, content: Any, nested: bool = False) -> int:
 def _add_part(pieces: Pieces, part: dict[str, Any], nested: bool) -> int:
     kind = part.get("type")
     text = part.get("text")
-    if type(text) is str and (kind is None or kind in _TEXT_TYPES):
+    if type(text) is str and (kind is None or (type(kind) is str and kind in _TEXT_TYPES)):
         pieces.append(text)
         return 0
     if is_medium(part):
         pieces.append(medium(kind, part))
         return 1
     if kind == "tool_result" and not nested:
-        pieces.append(f"{MEDIUM}{part.get('tool_use_id')}{FIELD}")
+        pieces.append(f"{MEDIUM}{kind}{FIELD}")
         return add_content(pieces, part.get("content"), nested=True)
     pieces.append(dumped(part))
     return 0
