@@ -106,6 +106,28 @@ def check_config(path: Path | None) -> None:
 
 
 @main.command()
+@config_option
+@click.option("--validate", is_flag=True, help="Also have Envoy itself check it; needs an envoy binary.")
+def envoy(path: Path | None, validate: bool) -> None:
+    """Print a complete Envoy bootstrap for this configuration."""
+    import yaml
+
+    from workers.envoy import bootstrap
+    from workers.envoy_binary import envoy_path, validated
+
+    config = load_or_exit(path)
+    try:
+        document = bootstrap(config)
+        if validate:
+            validated(envoy_path(), document)
+    except ConfigError as error:
+        click.echo(f"pointsman: {error}", err=True)
+        sys.exit(_CONFIG_ERROR)
+    click.echo("# Written by `pointsman envoy`; docs/envoy.md explains it.")
+    click.echo(yaml.safe_dump(document, sort_keys=False, width=110), nl=False)
+
+
+@main.command()
 def strategies() -> None:
     """List the routing strategies and their formulas."""
     import inspect

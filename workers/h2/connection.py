@@ -10,6 +10,7 @@ copied once out of the read and once into its message.
 """
 
 from collections.abc import Callable
+from math import inf
 
 from workers.calls import Call, CallError, Methods
 from workers.h2.control import Control
@@ -48,7 +49,7 @@ from workers.h2.frames import (
 )
 from workers.h2.limits import CREDIT_PER_MESSAGE, Counters, Limits
 from workers.h2.messages import MessageCutter
-from workers.h2.requests import RequestReader
+from workers.h2.requests import Request, RequestReader
 from workers.h2.stream import Stream
 
 _MAX_FRAME = MIN_MAX_FRAME
@@ -66,6 +67,8 @@ class Connection(Control):
     def __init__(self, methods: Methods, limits: Limits, counters: Counters, clock: Callable[[], float]) -> None:
         super().__init__(methods, limits, counters, clock)
         self._reader = RequestReader(methods, limits.max_header_list_bytes, limits.header_cache_entries)
+        self._max_streams = limits.max_concurrent_streams
+        self._max_open_streams = limits.max_open_streams
         self._rest = bytearray()
         self._unread = 0
         self._special = _EXPECT_SETTINGS
@@ -291,7 +294,7 @@ class Connection(Control):
         if flags & (PADDED | PRIORITY_FIELDS):
             block, fault = self._strip(stream_id, flags, block)
         if flags & END_HEADERS and fault is None:
-            self._header_block(stream_id, flags, block)
+            self._header_block(stream_id, flags & END_STREAM, block)
             return
         if fault is not None:
             # The block must be decoded all the same (4.3); self-dependency is the only fault found so far.
@@ -302,7 +305,7 @@ class Connection(Control):
             raise ConnectionFault(fault.code, fault.reason)
         self._special = _INSIDE_HEADERS
         self._block_id = stream_id
-        self._block_flags = flags
+        self._block_flags = flags & END_STREAM
         self._continuations = 0
         self._block = b""
         self._collect_block(block, 0)
@@ -330,10 +333,10 @@ class Connection(Control):
             self._special = 0
             self._header_block(self._block_id, self._block_flags, block)
 
-    def _header_block(self, stream_id: int, flags: int, block: bytes) -> None:
-        """A whole header block: a new stream, trailers, or something that comes too late."""
+    def _header_block(self, stream_id: int, end: int, block: bytes) -> None:
+        """A whole header block: a new stream, trailers, or something that comes too late. `end`: with END_STREAM."""
         if stream_id <= self.last_id:
-            self._late_headers(stream_id, flags, block)
+            self._late_headers(stream_id, end, block)
             return
         self.last_id = stream_id
         if self.refusing:  # 6.8: the client knows from GOAWAY that this stream was not processed
@@ -343,26 +346,39 @@ class Connection(Control):
             return
         self.accepted_id = stream_id
         request = self._reader.read(block)
-        counters, limits = self.counters, self.limits
-        if len(self.streams) >= limits.max_concurrent_streams or counters.streams_open >= limits.max_open_streams:
+        counters = self.counters
+        if len(self.streams) >= self._max_streams or counters.streams_open >= self._max_open_streams:
             self.refuse_stream(stream_id)
             return
-        stream = Stream(stream_id, None, self.initial_send_window)
-        self.streams[stream_id] = stream
+        self.streams[stream_id] = stream = Stream(stream_id, self.initial_send_window)
         counters.streams_opened += 1
         counters.streams_open += 1
+        if request.plain_method is not None:
+            try:
+                stream.call = request.plain_method(request.metadata)
+                stream.quick = True
+                if request.timeout_seconds != inf:
+                    stream.deadline = deadline = self.clock() + request.timeout_seconds
+                    if deadline < self.next_deadline:
+                        self.next_deadline = deadline
+            except Exception as error:
+                self.fail(stream, error)
+        else:
+            self._unusual(stream, request, end)
+        if end and stream_id in self.streams:
+            self.remote_end(stream)
+
+    def _unusual(self, stream: Stream, request: Request, end: int) -> None:
+        """A request with a length, a method that pushes or none at all."""
         if request.content_length >= 0:
             stream.content_left = request.content_length
-            if flags & END_STREAM and stream.content_left:
+            if end and stream.content_left:
                 raise StreamFault(PROTOCOL_ERROR, "content-length without content")  # 8.1.1
         if request.method is None:
             self.spend("refused requests")
-        stream.ended_remote = bool(flags & END_STREAM)
         self.open_call(stream, request)
-        if flags & END_STREAM and stream.call is not None:
-            self.remote_end(stream)
 
-    def _late_headers(self, stream_id: int, flags: int, block: bytes) -> None:
+    def _late_headers(self, stream_id: int, end: int, block: bytes) -> None:
         stream = self.streams.get(stream_id)
         if stream is None:
             self._reader.skip(block)
@@ -375,7 +391,7 @@ class Connection(Control):
         self._reader.read_trailers(block)
         if stream.ended_remote:
             raise StreamFault(STREAM_CLOSED, "HEADERS after END_STREAM")  # 5.1
-        if not flags & END_STREAM:
+        if not end:
             raise StreamFault(PROTOCOL_ERROR, "trailers that do not end the stream")  # 8.1
         if stream.content_left > 0:
             raise StreamFault(PROTOCOL_ERROR, "less content than content-length")  # 8.1.1

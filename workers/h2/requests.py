@@ -6,10 +6,11 @@ lookup.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
-from workers.calls import Metadata, Method, Methods, Status
+from workers.calls import Call, Metadata, Method, Methods, Status
 from workers.h2.faults import StreamFault
 from workers.h2.frames import PROTOCOL_ERROR
 from workers.h2.hpack_decoder import Field, HpackDecoder
@@ -32,7 +33,10 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A well-formed request. `method` is None when the answer is `refusal`."""
+    """A well-formed request. `method` is None when the answer is `refusal`.
+
+    `plain_method` is `method.open` for the many requests that have no length and whose method does not push.
+    """
 
     method: Method | None
     metadata: Metadata = field(default_factory=dict)
@@ -40,6 +44,7 @@ class Request:
     content_length: int = -1
     """-1: not stated."""
     refusal: Refusal | None = None
+    plain_method: Callable[[Metadata], Call] | None = None
 
 
 TOO_LARGE = Request(None, refusal=Refusal(plain(431, b"request headers too large\n"), b"request headers too large\n"))
@@ -138,7 +143,8 @@ def read_request(fields: list[Field], methods: Methods) -> Request:
         timeout = int(match[1]) * _UNIT_SECONDS[match[2]]
     for name in [name for name in metadata if name.endswith("-bin")]:
         del metadata[name]
-    return Request(method, metadata, timeout, content_length)
+    plain_method = method.open if content_length < 0 and not method.pushes else None
+    return Request(method, metadata, timeout, content_length, None, plain_method)
 
 
 def _trailers_only(content_length: int, code: int, message: str) -> Request:

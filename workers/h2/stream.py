@@ -43,15 +43,15 @@ class Stream:
         "waiter",
     )
 
-    def __init__(self, stream_id: int, call: Call | None, send_window: int) -> None:
+    def __init__(self, stream_id: int, send_window: int) -> None:
         self.id = stream_id
-        self.call = call
+        self.call: Call | None = None
         """None once the call is closed, or if there never was one."""
         self.send_window = send_window
         """Bytes the client lets us send; negative after it shrank its initial window (6.9.2)."""
         self.unread = 0
         """Bytes received and not given back by WINDOW_UPDATE."""
-        self.quick = call is not None
+        self.quick = False
         self.headers_sent = False
         self.ended_remote = False
         self.ended_local = False

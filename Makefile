@@ -1,0 +1,50 @@
+# Two commands are all a fresh machine needs: `make demo` and `make test`.
+# Both need Python 3.11 or newer, make and a package registry, and install into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+ARGS ?=
+
+.PHONY: install demo test check bench protos fuzz h2spec clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/pointsman demo $(ARGS)
+
+test: install h2spec
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+	$(BIN)/python -m protos.generate --check
+
+protos: install
+	$(BIN)/python -m protos.generate
+
+bench: install
+	$(BIN)/pointsman bench all $(ARGS)
+
+# h2spec is the conformance test of HTTP/2 servers; without Go its test is skipped.
+h2spec:
+	@if [ ! -x bin/h2spec ] && command -v go >/dev/null; then \
+	    GOBIN=$(CURDIR)/bin GOFLAGS=-mod=mod go install github.com/summerwind/h2spec/cmd/h2spec@latest || true; fi
+
+fuzz: install
+	$(BIN)/python -m bench.fuzz $(ARGS)
+
+clean:
+	rm -rf $(VENV) bin build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

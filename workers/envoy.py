@@ -1,0 +1,343 @@
+"""A complete Envoy bootstrap for a configuration of ours: what `pointsman envoy` prints.
+
+Every choice here was tried on Envoy 1.40; docs/envoy.md tells why each is what it is. In short: one endpoint per
+worker with LEAST_REQUEST (one shared address would leave workers without streams), retries that go to another worker,
+health checks that start at once, breakers that do not count an LLM's long answers as overload, the whole body
+buffered with a limit of its own, and no header by which a client could choose a pod.
+
+With access log accounting the stream to the router ends as soon as it has decided, and each finished request comes
+back as one log entry. What the client is told about the choice (`target-pod`, `request-id` and so on in the response)
+is then added by Envoy from dynamic metadata.
+"""
+
+from typing import Any
+
+from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY
+from router.replies import DESTINATION_HEADERS, ENDPOINT, NAMESPACE, TARGET_POD
+from workers.address import parse_address
+from workers.config import Config, ConfigError
+from workers.discovery.endpoints_file import read_endpoints
+
+Json = dict[str, Any]
+
+_TYPE = "type.googleapis.com/envoy"
+ROUTER_CLUSTER, POD_CLUSTER, ADMIN_CLUSTER = "pointsman", "pods", "pointsman_admin"
+
+
+def bootstrap(config: Config) -> Json:
+    """The bootstrap as a mapping, to be written as YAML or JSON. Raises ConfigError where the settings do not fit."""
+    return {
+        "admin": {"address": _address(config.envoy.admin, config)},
+        "layered_runtime": {
+            "layers": [
+                {
+                    "name": "static",
+                    "static_layer": {"envoy.reloadable_features.ext_proc_graceful_grpc_close": True},
+                }
+            ]
+        },
+        "static_resources": {
+            "listeners": [_listener(config)],
+            "clusters": [_router_cluster(config), _pod_cluster(config), _admin_cluster(config)],
+        },
+    }
+
+
+def _typed(kind: str, **values: Any) -> Json:
+    return {"@type": f"{_TYPE}.{kind}", **values}
+
+
+def _address(text: str, config: Config) -> Json:
+    kind, place, port = parse_address(text)
+    if kind == "unix":
+        return {"pipe": {"path": place}}
+    return {"socket_address": {"address": place, "port_value": port}}
+
+
+def _reachable(text: str, config: Config) -> Json:
+    """The address as Envoy can dial it: a wildcard becomes `envoy.router_host`."""
+    kind, place, port = parse_address(text)
+    if kind == "tcp" and place in ("0.0.0.0", "::"):
+        place = config.envoy.router_host
+        return {"socket_address": {"address": place, "port_value": port}}
+    return _address(text, config)
+
+
+def _listener(config: Config) -> Json:
+    manager = _typed(
+        "extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix="llm",
+        codec_type="AUTO",
+        stream_idle_timeout="3600s",
+        request_timeout="0s",
+        early_header_mutation_extensions=[
+            {
+                "name": "remove-destinations",
+                "typed_config": _typed(
+                    "extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+                    mutations=[{"remove": name} for name in DESTINATION_HEADERS],
+                ),
+            }
+        ],
+        route_config={"name": "llm", "virtual_hosts": [{"name": "llm", "domains": ["*"], "routes": _routes(config)}]},
+        http_filters=[
+            {"name": "envoy.filters.http.ext_proc", "typed_config": _ext_proc(config)},
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": _typed("extensions.filters.http.router.v3.Router"),
+            },
+        ],
+    )
+    if config.envoy.accounting == "access-log":
+        manager["access_log"] = [_access_log()]
+    return {
+        "name": "llm",
+        "address": _address(config.envoy.listen, config),
+        "filter_chains": [
+            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        ],
+    }
+
+
+def _routes(config: Config) -> list[Json]:
+    no_router = {
+        "envoy.filters.http.ext_proc": _typed("extensions.filters.http.ext_proc.v3.ExtProcPerRoute", disabled=True)
+    }
+    pods: Json = {
+        "match": {"prefix": "/v1/"},
+        "route": {"cluster": POD_CLUSTER, "timeout": "0s", "idle_timeout": "3600s"},
+        "request_body_buffer_limit": config.envoy.body_limit_bytes,
+    }
+    if config.envoy.destination == "override-host":
+        pods["route"]["retry_policy"] = {
+            "retry_on": "connect-failure,refused-stream,reset-before-request",
+            "num_retries": 2,
+        }
+    if config.envoy.accounting == "access-log":
+        pods["response_headers_to_add"] = [
+            {
+                "header": {"key": key, "value": f"%DYNAMIC_METADATA({NAMESPACE}:{field})%"},
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                "keep_empty_value": False,
+            }
+            for key, field in (
+                (TARGET_POD, "pod"),
+                ("target-pod-ip", "target"),
+                ("request-id", "request-id"),
+                ("routing-strategy", "strategy"),
+            )
+        ]
+    return [
+        {
+            "match": {"path": "/v1/models"},
+            "route": {"cluster": ADMIN_CLUSTER},
+            "typed_per_filter_config": no_router,
+        },
+        pods,
+        {
+            "match": {"prefix": "/"},
+            "direct_response": {
+                "status": 404,
+                "body": {
+                    "inline_string": '{"error":{"message":"unknown request path","type":"invalid_request_error",'
+                    '"code":null,"param":null}}'
+                },
+            },
+            "response_headers_to_add": [
+                {
+                    "header": {"key": "content-type", "value": "application/json"},
+                    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                }
+            ],
+            "typed_per_filter_config": no_router,
+        },
+    ]
+
+
+def _ext_proc(config: Config) -> Json:
+    envoy = config.envoy
+    by_log = envoy.accounting == "access-log"
+    return _typed(
+        "extensions.filters.http.ext_proc.v3.ExternalProcessor",
+        grpc_service={
+            "envoy_grpc": {
+                "cluster_name": ROUTER_CLUSTER,
+                "retry_policy": {
+                    "num_retries": 3,
+                    "retry_on": "unavailable,connect-failure,refused-stream,reset",
+                    "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+                    "retry_host_predicate": [
+                        {
+                            "name": "envoy.retry_host_predicates.previous_hosts",
+                            "typed_config": _typed("extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
+                        }
+                    ],
+                    "host_selection_retry_max_attempts": 5,
+                },
+            },
+            "initial_metadata": [
+                {"key": ACCOUNTING_KEY, "value": envoy.accounting},
+                {"key": DESTINATION_KEY, "value": envoy.destination},
+            ],
+        },
+        processing_mode={
+            "request_header_mode": "SEND",
+            "request_body_mode": "BUFFERED",
+            "response_header_mode": "SKIP" if by_log else "SEND",
+            "response_body_mode": "NONE",
+            "request_trailer_mode": "SKIP",
+            "response_trailer_mode": "SKIP",
+        },
+        # Only when the router is gone and there is something to fall back to.
+        failure_mode_allow=envoy.destination == "override-host",
+        allow_mode_override=True,
+        route_cache_action="CLEAR",
+        status_on_error={"code": "ServiceUnavailable"},
+        message_timeout="60s",
+        max_message_timeout="600s",
+        mutation_rules={"allow_all_routing": False},
+        metadata_options={"receiving_namespaces": {"untyped": [NAMESPACE, "envoy.lb"]}},
+    )
+
+
+def _access_log() -> Json:
+    return {
+        "name": "envoy.access_loggers.http_grpc",
+        "filter": {
+            "metadata_filter": {
+                "matcher": {"filter": NAMESPACE, "path": [{"key": "ticket"}], "value": {"present_match": True}},
+                "match_if_key_not_found": False,
+            }
+        },
+        "typed_config": _typed(
+            "extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+            common_config={
+                "log_name": "pointsman",
+                "transport_api_version": "V3",
+                "grpc_service": {"envoy_grpc": {"cluster_name": ROUTER_CLUSTER}},
+                "buffer_flush_interval": "0.02s",
+                "buffer_size_bytes": 16384,
+            },
+        ),
+    }
+
+
+def _router_cluster(config: Config) -> Json:
+    endpoints = [
+        {"endpoint": {"address": _reachable(config.worker_address(number), config)}} for number in range(config.workers)
+    ]
+    return {
+        "name": ROUTER_CLUSTER,
+        "type": "STRICT_DNS" if _named(config.envoy.router_host) else "STATIC",
+        "connect_timeout": "1s",
+        "lb_policy": "LEAST_REQUEST",
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _typed(
+                "extensions.upstreams.http.v3.HttpProtocolOptions",
+                explicit_http_config={
+                    "http2_protocol_options": {"connection_keepalive": {"interval": "5s", "timeout": "2s"}}
+                },
+            )
+        },
+        "circuit_breakers": {
+            "thresholds": [
+                {
+                    "max_connections": 65536,
+                    "max_requests": 65536,
+                    "max_pending_requests": 65536,
+                    "max_retries": 1024,
+                }
+            ]
+        },
+        "health_checks": [
+            {
+                "grpc_health_check": {},
+                "interval": "1s",
+                "timeout": "1s",
+                "no_traffic_interval": "1s",
+                "unhealthy_threshold": 2,
+                "healthy_threshold": 1,
+            }
+        ],
+        # With no worker healthy, try them all the same: one may have come up since the last health check.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
+        "load_assignment": {"cluster_name": ROUTER_CLUSTER, "endpoints": [{"lb_endpoints": endpoints}]},
+    }
+
+
+def _named(host: str) -> bool:
+    return any(char.isalpha() for char in host) and ":" not in host
+
+
+def _pod_cluster(config: Config) -> Json:
+    breakers = {"thresholds": [{"max_connections": 65536, "max_requests": 65536, "max_pending_requests": 65536}]}
+    base: Json = {"name": POD_CLUSTER, "connect_timeout": "5s", "circuit_breakers": breakers}
+    if config.envoy.destination == "override-host":
+        return {**base, **_override_host(config)}
+    original_dst: Json = (
+        {"metadata_key": {"key": NAMESPACE, "path": [{"key": "target"}]}}
+        if config.envoy.destination == "metadata"
+        else {"use_http_header": True, "http_header_name": TARGET_POD}
+    )
+    return {
+        **base,
+        "type": "ORIGINAL_DST",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "original_dst_lb_config": original_dst,
+    }
+
+
+def _override_host(config: Config) -> Json:
+    if config.endpoints is None:
+        raise ConfigError("envoy.destination override-host needs an endpoints file: Envoy must know the pods itself")
+    addresses = sorted(
+        {
+            endpoint.address
+            for model in read_endpoints(config.endpoints)
+            for endpoint in (
+                *model.endpoints,
+                *(pod for roleset in model.rolesets for pod in (*roleset.prefill, *roleset.decode)),
+            )
+        }
+    )
+    round_robin = {
+        "typed_extension_config": {
+            "name": "envoy.load_balancing_policies.round_robin",
+            "typed_config": _typed("extensions.load_balancing_policies.round_robin.v3.RoundRobin"),
+        }
+    }
+    return {
+        "type": "STRICT_DNS",
+        "load_balancing_policy": {
+            "policies": [
+                {
+                    "typed_extension_config": {
+                        "name": "envoy.load_balancing_policies.override_host",
+                        "typed_config": _typed(
+                            "extensions.load_balancing_policies.override_host.v3.OverrideHost",
+                            override_host_sources=[{"metadata": {"key": "envoy.lb", "path": [{"key": ENDPOINT}]}}],
+                            fallback_policy={"policies": [round_robin]},
+                        ),
+                    }
+                }
+            ]
+        },
+        "load_assignment": {
+            "cluster_name": POD_CLUSTER,
+            "endpoints": [
+                {"lb_endpoints": [{"endpoint": {"address": _address(address, config)}} for address in addresses]}
+            ],
+        },
+    }
+
+
+def _admin_cluster(config: Config) -> Json:
+    return {
+        "name": ADMIN_CLUSTER,
+        "type": "STRICT_DNS" if _named(config.envoy.router_host) else "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": ADMIN_CLUSTER,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _reachable(config.admin, config)}}]}],
+        },
+    }
