@@ -39,7 +39,7 @@ class Pod:
 class Candidates:
     """The pods that may take a request: parallel arrays of length n, in the order of `pods`."""
 
-    __slots__ = ("_rows", "_span", "_tables", "_values", "epoch", "pods", "slots")
+    __slots__ = ("_rows", "_span", "_tables", "_values", "derived", "epoch", "pods", "slots")
 
     def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int) -> None:
         self._tables = tables
@@ -47,6 +47,8 @@ class Candidates:
         self.pods = pods
         self.slots: Ints = np.array([pod.slot for pod in pods], np.int64)
         self.epoch = epoch
+        self.derived: dict[Any, Any] = {}
+        """What strategies have worked out from this epoch's pods and metrics, so that they do it once per epoch."""
         n = len(pods)
         self._span = int(self.slots[-1]) + 1 if n else 0
         contiguous = bool((self.slots == np.arange(n)).all())
@@ -70,6 +72,11 @@ class Candidates:
     def promised(self) -> Ints:
         """Prompt tokens ever sent and not expected in the pod's cache. Differences over time are what matters."""
         return self._of(Entry.PROMISED)
+
+    def loads(self) -> Ints:
+        """requests(), tokens() and promised() in one: int64[3][n]."""
+        totals = self._tables.ledger.loads(self._span)
+        return totals if self._rows is None else totals[:, self._rows]
 
     def metric(self, name: str) -> Floats:
         """One of `state.pods.FIELDS`, NaN where the engine does not publish it."""

@@ -33,11 +33,11 @@ class Entry(IntEnum):
     """Requests in flight."""
     TOKENS = 1
     """Their prompt tokens (estimated)."""
-    REQUESTS_HELD = 2
-    """The part of REQUESTS that ends with the process."""
-    TOKENS_HELD = 3
-    PROMISED = 4
+    PROMISED = 2
     """Prompt tokens sent to the pod and not expected in its cache: only ever goes up."""
+    REQUESTS_HELD = 3
+    """The part of REQUESTS that ends with the process."""
+    TOKENS_HELD = 4
     CHOSEN = 5
     """Requests sent, total."""
     SUCCEEDED = 6
@@ -71,8 +71,8 @@ class Ledger:
             cells = region[_HEADER:].cast("q")
             starts = [(entry * writers + writer) * pods for entry in Entry]
             own = [cells[start : start + pods] for start in starts]
-            self._requests, self._tokens, self._requests_held, self._tokens_held = own[:4]
-            self._promised, self._chosen, self._succeeded, self._failed = own[4:]
+            self._requests, self._tokens, self._promised, self._requests_held, self._tokens_held = own[:5]
+            self._chosen, self._succeeded, self._failed = own[5:]
 
     @staticmethod
     def size(writers: int, pods: int) -> int:
@@ -86,6 +86,11 @@ class Ledger:
     def totals(self, entry: Entry, high: int) -> Ints:
         """Sum over all writers for pods 0..high-1."""
         total: Ints = np.add.reduce(self._rows[entry, : self._header[0], :high], axis=0)
+        return total
+
+    def loads(self, high: int) -> Ints:
+        """The totals of REQUESTS, TOKENS and PROMISED at once: int64[3][high]."""
+        total: Ints = np.add.reduce(self._rows[:3, : self._header[0], :high], axis=1)
         return total
 
     def total(self, entry: Entry, slot: int) -> int:
