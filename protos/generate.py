@@ -9,10 +9,12 @@ HERE = Path(__file__).parent
 
 def generate(out: Path) -> None:
     """Write the modules below `out`/protos. Raises SystemExit with the compiler's code."""
+    import grpc_tools
     from grpc_tools import protoc
 
+    well_known = Path(grpc_tools.__file__).parent / "_proto"
     sources = sorted(f"protos/{path.name}" for path in HERE.glob("*.proto"))
-    code = protoc.main(["protoc", f"-I{HERE.parent}", f"--python_out={out}", f"--pyi_out={out}", *sources])
+    code = protoc.main(["protoc", f"-I{HERE.parent}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", *sources])
     if code:
         raise SystemExit(code)
 

@@ -1,0 +1,67 @@
+"""What Envoy's access log says of finished requests: the end of every charge that was left to it.
+
+The reply that routed a request put a ticket into Envoy's dynamic metadata, `slot.generation.tokens`; the log entry
+brings it back with the response code and the timings, to whichever worker Envoy's log stream is connected to. Clients
+cannot write dynamic metadata, so a ticket is always our own. Each entry releases its charge once.
+"""
+
+from google.protobuf.message import DecodeError
+
+from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
+from router.exchange import MessageError
+from router.replies import NAMESPACE
+from router.scheduler import Scheduler
+from state.ledger import Charge
+
+
+class AccessLog:
+    """One log stream: many messages, no replies."""
+
+    __slots__ = ("_scheduler", "finished", "idle")
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.finished = False
+        self.idle = True
+
+    def receive(self, message: bytes) -> None:
+        """Take one batch of entries. Raises MessageError when it is none."""
+        try:
+            batch = StreamAccessLogsMessage.FromString(message)
+        except DecodeError as error:
+            raise MessageError(f"not a StreamAccessLogsMessage: {error}") from None
+        for entry in batch.http_logs.log_entry:
+            self._take(entry)
+
+    def _take(self, entry: HTTPAccessLogEntry) -> None:
+        common = entry.common_properties
+        metadata = common.metadata.filter_metadata
+        if NAMESPACE not in metadata:
+            return
+        fields = metadata[NAMESPACE].fields
+        charge = _charge(fields["ticket"].string_value) if "ticket" in fields else None
+        scheduler = self._scheduler
+        if charge is None or charge.slot >= scheduler.tables.capacity.pods:
+            return
+        scheduler.tables.ledger.release(charge, held=False)
+        code = entry.response.response_code.value
+        flags = common.response_flags
+        client_left = code == 0 or flags.downstream_connection_termination
+        if not client_left:
+            scheduler.outcome(charge, ok=code < 500)
+        pod = fields["pod"].string_value if "pod" in fields else ""
+        scheduler.series.add(1.0, "finished", pod, "499" if client_left else str(code))
+
+    def half_close(self) -> bytes | None:
+        """Envoy is done: one empty StreamAccessLogsResponse."""
+        return b""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _charge(ticket: str) -> Charge | None:
+    parts = ticket.split(".")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
+        return None
+    return Charge(int(parts[0]), int(parts[1]), int(parts[2]))
