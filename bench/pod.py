@@ -366,7 +366,12 @@ async def serve(pods: list[Pod], host: str, port: int, ready: Callable[[str], No
             runners.append(runner)
             await runner.setup()
             site = web.TCPSite(runner, host, port + i if port else 0, backlog=1024)
-            await site.start()
+            try:
+                await site.start()
+            except OSError as error:
+                raise click.ClickException(
+                    f"cannot listen on {host}:{port + i}: {os.strerror(error.errno or 0)}; choose another --port"
+                ) from None
             pod.name = "{}:{}".format(*runner.addresses[0][:2])
             ready(pod.name)
         stop = asyncio.Event()
@@ -444,10 +449,7 @@ def simulate_pod(
         )
         for index in range(count)
     ]
-    try:
-        uvloop.run(serve(pods, host, port, lambda name: click.echo(f"ready {name}")))
-    except OSError as error:
-        raise click.ClickException(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    uvloop.run(serve(pods, host, port, lambda name: click.echo(f"ready {name}")))
 
 
 if __name__ == "__main__":

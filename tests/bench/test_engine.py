@@ -260,6 +260,37 @@ def test_out_of_blocks_the_last_one_is_preempted_and_recomputed() -> None:
     assert engine.pool.free == 5
 
 
+def test_a_preempted_request_finds_the_blocks_of_its_own_answer_again() -> None:
+    engine = Engine(params(num_blocks=5, kv_token_seconds=0.0))
+    a = EngineRequest(8, 5, [1, 2])  # done before it needs a fourth block
+    b = EngineRequest(6, 9, [3])  # preempted with 8 tokens in two whole blocks, of which only the first has a name
+    engine.submit(a, 0.0)
+    engine.submit(b, 0.0)
+    drain(engine)
+    assert b.preemptions == 1
+    assert b.finished == a.finished + (1.01 + 5 * 1.1) * 1e12
+    assert engine.stats.prefix_hits_tokens == 0
+
+
+@pytest.mark.parametrize("step_by_step", [True, False])
+def test_the_head_of_the_queue_is_tried_again_when_an_answer_publishes_a_block(step_by_step: bool) -> None:
+    engine = Engine(params(num_blocks=8, kv_token_seconds=0.0), step_by_step=step_by_step)
+    a = EngineRequest(6, 12, [1, 2])
+    c = EngineRequest(9, 12, [7, 3])
+    b = EngineRequest(17, 1, [1, 2, 3, 4])
+    engine.submit(a, 0.0)
+    t1 = 1.06
+    engine.submit(c, 0.5)
+    t2 = t1 + 1.1 + 0.09
+    engine.submit(b, t1 + 0.5)
+    # At t2 b needs 5 blocks and shares the first; 4 more are not free. In the next step a fills the block named 2,
+    # which lets b find 3 as well, held by c: 2 of the 2 that remain are enough.
+    t3 = t2 + 1.2
+    drain(engine)
+    assert b.scheduled / 1e12 == pytest.approx(t3)
+    assert b.cached_tokens == 12
+
+
 def test_abort_takes_effect_when_the_step_ends() -> None:
     engine = Engine(params(kv_token_seconds=0.0))
     a, b = EngineRequest(10, 100, key="a"), EngineRequest(10, 100, key="b")
