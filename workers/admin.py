@@ -85,7 +85,7 @@ class Admin:
         listed = []
         for pod in document.pods:
             row = rows[pod.slot] if pod.slot < len(rows) else np.full(len(FIELDS), np.nan)
-            sampled = row[COLUMN["sampled_at"]]
+            sampled = float(row[COLUMN["sampled_at"]])
             listed.append(
                 {
                     "name": pod.name,
