@@ -102,11 +102,11 @@ def serve(page: bytes, pods: int, ports: Connection) -> None:
         uvloop.run(main())
 
 
-async def scrape(addresses: list[tuple[str, int]], engine: Engine, seconds: float) -> dict[str, float]:
+async def scrape(addresses: list[tuple[str, int]], engine: Engine, seconds: float, batch: int) -> dict[str, float]:
     """Poll every address once a second for so long; polls, errors, and CPU from the second second on."""
     loop = asyncio.get_running_loop()
     known = KnownLines(engine)
-    pace: Pace[int] = Pace(1.0, 1.0)
+    pace: Pace[int] = Pace(1.0, 1.0, batch=batch)
     pods = [(Poller(host, port), PageReader(known), Window()) for host, port in addresses]
     polls = errors = 0
     tasks: set[asyncio.Task[None]] = set()
@@ -152,7 +152,7 @@ async def scrape(addresses: list[tuple[str, int]], engine: Engine, seconds: floa
     }
 
 
-def whole_cost(page: bytes, engine: Engine, pods: int, seconds: float) -> dict[str, float]:
+def whole_cost(page: bytes, engine: Engine, pods: int, seconds: float, batch: int) -> dict[str, float]:
     """The cost of polling `pods` pods that another process serves."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -160,7 +160,7 @@ def whole_cost(page: bytes, engine: Engine, pods: int, seconds: float) -> dict[s
     server.start()
     try:
         ports: list[int] = ours.recv()
-        return uvloop.run(scrape([("127.0.0.1", port) for port in ports], engine, seconds))
+        return uvloop.run(scrape([("127.0.0.1", port) for port in ports], engine, seconds, batch))
     finally:
         server.terminate()
         server.join()
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--pods", type=int, default=0, help="also poll so many pods once a second")
     parser.add_argument("--at", nargs="*", metavar="HOST:PORT", help="poll these once a second instead of own ones")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to poll")
+    parser.add_argument("--batch", type=int, default=4, help="polls that leave together")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     page, engine = arguments.page.read_bytes(), ENGINES[arguments.engine]
@@ -181,9 +182,9 @@ def main() -> None:
     result["microseconds of CPU"] = page_costs(page, engine, arguments.runs)
     if arguments.at:
         addresses = [(host, int(port)) for host, _, port in (text.rpartition(":") for text in arguments.at)]
-        result["polling"] = uvloop.run(scrape(addresses, engine, arguments.seconds))
+        result["polling"] = uvloop.run(scrape(addresses, engine, arguments.seconds, arguments.batch))
     elif arguments.pods:
-        result["polling"] = whole_cost(page, engine, arguments.pods, arguments.seconds)
+        result["polling"] = whole_cost(page, engine, arguments.pods, arguments.seconds, arguments.batch)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from workers.scrape.pace import BURST, HEADROOM, Pace
+from workers.scrape.pace import AHEAD_SECONDS, BURST, HEADROOM, Pace
 
 
 class Run:
@@ -52,7 +52,7 @@ class Run:
 
 @pytest.mark.parametrize("pods", [1, 2, 10, 64, 500])
 def test_pods_added_at_once_are_polled_evenly_from_the_first_interval_on(pods: int) -> None:
-    run = Run(Pace(1.0, 5.0))
+    run = Run(Pace(1.0, 5.0, batch=1))
     run.busy.update(range(pods))
     for key in range(pods):
         run.pace.add(key, 0.0)
@@ -73,7 +73,7 @@ def test_a_pod_added_alone_is_polled_at_once() -> None:
 
 
 def test_idle_pods_are_polled_less_and_busy_ones_no_less_often() -> None:
-    run = Run(Pace(1.0, 5.0))
+    run = Run(Pace(1.0, 5.0, batch=1))
     run.busy = {0, 1}
     for key in range(10):
         run.pace.add(key, 0.0)
@@ -85,7 +85,7 @@ def test_idle_pods_are_polled_less_and_busy_ones_no_less_often() -> None:
 
 
 def test_mixed_intervals_leave_no_bunches() -> None:
-    run = Run(Pace(1.0, 5.0))
+    run = Run(Pace(1.0, 5.0, batch=1))
     run.busy = set(range(0, 100, 3))
     for key in range(100):
         run.pace.add(key, 0.0)
@@ -96,7 +96,7 @@ def test_mixed_intervals_leave_no_bunches() -> None:
 
 
 def test_pods_that_all_turn_busy_idle_and_busy_again_stay_apart() -> None:
-    run = Run(Pace(1.0, 5.0))
+    run = Run(Pace(1.0, 5.0, batch=1))
     for key in range(100):
         run.pace.add(key, 0.0)
     run.until(50.0)
@@ -114,7 +114,7 @@ def test_pods_that_all_turn_busy_idle_and_busy_again_stay_apart() -> None:
 
 def test_random_coming_and_going_makes_no_bunches() -> None:
     random_ = random.Random(3)
-    run = Run(Pace(1.0, 5.0))
+    run = Run(Pace(1.0, 5.0, batch=1))
     alive: set[int] = set()
     for step in range(400):
         for key in random_.sample(range(200), 5):
@@ -135,7 +135,7 @@ def test_random_coming_and_going_makes_no_bunches() -> None:
 
 
 def test_a_failing_pod_is_asked_ever_less_often_and_at_once_normally_when_it_is_back() -> None:
-    run = Run(Pace(1.0, 5.0, failing_max=30.0))
+    run = Run(Pace(1.0, 5.0, failing_max=30.0, batch=1))
     run.failing = {0}
     run.pace.add(0, 0.0)
     run.until(200.0)
@@ -150,7 +150,7 @@ def test_a_failing_pod_is_asked_ever_less_often_and_at_once_normally_when_it_is_
 
 
 def test_a_late_call_does_not_pour_out_what_piled_up() -> None:
-    pace: Pace[int] = Pace(1.0, 5.0)
+    pace: Pace[int] = Pace(1.0, 5.0, batch=1)
     for key in range(100):
         pace.add(key, 0.0)
     now = 0.0
@@ -165,7 +165,7 @@ def test_a_late_call_does_not_pour_out_what_piled_up() -> None:
 
 
 def test_a_slow_poll_is_not_repeated_before_it_has_ended() -> None:
-    pace: Pace[str] = Pace(1.0, 5.0)
+    pace: Pace[str] = Pace(1.0, 5.0, batch=1)
     pace.add("pod", 0.0)
     assert pace.due(0.0) == ["pod"]
     assert pace.due(50.0) == []
@@ -189,7 +189,7 @@ def test_a_removed_pod_is_not_polled_and_its_late_outcome_is_ignored() -> None:
 
 
 def test_the_timetable_does_not_grow_with_use() -> None:
-    pace: Pace[int] = Pace(1.0, 5.0)
+    pace: Pace[int] = Pace(1.0, 5.0, batch=1)
     for key in range(10):
         pace.add(key, 0.0)
     for i in range(5_000):
@@ -204,7 +204,33 @@ def test_the_timetable_does_not_grow_with_use() -> None:
     assert pace._rate == pytest.approx(sum(1 / pace.interval(key) for key in range(10)))
 
 
+def test_polls_leave_in_small_batches_of_those_whose_time_is_near() -> None:
+    alone, run = Run(Pace(1.0, 5.0, batch=1)), Run(Pace(1.0, 5.0, batch=4))
+    for each in (alone, run):
+        each.busy.update(range(100))
+        for key in range(100):
+            each.pace.add(key, 0.0)
+        each.until(20.0)
+    together = Counter(time for time, _ in run.polls)
+    assert set(together.values()) <= {1, 2, 3, 4} and together.most_common(60)[-1][1] == 4
+    assert abs(len(run.polls) - len(alone.polls)) <= 4
+    assert run.most_in(0.1) <= 10 * HEADROOM + 1 + 4
+    for key in range(100):
+        assert all(abs(interval - 1.0) <= 2 * AHEAD_SECONDS for interval in run.intervals(key, after=2.0))
+
+
+def test_few_pods_are_not_drawn_together_for_a_batch() -> None:
+    run = Run(Pace(1.0, 5.0, batch=4))
+    run.busy.update(range(10))
+    for key in range(10):
+        run.pace.add(key, 0.0)
+    run.until(20.0)
+    assert run.most_in(0.08) == 1
+
+
 def test_intervals_must_make_sense() -> None:
     for intervals in ((0.0, 1.0, 1.0), (2.0, 1.0, 5.0), (1.0, 2.0, 0.5)):
         with pytest.raises(ValueError, match="interval_min"):
             Pace(*intervals)
+    with pytest.raises(ValueError, match="batch 0"):
+        Pace(batch=0)
