@@ -20,6 +20,7 @@ from state.tables import Tables
 Ints = npt.NDArray[np.int64]
 
 _HEALTH = COLUMN["health"]
+_READY, _UNSEEN = float(Health.READY), float(Health.UNSEEN)
 
 
 class Pod:
@@ -160,14 +161,14 @@ class Fleet:
         values, tables = self._values, self._tables
         ready: list[Pod] = []
         unseen: list[Pod] = []
+        healths, generations = values[:, _HEALTH].tolist(), tables.pods.generation[: len(values)].tolist()
         for pod in model.pods:
-            if pod.record.draining or pod.slot >= len(values):
+            slot = pod.slot
+            if pod.record.draining or slot >= len(values) or generations[slot] != pod.generation:
                 continue
-            if tables.pods.generation[pod.slot] != pod.generation:
-                continue
-            health = values[pod.slot, _HEALTH]
-            if health == Health.READY:
+            health = healths[slot]
+            if health == _READY:
                 ready.append(pod)
-            elif health == Health.UNSEEN:
+            elif health == _UNSEEN:
                 unseen.append(pod)
         return Candidates(tables, ready or unseen, values, self._epoch)
