@@ -48,7 +48,7 @@ from workers.h2.frames import (
     window_update,
 )
 from workers.h2.limits import CREDIT_PER_MESSAGE, Counters, Limits
-from workers.h2.messages import MessageCutter
+from workers.h2.messages import MessageCutter, cut
 from workers.h2.requests import Request, RequestReader
 from workers.h2.stream import Stream
 
@@ -169,49 +169,55 @@ class Connection(Control):
                     stream is not None
                     and stream.quick
                     and flags <= END_STREAM
-                    # The compression flag is the highest of these five bytes: set, it makes the number too large.
-                    and from_bytes(buf[start : start + PREFIX_BYTES], "big") == length - PREFIX_BYTES
                     and (unread := stream.unread + length) < half_window
                     and not self.congested
                 ):
                     stream.unread = unread
                     call: Call = stream.call  # type: ignore[assignment]
-                    credit += CREDIT_PER_MESSAGE
-                    try:
-                        reply = call.receive(buf[start + PREFIX_BYTES : pos])
-                    except Exception as error:
-                        self.fail(stream, error)
-                    else:
-                        if isinstance(reply, bytes):
-                            size = len(reply)
-                            total = size + PREFIX_BYTES
-                            if (
-                                total <= stream.send_window
-                                and total <= self.send_window
-                                and total <= MIN_MAX_FRAME
-                                and not self.hpack_prefix
-                            ):
-                                stream.send_window -= total
-                                self.send_window -= total
-                                if stream.headers_sent:
-                                    append(message_header(total << 8, 0, stream_id, 0, size))
-                                else:
-                                    stream.headers_sent = True
-                                    append(first_message_header(stream_id, size))
-                                append(reply)
-                                if call.finished:
-                                    stream.ended_remote = bool(flags)
-                                    self.finish(stream)
+                    while start < pos:
+                        # The compression flag is the highest of the five bytes: set, it makes the number too large.
+                        stop = start + PREFIX_BYTES + from_bytes(buf[start : start + PREFIX_BYTES], "big")
+                        if stop > pos:
+                            self._collect(stream, buf[start:pos])
+                            break
+                        credit += CREDIT_PER_MESSAGE
+                        try:
+                            reply = call.receive(buf[start + PREFIX_BYTES : stop])
+                        except Exception as error:
+                            self.fail(stream, error)
+                            break
+                        start = stop
+                        if (
+                            isinstance(reply, bytes)
+                            and (total := (size := len(reply)) + PREFIX_BYTES) <= stream.send_window
+                            and total <= self.send_window
+                            and total <= MIN_MAX_FRAME
+                            and not self.hpack_prefix
+                        ):
+                            stream.send_window -= total
+                            self.send_window -= total
+                            if stream.headers_sent:
+                                append(message_header(total << 8, 0, stream_id, 0, size))
                             else:
-                                self.take_result(stream, call, reply)
+                                stream.headers_sent = True
+                                append(first_message_header(stream_id, size))
+                            append(reply)
+                            if call.finished:
+                                stream.ended_remote = bool(flags)
+                                self.finish(stream)
                         else:
                             self.take_result(stream, call, reply)
-                    if flags and not stream.ended_remote:
-                        self.remote_end(stream)
-                elif (
-                    length == 0 and flags == END_STREAM and stream is not None and stream.quick and stream.headers_sent
-                ):
-                    self._half_close_quietly(stream)
+                        if not stream.quick:
+                            if start < pos and stream.call is not None:
+                                self._collect(stream, buf[start:pos])
+                            break
+                    if flags:
+                        if stream.quick and stream.headers_sent:
+                            self._half_close_quietly(stream)
+                        elif not stream.ended_remote:
+                            self.remote_end(stream)
+                    elif not length:
+                        self.spend("empty DATA")
                 else:
                     try:
                         self._data(stream, stream_id, flags, buf, start, pos)
@@ -358,9 +364,7 @@ class Connection(Control):
                 stream.call = request.plain_method(request.metadata)
                 stream.quick = True
                 if request.timeout_seconds != inf:
-                    stream.deadline = deadline = self.clock() + request.timeout_seconds
-                    if deadline < self.next_deadline:
-                        self.next_deadline = deadline
+                    self.set_deadline(stream, self.clock() + request.timeout_seconds)
             except Exception as error:
                 self.fail(stream, error)
         else:
@@ -450,16 +454,23 @@ class Connection(Control):
 
     def _collect(self, stream: Stream, piece: bytes) -> None:
         cutter = stream.cutter
-        if cutter is None:
-            cutter = stream.cutter = MessageCutter(self.limits.max_message_bytes)
-        held = cutter.held
+        held = 0
         try:
-            messages = cutter.feed(piece)
+            if cutter is None:
+                messages: list[bytes] = []
+                pos, wanted = cut(piece, 0, self.limits.max_message_bytes, messages)
+                if pos < len(piece) or wanted >= 0:
+                    cutter = stream.cutter = MessageCutter(self.limits.max_message_bytes, piece[pos:], wanted)
+            else:
+                held = cutter.held
+                messages = cutter.feed(piece)
         except CallError as error:
-            self.counters.buffered_bytes += cutter.held - held
+            if cutter is not None:
+                self.counters.buffered_bytes += cutter.held - held
             self.fail(stream, error)
             return
-        self.counters.buffered_bytes += cutter.held - held
+        if cutter is not None:
+            self.counters.buffered_bytes += cutter.held - held
         if messages:
             self.budget += CREDIT_PER_MESSAGE
             self.deliver(stream, messages)

@@ -76,7 +76,6 @@ class Control(Dialogue):
         """Something was received since the last tick."""
         self.budget = limits.control_frames_burst
         self.alarm = now + TICK_SECONDS
-        """When `tick` is wanted next."""
         self._opened = self._ticked = self._last_heard = self._last_busy = now
         self._pinged = inf
         self._drain_started = inf

@@ -11,7 +11,7 @@ from functools import partial
 from math import inf
 
 from workers.calls import Call, CallError, Methods, PushingCall, Reply, Status
-from workers.h2.frames import ENHANCE_YOUR_CALM, NO_ERROR
+from workers.h2.frames import ENHANCE_YOUR_CALM, NO_ERROR, trailers_ok
 from workers.h2.limits import Counters, Limits
 from workers.h2.outbound import Outbound
 from workers.h2.requests import Refusal, Request
@@ -38,6 +38,8 @@ class Dialogue(Outbound):
         self.reset_ids: dict[int, None] = {}
         """Streams that we reset while the client might still be sending (RFC 9113 5.1, closed)."""
         self.next_deadline = inf
+        self.alarm = inf
+        """When the passing of time has to be looked at next, by the clock."""
         self._parked: dict[int, Stream] = {}
         self._crash_logged = False
 
@@ -56,8 +58,7 @@ class Dialogue(Outbound):
         stream.call = call
         stream.quick = request.content_length < 0
         if request.timeout_seconds != inf:
-            stream.deadline = self.clock() + request.timeout_seconds
-            self.next_deadline = min(self.next_deadline, stream.deadline)
+            self.set_deadline(stream, self.clock() + request.timeout_seconds)
         if request.method.pushes:
             stream.pushes = True
             stream.quick = False
@@ -69,6 +70,12 @@ class Dialogue(Outbound):
                 return
             if stream.call is not None and call.finished:
                 self.finish(stream)
+
+    def set_deadline(self, stream: Stream, deadline: float) -> None:
+        stream.deadline = deadline
+        if deadline < self.next_deadline:
+            self.next_deadline = deadline
+            self.alarm = min(self.alarm, deadline)
 
     def _refuse(self, stream: Stream, refusal: Refusal) -> None:
         stream.headers_sent = True
@@ -227,6 +234,10 @@ class Dialogue(Outbound):
     def finish(self, stream: Stream, code: int = Status.OK, message: str = "") -> None:
         """End the call with a status. Trailers alone if no reply was sent before."""
         self._close_call(stream)
+        if code == Status.OK and stream.headers_sent and stream.pending is None and not self.hpack_prefix:
+            self.out.append(trailers_ok(stream.id))
+            self.local_end(stream)
+            return
         block = trailers(code, message)
         if not stream.headers_sent:
             stream.headers_sent = True

@@ -11,67 +11,71 @@ from workers.h2.frames import PREFIX_BYTES
 _SMALL = 1024
 
 
+def cut(piece: bytes, pos: int, limit: int, messages: list[bytes]) -> tuple[int, int]:
+    """Append the whole messages in `piece` from `pos` on. Returns where the rest begins and how long its message is.
+
+    The length is -1 if not even the prefix of the next message is there. Raises `CallError` for a message that is
+    compressed or too long; the messages before it are lost with the call.
+    """
+    end = len(piece)
+    while end - pos >= PREFIX_BYTES:
+        size = int.from_bytes(piece[pos + 1 : pos + PREFIX_BYTES], "big")
+        if piece[pos]:
+            raise CallError(Status.UNIMPLEMENTED, "compressed messages are not supported")
+        if size > limit:
+            raise CallError(Status.RESOURCE_EXHAUSTED, f"message of {size} bytes is over the limit of {limit}")
+        pos += PREFIX_BYTES
+        if end - pos < size:
+            return pos, size
+        messages.append(piece[pos : pos + size])
+        pos += size
+    return pos, -1
+
+
 class MessageCutter:
-    """The bytes of one stream since its last whole message."""
+    """The bytes of one stream since its last whole message: at least one byte of a prefix."""
 
     __slots__ = ("_limit", "_parts", "_prefix", "_wanted", "held")
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, rest: bytes, wanted: int) -> None:
+        """`rest` is the beginning of a message of `wanted` bytes, or with -1 of its prefix."""
         self._limit = max_message_bytes
         self._parts: list[bytes | bytearray] = []
-        self._prefix = b""
-        self._wanted = -1
+        self._begin(rest, wanted)
+
+    def _begin(self, rest: bytes, wanted: int) -> None:
+        self._wanted = wanted
         """Length of the message being collected, -1 while its prefix is not complete."""
+        self._prefix = rest if wanted < 0 else b""
         self.held = 0
         """Message bytes collected."""
+        if wanted >= 0 and rest:
+            self.held = len(rest)
+            self._keep(rest)
 
     @property
     def empty(self) -> bool:
         return self._wanted < 0 and not self._prefix
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """The messages that `piece` completes.
-
-        Raises `CallError` for a message that is compressed or too long; the messages before it are lost with the call.
-        """
-        wanted = self._wanted
-        if wanted >= 0:
-            held = self.held + len(piece)
-            if held < wanted:
-                self.held = held
+        """The messages that `piece` completes. Raises `CallError` as `cut` does."""
+        messages: list[bytes] = []
+        pos = 0
+        if self._wanted >= 0:
+            missing = self._wanted - self.held
+            if len(piece) < missing:
+                self.held += len(piece)
                 self._keep(piece)
-                return []
-            pos = wanted - self.held
-            self._parts.append(piece if len(piece) == pos else piece[:pos])
-            messages = [self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)]
+                return messages
+            self._parts.append(piece if len(piece) == missing else piece[:missing])
+            messages.append(b"".join(self._parts))
             self._parts = []
-            self.held = 0
-        else:
-            messages = []
-            pos = 0
-            if self._prefix:
-                piece = self._prefix + piece
-                self._prefix = b""
-        end = len(piece)
-        while end - pos >= PREFIX_BYTES:
-            wanted = int.from_bytes(piece[pos + 1 : pos + 5], "big")
-            if piece[pos]:
-                raise CallError(Status.UNIMPLEMENTED, "compressed messages are not supported")
-            if wanted > self._limit:
-                text = f"message of {wanted} bytes is over the limit of {self._limit}"
-                raise CallError(Status.RESOURCE_EXHAUSTED, text)
-            pos += PREFIX_BYTES
-            if end - pos < wanted:
-                self._wanted = wanted
-                self.held = end - pos
-                if pos < end:
-                    self._keep(piece[pos:])
-                return [bytes(message) for message in messages]
-            messages.append(piece[pos : pos + wanted])
-            pos += wanted
-        self._wanted = -1
-        self._prefix = piece[pos:]
-        return [bytes(message) for message in messages]
+            pos = missing
+        elif self._prefix:
+            piece = self._prefix + piece
+        pos, wanted = cut(piece, pos, self._limit, messages)
+        self._begin(piece[pos:], wanted)
+        return messages
 
     def _keep(self, piece: bytes) -> None:
         parts = self._parts
