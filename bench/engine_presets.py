@@ -64,7 +64,7 @@ def derive(gpu: Gpu, model: Model, *, max_num_seqs: int, max_num_batched_tokens:
 
 
 PRESETS = {
-    # vLLM's defaults for an API server on GPUs of this class: 1024 and 8192; on smaller ones 256 and 2048.
+    # Requests and tokens per step are vLLM's defaults for an API server: on 80 GB GPUs except the A100, and on others.
     "h100-llama-3.1-8b": derive(H100_SXM, LLAMA_3_1_8B, max_num_seqs=1024, max_num_batched_tokens=8192),
     "a100-qwen-2.5-14b": derive(A100_SXM_80, QWEN_2_5_14B, max_num_seqs=256, max_num_batched_tokens=2048),
     # 14,000 prompt tokens a second, 8 ms a step, room for a million tokens; what the strategies were first tried on.

@@ -6,9 +6,9 @@ One request walks: handler (body, model, prompt) -> `pod_text` (tokens, block ha
 the engine) -> `pod_wire` (JSON, whole or in chunks). `--speed` makes the engine faster, and so shows in the pod's own
 metrics: every number agrees with what a client sees. Same seed, same answers, whichever pod gives them.
 
-Cost: no CPU at rest; about 0.25 ms per request and 10 µs per streamed token (`--stream-interval` has several share
-one write). Chunks are written past aiohttp, straight to the transport, without waiting for slow readers: what piles up
-is at most the answer.
+Cost: no CPU at rest; 0.4 ms per request and 30 µs per streamed token, as `python -m bench.pod_cost` measures
+(`--stream-interval` has several tokens share one write). Chunks are written past aiohttp, straight to the transport,
+without waiting for slow readers: what piles up is at most the answer.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ import click
 import orjson
 import uvloop
 import xxhash
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from bench import pod_text, pod_wire
 from bench.engine import Engine, EngineParams, EngineRequest
@@ -225,6 +225,8 @@ class Pod:
         options = body.get("stream_options") or {}
         with_usage, continuous = options.get("include_usage"), options.get("continuous_usage_stats")
         chunks = Chunks(api, answer_id, int(time.time()), model)
+        if request.version < HttpVersion11:
+            raise bad_request("Streaming needs HTTP/1.1.")
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         transport = cast(asyncio.WriteTransport, request.transport)

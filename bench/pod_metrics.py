@@ -3,7 +3,7 @@
 Everything but the values is put into one format string when the pod starts. Families that vLLM has and the
 model knows nothing of (FLOPs, multi-modal cache, ...) stand at 0, as they do in a vLLM that does not use them.
 
-Cost: 0.4 ms a page of 50 KB (`python -m bench.pod_metrics`).
+Cost: 0.3 ms for a page of 50 KB; over HTTP see `python -m bench.pod_cost`.
 """
 
 import gc
@@ -48,7 +48,7 @@ def _escape(label: str) -> str:
 
 
 class MetricsPage:
-    """`requests` and `adapters_running` are read when the page is rendered."""
+    """Reads the engine, `http` and `adapters` when it is rendered; bring the engine up to date first."""
 
     def __init__(
         self,

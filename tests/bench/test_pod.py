@@ -241,6 +241,16 @@ async def test_unknown_paths_and_methods(pod: str) -> None:
             assert response.status == 405
 
 
+async def test_streaming_needs_chunks(pod: str) -> None:
+    host, port = pod.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps(chat("Hi", stream=True)).encode()
+    writer.write(b"POST %b HTTP/1.0\r\ncontent-length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body))
+    answer = await reader.read()
+    writer.close()
+    assert b"400 Bad Request" in answer and b"Streaming needs HTTP/1.1." in answer
+
+
 # The OpenAI client
 
 
