@@ -109,12 +109,20 @@ class SseUsage:
         """Whole events. Those without usage and not the last are passed over unread."""
         if b'"usage"' not in events and b"[DONE]" not in events and b"message_stop" not in events:
             return
+        if events.startswith(b"data:") and events.count(b"\n") == 2:
+            self._read_lines([events[5:].strip()])
+            return
         for event in _BLANK_LINE.split(events):
             if b'"usage"' in event or b"[DONE]" in event or b"message_stop" in event:
                 self._read_event(event)
 
     def _read_event(self, event: bytes) -> None:
-        lines = [line[5:].strip() for line in map(bytes.lstrip, event.splitlines()) if line.startswith(b"data:")]
+        self._read_lines(
+            [line[5:].strip() for line in map(bytes.lstrip, event.splitlines()) if line.startswith(b"data:")]
+        )
+
+    def _read_lines(self, lines: list[bytes]) -> None:
+        """The `data:` lines of one event: one JSON text over several lines, or else one on each."""
         try:
             self._read_data(b"\n".join(lines))
         except orjson.JSONDecodeError:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
+from router.bodies.text import counted_tokens
 from router.errors import RequestError, bad_body, missing
 
 Document = dict[str, Any]
@@ -68,6 +69,11 @@ class Body:
         as long as nobody needed the text."""
         size = self._textual_bytes() if self._text is None else len(self._text)
         return size // BYTES_PER_TOKEN + self.media * MEDIA_TOKENS
+
+    def counted_tokens(self) -> int:
+        """Prompt tokens by counting words: nearer to a tokenizer than `approximate_tokens` and some 100 times slower.
+        For what compares the prompt with a threshold that somebody chose."""
+        return counted_tokens(self.routing_text().decode("utf-8", "replace"))
 
     def _write(self) -> bytes:
         """Build the routing text."""

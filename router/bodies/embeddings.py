@@ -1,25 +1,19 @@
 """`/v1/embeddings`, with OpenAI's limits on its input.
 
-The limits are in tokens, which only the model's own tokenizer can count. AIBrix counts with tiktoken's cl100k; here a
-text is charged a token per word, per three digits, per run of punctuation, which agrees with cl100k on plain English
-and errs on the side of letting a request through elsewhere. Only texts that could be over the limit are counted.
+The limits are in tokens, which only the model's own tokenizer can count. AIBrix counts with tiktoken's cl100k, we by
+words (`counted_tokens`), and only the texts that could be over the limit.
 """
 
-import re
 from typing import Any, ClassVar, Final
 
 from router.bodies.base import BYTES_PER_TOKEN, Body, Document, read_model, refuse_stream
-from router.bodies.text import TURN, Pieces, add_content, dumped, joined, packed_ids
+from router.bodies.text import TURN, Pieces, add_content, counted_tokens, dumped, joined, packed_ids
 from router.errors import RequestError, bad_body
 
 MOST_TOKENS: Final = 8192
 """Per input."""
 MOST_TOKENS_IN_ALL: Final = 300_000
 LONGEST_TOKEN_ARRAY: Final = 2048
-
-_COUNTED_CHARACTERS: Final = 1 << 18
-"""Texts longer than this are charged a token per four characters; counting words takes 30 ns each."""
-_WORDS: Final = re.compile(r" ?[^\W\d_]{1,12}|\d{1,3}| ?[^\s\w]{1,4}|\s{1,32}|.")
 
 _FLAT: Final = ("text", "image", "video")
 _STRING_FIELDS: Final = ("type", *_FLAT)
@@ -111,10 +105,8 @@ def _check_texts(texts: list[str]) -> None:
 
 
 def _at_most(text: str) -> int:
-    """Tokens of a text: estimated where it could be over the limit, else a quarter of its characters."""
-    if len(text) <= MOST_TOKENS or len(text) > _COUNTED_CHARACTERS:
-        return len(text) // BYTES_PER_TOKEN
-    return len(_WORDS.findall(text))
+    """Tokens of a text: counted where it could be over the limit, else a quarter of its characters."""
+    return len(text) // BYTES_PER_TOKEN if len(text) <= MOST_TOKENS else counted_tokens(text)
 
 
 def _check_tokens(arrays: list[list[Any]]) -> None:
