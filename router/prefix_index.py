@@ -81,33 +81,33 @@ class Match:
         """Blocks on the pod that has most."""
         return self.groups[-1][0] if self.groups else 0
 
-    def blocks(self, index_of: "SlotIndex") -> list[int]:
-        """Matched blocks for each candidate, in their order."""
+    def split(self, slots: "SlotIndex") -> tuple[int, list[tuple[int, int]]]:
+        """The length that most candidates have, and the groups that have another one."""
         groups = self.groups
-        common = 0
-        if len(groups) and index_of.count > 8:
-            # The most numerous group first, the others by the bit.
-            left = index_of.count - sum(bitmap.bit_count() for _, bitmap in groups)
-            for length, bitmap in groups:
-                if bitmap.bit_count() > left:
-                    left, common = bitmap.bit_count(), length
-        out = [common] * index_of.count
-        if common:
-            rest = index_of.mask
-            for _, bitmap in groups:
-                rest &= ~bitmap
-            _put(out, rest, 0, index_of.positions)
+        left = slots.mask
+        for _, bitmap in groups:
+            left &= ~bitmap
+        common, most = 0, left
         for length, bitmap in groups:
-            if length != common:
-                _put(out, bitmap, length, index_of.positions)
+            if bitmap.bit_count() > most.bit_count():
+                common, most = length, bitmap
+        if not common:
+            return 0, groups
+        others = [group for group in groups if group[0] != common]
+        if left:
+            others.append((0, left))
+        return common, others
+
+    def blocks(self, slots: "SlotIndex") -> list[int]:
+        """Matched blocks for each candidate, in their order."""
+        common, others = self.split(slots)
+        out = [common] * slots.count
+        for length, bitmap in others:
+            while bitmap:
+                low = bitmap & -bitmap
+                out[slots.positions[low]] = length
+                bitmap ^= low
         return out
-
-
-def _put(out: list[int], bitmap: int, value: int, positions: dict[int, int]) -> None:
-    while bitmap:
-        low = bitmap & -bitmap
-        out[positions[low]] = value
-        bitmap ^= low
 
 
 class SlotIndex:
@@ -150,6 +150,7 @@ class PrefixIndex:
         self._rows = b""
         self._tags: list[int] = []
         self._swept = 0
+        self._sweep_at = 0.0
         self.blocks = 0
         """Distinct blocks in the view."""
         self.pairs = 0
@@ -197,7 +198,8 @@ class PrefixIndex:
                     self._note(slot, record.hashes, record.block_bytes, record.at)
                 else:
                     self.foreign += 1
-        self._sweep(now)
+        if now >= self._sweep_at:
+            self._sweep(now)
 
     def match(self, chain: Chain, mask: int) -> Match:
         """How much of the prompt each pod of the bitmap `mask` holds."""
@@ -378,6 +380,7 @@ class PrefixIndex:
 
     def _sweep(self, now: float) -> None:
         """Drop what one pod, in turn, has not used for long."""
+        self._sweep_at = now + 0.05
         orders = self._orders
         if not orders:
             return

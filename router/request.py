@@ -14,6 +14,7 @@ class RoutingRequest:
         "max_tokens",
         "model",
         "notes",
+        "prefix",
         "prompt_tokens",
         "session_key",
         "uncached_tokens",
@@ -46,6 +47,8 @@ class RoutingRequest:
         """Monotonic seconds."""
         self.uncached_tokens = -1
         """Prompt tokens the chosen pod is expected to compute; -1: no strategy knew, all of them."""
+        self.prefix: Any = None
+        """`router.prefixes.LookUp`, once a strategy has asked for it."""
         self.notes: dict[str, Any] | None = None
         """What a strategy found while scoring (matched tokens for each candidate, say), for `chosen` and `explain`."""
 

@@ -6,6 +6,7 @@ from router.strategies.least_kv_cache import LeastGpuCache, LeastKvCache
 from router.strategies.least_latency import LeastLatency
 from router.strategies.least_request import LeastRequest
 from router.strategies.least_utilization import LeastUtilization
+from router.strategies.marginal_delay import MarginalDelay
 from router.strategies.power_of_two import PowerOfTwo
 from router.strategies.random_choice import Random
 from router.strategies.round_robin import RoundRobin
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         LeastGpuCache,
         LeastLatency,
         LeastUtilization,
+        MarginalDelay,
     )
 }
 

@@ -16,7 +16,10 @@ from math import isfinite, isnan
 from statistics import fmean
 from typing import Any, ClassVar
 
+from router.backlog import Backlog
 from router.fleet import Candidates
+from router.prefixes import Prefixes
+from router.rates import Rates
 from router.request import RoutingRequest
 from state.pods import Floats
 
@@ -30,6 +33,24 @@ class Context:
     def __init__(self, seed: int | None = None, **parts: Any) -> None:
         self.random = random.Random(seed)
         self.parts = parts
+
+    @property
+    def prefixes(self) -> Prefixes | None:
+        """Prefix knowledge, where the process keeps any."""
+        found: Prefixes | None = self.parts.get("prefixes")
+        return found
+
+    @property
+    def rates(self) -> Rates:
+        """Learnt speeds of the pods."""
+        found: Rates = self.parts.setdefault("rates", Rates())
+        return found
+
+    @property
+    def backlog(self) -> Backlog:
+        """Promised prefills not done yet."""
+        found: Backlog = self.parts.setdefault("backlog", Backlog(self.rates))
+        return found
 
 
 class Strategy(ABC):

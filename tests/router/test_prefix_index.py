@@ -183,8 +183,8 @@ def test_entries_expire_when_nobody_uses_them() -> None:
     index.remember(chain(("old", 5)), 0, 100.0)
     index.remember(chain(("used", 5)), 0, 100.0)
     index.remember(chain(("used", 5)), 0, 150.0)
-    for _ in range(4):
-        index.follow(170.0)
+    for second in range(4):
+        index.follow(170.0 + second)
     assert matched(index, chain(("old", 5)))[0] == 0
     assert matched(index, chain(("used", 5)))[0] == 5
 

@@ -1,0 +1,111 @@
+"""Prefix knowledge as strategies use it: a request and candidates in, cached tokens per candidate out."""
+
+from typing import Any
+
+import numpy as np
+
+from router.fleet import Candidates
+from router.prefix_hash import BLOCK_BYTES, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, block_bytes_for
+from router.prefix_index import Match, PrefixIndex, SlotIndex
+from router.request import RoutingRequest
+from state.pods import Floats
+from state.tables import Tables
+
+
+class LookUp:
+    """What the candidates hold of one prompt."""
+
+    __slots__ = ("block_tokens", "chain", "match", "prompt_tokens", "slots")
+
+    def __init__(self, chain: Chain, match: Match, slots: SlotIndex, prompt_tokens: float, text_bytes: int) -> None:
+        self.chain = chain
+        self.match = match
+        self.slots = slots
+        self.prompt_tokens = prompt_tokens
+        self.block_tokens = chain.block_bytes * prompt_tokens / text_bytes if text_bytes else 0.0
+        """This prompt's tokens in one block of its text."""
+
+    @property
+    def longest_tokens(self) -> float:
+        """What the pod that holds most holds of it."""
+        return self._tokens(self.match.longest)
+
+    def uncached(self) -> Floats:
+        """Prompt tokens that each candidate would have to compute."""
+        prompt, slots = self.prompt_tokens, self.slots
+        common, others = self.match.split(slots)
+        out: Floats = np.full(slots.count, prompt - self._tokens(common))
+        positions = slots.positions
+        for blocks, bitmap in others:
+            value = prompt - self._tokens(blocks)
+            while bitmap:
+                low = bitmap & -bitmap
+                out[positions[low]] = value
+                bitmap ^= low
+        return out
+
+    def tokens(self) -> list[float]:
+        """Cached prompt tokens for each candidate, in their order."""
+        known = {0: 0.0}
+        for blocks, _ in self.match.groups:
+            known[blocks] = self._tokens(blocks)
+        return [known[blocks] for blocks in self.match.blocks(self.slots)]
+
+    def tokens_on(self, slot: int) -> float:
+        """Cached prompt tokens on one pod."""
+        for blocks, bitmap in self.match.groups:
+            if bitmap >> slot & 1:
+                return self._tokens(blocks)
+        return 0.0
+
+    def _tokens(self, blocks: int) -> float:
+        # An engine computes at least the last token again.
+        return max(min(blocks * self.block_tokens, self.prompt_tokens - 1.0), 0.0)
+
+
+class Prefixes:
+    """Hashing and index of one process. `block_bytes` 0 follows the engines' KV blocks."""
+
+    @classmethod
+    def of(cls, tables: Tables, *, seed: int = 0, block_bytes: int = 0, **options: Any) -> "Prefixes":
+        """The knowledge that this process shares through `tables`. `seed` must be the same in every process that does,
+        and in every replica; `options` are `PrefixIndex`'s."""
+        return cls(PrefixIndex(tables.prefix_log, tables.pods, **options), PrefixHasher(seed), block_bytes)
+
+    def __init__(self, index: PrefixIndex, hasher: PrefixHasher, block_bytes: int = 0) -> None:
+        self.index = index
+        self.hasher = hasher
+        self._block_bytes = block_bytes
+
+    def look_up(self, request: RoutingRequest, candidates: Candidates, now: float) -> LookUp:
+        """What the candidates hold of this prompt. Done once per request, however many strategies ask."""
+        found: LookUp | None = request.prefix
+        if found is not None and found.slots is candidates.derived.get(SlotIndex):
+            return found
+        slots: SlotIndex | None = candidates.derived.get(SlotIndex)
+        if slots is None:
+            slots = candidates.derived[SlotIndex] = SlotIndex(candidates.slots.tolist())
+            candidates.derived["block_bytes"] = self._block_bytes or _engine_block_bytes(candidates)
+        index = self.index
+        index.follow(now)
+        text = request.text
+        if found is not None:
+            chain = found.chain
+        else:
+            chain = self.hasher.chain(text, request.model, candidates.derived["block_bytes"])
+        tokens = request.prompt_tokens or len(text) / NOMINAL_BYTES_PER_TOKEN
+        found = LookUp(chain, index.match(chain, slots.mask), slots, tokens, len(text))
+        request.prefix = found
+        return found
+
+    def remember(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
+        """The request goes to candidate `index`: note what it will have to compute, and tell all processes."""
+        found = self.look_up(request, candidates, now)
+        slot = candidates.pods[index].slot
+        request.uncached_tokens = max(round(found.prompt_tokens - found.tokens_on(slot)), 0)
+        self.index.remember(found.chain, slot, now)
+
+
+def _engine_block_bytes(candidates: Candidates) -> int:
+    sizes = candidates.metric("block_size").tolist()
+    return max((block_bytes_for(size) for size in sizes), default=BLOCK_BYTES)

@@ -1,0 +1,213 @@
+"""What `marginal-delay` says it does, on fleets made by hand."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from router.rates import STALE_SECONDS, Prior
+
+NAME = "marginal-delay"
+
+
+def test_a_second_request_with_the_same_long_prefix_follows_the_first(lab: Any, prompt: Any) -> None:
+    fleet = lab(8)
+    first = fleet.send(NAME, fleet.request(prompt("system", 16) + b"alice"))
+    fleet.now += 5
+    assert fleet.send(NAME, fleet.request(prompt("system", 16) + b"bob")) == first
+
+
+def test_whichever_worker_takes_it(lab: Any, prompt: Any) -> None:
+    fleet = lab(8)
+    first = fleet.send(NAME, fleet.request(prompt("system", 16)), worker=0)
+    fleet.now += 5
+    assert {fleet.send(NAME, fleet.request(prompt("system", 16)), worker=worker) for worker in (1, 2, 0)} == {first}
+
+
+def test_not_when_that_pod_is_so_loaded_that_computing_it_anew_is_quicker(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    first = fleet.send(NAME, fleet.request(prompt("system", 8)))
+    fleet.now += 5
+    fleet.tables.ledger.charge(first, 200_000, 200_000, held=False)  # 14 seconds of prefill
+    assert fleet.send(NAME, fleet.request(prompt("system", 8))) != first
+
+
+def test_the_score_is_the_sum_of_the_delays(lab: Any) -> None:
+    """One pod with 10 requests of 400 tokens, one with 3, nothing cached, nothing learnt."""
+    fleet = lab(2)
+    fleet.load(0, 10)
+    fleet.load(1, 3)
+    p = Prior()
+    u, output, mean = 1000.0, 200.0, 6.5
+    expected = []
+    for n in (10, 3):
+        compute = u * p.prefill_token_seconds
+        context = n * (400 + output / 2)
+        step = p.step_seconds + n * p.decode_request_seconds + context * p.kv_token_seconds
+        ttft = compute + step
+        slower = p.decode_request_seconds + u * p.kv_token_seconds
+        expected.append(ttft + output * step + (1 + mean) * compute + n * output * slower)
+    assert fleet.scores(NAME, fleet.request(tokens=1000)) == pytest.approx(expected)
+
+
+def test_what_other_workers_promised_a_pod_counts_at_once_and_drains(lab: Any) -> None:
+    fleet = lab(2)
+    idle = fleet.scores(NAME, fleet.request(tokens=500))
+    assert idle[0] == idle[1]
+    fleet.worker(1)[0].ledger.charge(0, 28_000, 28_000, held=False)
+    busy = fleet.scores(NAME, fleet.request(tokens=500))
+    assert busy[0] - busy[1] > 28_000 / 14_000
+    fleet.now += 1.0
+    later = fleet.scores(NAME, fleet.request(tokens=500))
+    assert 1.0 < later[0] - later[1] < busy[0] - busy[1] - 0.9
+    fleet.now += 1.5
+    done = fleet.scores(NAME, fleet.request(tokens=500))
+    assert done[0] - done[1] < 0.5  # decoding beside it remains
+
+
+def test_an_engines_own_queue_corrects_the_account(lab: Any) -> None:
+    fleet = lab(2, running=0.0, waiting=0.0)
+    fleet.send(NAME, fleet.request(tokens=1000))
+    for slot in (0, 1):
+        fleet.tables.ledger.charge(slot, 500_000, 500_000, held=False)
+    before = fleet.scores(NAME, fleet.request(tokens=500))
+    fleet.now += 0.01
+    fleet.poll(0, waiting=0.0, running=1.0)  # has nothing waiting, whatever was promised
+    after = fleet.scores(NAME, fleet.request(tokens=500))
+    assert before[0] == pytest.approx(before[1], rel=0.05)
+    assert after[0] < after[1] / 2
+
+
+def test_a_hundred_identical_requests_at_once_do_not_pile_up(lab: Any, prompt: Any) -> None:
+    fleet = lab(8)
+    spread = Counter(fleet.send(NAME, fleet.request(prompt("same", 4), tokens=1000)) for _ in range(100))
+    assert max(spread.values()) < 40
+
+
+def test_a_hundred_different_requests_at_once_are_spread_evenly(lab: Any, prompt: Any) -> None:
+    fleet = lab(8)
+    spread = Counter(fleet.send(NAME, fleet.request(prompt(f"user {i}", 4))) for i in range(100))
+    assert len(spread) == 8
+    assert max(spread.values()) - min(spread.values()) <= 2
+
+
+def test_a_prefix_that_all_pods_hold_leaves_the_choice_to_load(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    candidates = fleet.candidates()
+    for index in range(4):
+        fleet.worker()[2].prefixes.remember(fleet.request(prompt("system", 16)), candidates, index, fleet.now)
+    for slot in (0, 1, 3):
+        fleet.load(slot, 5)
+    assert fleet.send(NAME, fleet.request(prompt("system", 16) + prompt("carol", 1))) == 2
+
+
+def test_a_restarted_pod_is_no_longer_preferred(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    first = fleet.send(NAME, fleet.request(prompt("system", 16)))
+    fleet.now += 60
+    fleet.poll(first, incarnation=1.0)
+    request = fleet.request(prompt("system", 16))
+    fleet.send(NAME, request)
+    assert request.uncached_tokens == request.prompt_tokens
+
+
+def test_the_chosen_pods_uncached_tokens_are_noted(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    fleet.send(NAME, fleet.request(prompt("system", 16)))
+    fleet.now += 5
+    request = fleet.request(prompt("system", 16) + prompt("alice", 4))
+    fleet.send(NAME, request)
+    assert request.uncached_tokens == 1024
+
+
+def test_slow_pods_get_less(lab: Any) -> None:
+    """Two pods of the same load, one of which has shown a quarter of the other's speed."""
+    fleet = lab(2)
+    metrics = dict(
+        generation_tokens_per_second=200.0, requests_per_second=1.0, computed_prompt_tokens_per_second=1000.0
+    )
+    for _ in range(8):
+        fleet.now += 1
+        fleet.poll(0, prefill_mean_seconds=0.4, itl_mean_seconds=0.04, prompt_tokens_mean=1000.0, **metrics)
+        fleet.poll(1, prefill_mean_seconds=0.1, itl_mean_seconds=0.01, prompt_tokens_mean=1000.0, **metrics)
+        scores = fleet.scores(NAME, fleet.request(tokens=2000))
+    assert scores[0] > 2 * scores[1]
+    spread = Counter(fleet.send(NAME, fleet.request(tokens=2000)) for _ in range(60))
+    assert spread[1] > 2 * spread[0]
+
+
+def test_learnt_speeds_come_close_to_the_true_ones(lab: Any) -> None:
+    """Metrics of an engine twice as slow as the prior, alone on the machine."""
+    fleet = lab(1)
+    for _ in range(20):
+        fleet.now += 1
+        fleet.poll(
+            0,
+            generation_tokens_per_second=5.0,
+            requests_per_second=0.1,
+            computed_prompt_tokens_per_second=200.0,
+            prompt_tokens_mean=2000.0,
+            generation_tokens_mean=50.0,
+            busy_ratio=0.2,
+            itl_mean_seconds=0.0163,
+            prefill_mean_seconds=2000 / 7000 + 0.0163,
+        )
+        fleet.scores(NAME, fleet.request(tokens=100))
+    speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
+    assert 1 / speeds.prefill_seconds[0] == pytest.approx(7000, rel=0.25)
+    assert speeds.decode[0] == pytest.approx(2.0, rel=0.25)
+    assert speeds.output_tokens == pytest.approx(50, rel=1.1)
+
+
+def test_a_pod_that_joins_is_used_carefully_and_then_fully(lab: Any) -> None:
+    fleet = lab(2)
+    fleet.scores(NAME, fleet.request(tokens=4000))
+    fleet.now += 10
+    fleet.add(2)
+    young = fleet.scores(NAME, fleet.request(tokens=4000))
+    assert young[2] > young[0]
+    fleet.now += 60
+    for slot in range(3):
+        fleet.poll(slot)
+    grown = fleet.scores(NAME, fleet.request(tokens=4000))
+    assert grown[2] == pytest.approx(grown[0])
+
+
+def test_what_others_send_to_a_pod_counts(lab: Any) -> None:
+    fleet = lab(2, running=0.0, waiting=0.0)
+    fleet.poll(0, running=40.0, waiting=0.0)
+    scores = fleet.scores(NAME, fleet.request(tokens=500))
+    assert scores[0] > scores[1]
+    fleet.now += STALE_SECONDS + 1
+    fleet.poll(1)
+    stale = fleet.scores(NAME, fleet.request(tokens=500))
+    assert stale[0] == pytest.approx(stale[1])
+
+
+def test_modes_tell_what_decisions_are_made_from(lab: Any, prompt: Any) -> None:
+    fleet = lab(4, running=0.0, waiting=0.0)
+    fleet.send(NAME, fleet.request(prompt("a", 4)))
+    modes = fleet.strategy(NAME).modes
+    assert modes == {"m": "full"}
+    fleet.send(NAME, fleet.request(b"short", tokens=2))
+    assert modes == {"m": "no-prefix"}
+    fleet.now += STALE_SECONDS + 1
+    fleet.send(NAME, fleet.request(prompt("a", 4)))
+    assert modes == {"m": "stale-metrics"}
+    fleet.send(NAME, fleet.request(b""))
+    assert modes == {"m": "requests-only"}
+
+
+def test_with_nothing_known_the_fewest_requests_win(lab: Any) -> None:
+    fleet = lab(4)
+    fleet.now += STALE_SECONDS + 1
+    spread = Counter(fleet.send(NAME, fleet.request(b"")) for _ in range(40))
+    assert spread == {0: 10, 1: 10, 2: 10, 3: 10}
+
+
+def test_the_clients_own_bound_on_the_output_counts(lab: Any) -> None:
+    fleet = lab(2)
+    fleet.load(0, 30)
+    short = fleet.scores(NAME, fleet.request(tokens=500, max_tokens=1))
+    long = fleet.scores(NAME, fleet.request(tokens=500))
+    assert (long[0] - long[1]) > 5 * (short[0] - short[1])
