@@ -10,7 +10,8 @@ safe to ask for twice.
 A host name is resolved each time a connection is made. All of a response is bounded: a server that sends more than
 `max_bytes` is cut off.
 
-Cost of one 51 KB page on uvloop, without reading it: about 0.1 ms; `python -m bench.page_cost --poll` measures it.
+Cost on uvloop: 0.04 to 0.07 ms of CPU for a 51 KB page that follows another at once, 0.3 ms alone (see `pace`);
+`python -m bench.page_cost --pods 64` measures polling, reading and the window together.
 """
 
 import asyncio

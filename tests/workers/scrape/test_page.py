@@ -322,6 +322,16 @@ def test_the_adapters_are_those_of_the_newest_series() -> None:
     assert (second.running_adapters, second.waiting_adapters) == ((), ("chat",))
 
 
+def test_blanks_around_a_line_do_not_count() -> None:
+    reader = PageReader(KnownLines(VLLM))
+    page = (
+        b'  vllm:num_requests_running\t{ engine = "0" , pod="a", }  3\t\n'
+        b"\t# TYPE x gauge\n \n\tvllm:num_requests_waiting 2\n"
+    )
+    for sample in (reader.read(page), reader.read(page)):
+        assert (sample.running, sample.waiting) == (3.0, 2.0)
+
+
 def test_openmetrics_exemplars_and_the_end_mark_are_no_obstacle() -> None:
     reader = PageReader(KnownLines(VLLM))
     page = (

@@ -346,15 +346,18 @@ def test_what_nobody_asked_for_ends_the_connection(run: Run) -> None:
 
 
 def test_a_silent_server_runs_into_the_timeout(run: Run) -> None:
-    async def silent(peer: Peer) -> None:
+    async def falls_silent(peer: Peer) -> None:
+        await peer.page(PAGE)
         await peer.hear()
         await peer.gone()
 
     async def check() -> None:
-        async with serving(silent, pages) as server:
-            poller = Poller("127.0.0.1", server.port, timeout=0.05)
+        async with serving(falls_silent, pages) as server:
+            poller = Poller("127.0.0.1", server.port, timeout=0.1)
+            assert await poller.poll() == PAGE
             assert (await failing(poller)).reason == "timeout"
             assert await poller.poll() == PAGE  # over a new connection
+            assert server.connections == 2
             poller.close()
 
     run(check())
@@ -362,6 +365,7 @@ def test_a_silent_server_runs_into_the_timeout(run: Run) -> None:
 
 def test_a_cancelled_poll_leaves_no_answer_for_the_next(run: Run) -> None:
     async def slow(peer: Peer) -> None:
+        await peer.page(PAGE)
         await peer.hear()
         await asyncio.sleep(0.05)
         await peer.say(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nold 1")
@@ -370,8 +374,9 @@ def test_a_cancelled_poll_leaves_no_answer_for_the_next(run: Run) -> None:
     async def check() -> None:
         async with serving(slow, pages) as server:
             poller = Poller("127.0.0.1", server.port)
+            assert await poller.poll() == PAGE
             task = asyncio.ensure_future(poller.poll())
-            while not server.requests:
+            while len(server.requests) < 2:
                 await asyncio.sleep(0.001)
             with pytest.raises(RuntimeError, match="being polled already"):
                 await poller.poll()
@@ -379,6 +384,7 @@ def test_a_cancelled_poll_leaves_no_answer_for_the_next(run: Run) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert await poller.poll() == PAGE
+            assert server.connections == 2
             poller.close()
 
     run(check())
