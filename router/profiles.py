@@ -73,7 +73,7 @@ class Resolved(NamedTuple):
     profile: Profile | None
     locked_strategy: str
     chosen_by_auto: str
-    """The name to return in `x-aibrix-config-profile`; empty when the client did not say `auto`."""
+    """The name to return in `x-aibrix-config-profile`; empty when the client did not say `auto` or nothing applies."""
 
 
 NOTHING: Final = Resolved(None, "", "")
@@ -100,7 +100,8 @@ class Profiles:
         requested = requested.strip()
         if requested.lower() == AUTO:
             profile = self._automatic(prompt_tokens(), max_tokens or None)
-            return Resolved(profile, self._locked, profile.name if profile else self._default)
+            name = profile.name if profile else self._default if self._locked else ""
+            return Resolved(profile, self._locked, name)
         profile = self._profiles.get(requested) or self._profiles.get(self._default)
         return Resolved(profile, self._locked, "")
 

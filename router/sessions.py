@@ -8,7 +8,7 @@ The id is the first 128 bits of HMAC-SHA256(secret, pod), in base64url. It says 
 without the secret can make one, so a client may stay where it was sent but not choose. AIBrix's ids, the base64 of
 `ip:port`, do neither, and are ignored.
 
-Workers and replicas must have the same secret. Rendezvous over 64 pods costs 60 µs, an id 2 µs.
+Workers and replicas must have the same secret. Among 64 pods a key costs 35 µs and an id 15 µs at most.
 """
 
 import base64
@@ -39,6 +39,7 @@ SECRET: Final = "session_secret"
 
 _OFFSET: Final = 0xCBF29CE484222325
 _PRIME: Final = 0x100000001B3
+_UINT_PRIME: Final = np.uint64(_PRIME)
 _MASK: Final = (1 << 64) - 1
 _MOST_FLEETS: Final = 64
 
@@ -116,7 +117,7 @@ class SessionAffinity(Scoring):
 class _Addresses:
     """The addresses of some pods, laid out so that all are hashed at once: one row for each byte position."""
 
-    __slots__ = ("_addresses", "_columns", "_within")
+    __slots__ = ("_addresses", "_columns", "_shortest", "_within")
 
     def __init__(self, addresses: tuple[str, ...]) -> None:
         raw = [address.encode() for address in addresses]
@@ -125,14 +126,17 @@ class _Addresses:
         lengths = np.array([len(address) for address in raw])
         self._addresses = addresses
         self._columns: npt.NDArray[np.uint64] = np.ascontiguousarray(padded.T)
-        self._within: npt.NDArray[np.bool_] = np.arange(longest)[:, None] < lengths[None, :]
+        self._shortest = int(lengths.min())
+        self._within: npt.NDArray[np.bool_] = np.arange(self._shortest, longest)[:, None] < lengths[None, :]
 
     def highest(self, key: bytes) -> int:
         """Index of the address with the highest hash for this key."""
         hashes = np.full(len(self._addresses), fnv1a(key + b"\0"), np.uint64)
-        prime = np.uint64(_PRIME)
-        for column, within in zip(self._columns, self._within, strict=True):
-            hashes = np.where(within, (hashes ^ column) * prime, hashes)
+        for column in self._columns[: self._shortest]:
+            hashes ^= column
+            hashes *= _UINT_PRIME
+        for column, within in zip(self._columns[self._shortest :], self._within, strict=True):
+            hashes = np.where(within, (hashes ^ column) * _UINT_PRIME, hashes)
         best = np.flatnonzero(hashes == hashes.max()).tolist()
         return int(min(best, key=self._addresses.__getitem__))
 

@@ -44,7 +44,7 @@ def normalise(status: int, body: bytes) -> Normalised | None:
 def disguised(document: dict[str, Any] | None) -> Normalised | None:
     """The reply for a 200 whose body is an error, from the parsed body. The status is the body's own numeric `code`,
     500 if it has none. None: a reply like any other."""
-    if document is None or "model" in document:
+    if document is None or document.get("model"):
         return None
     found = _error_in(document)
     if found is None:

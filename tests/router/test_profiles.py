@@ -89,8 +89,9 @@ def test_output_hints_need_an_output_bound() -> None:
     assert auto(settings, 0) == ("default", "default")
 
 
-def test_without_a_fit_auto_is_the_default_even_if_there_is_none() -> None:
-    assert auto(config(a={"promptTokensGte": 9}), 1) == (None, "default")
+def test_without_a_fit_auto_is_the_default_profile() -> None:
+    assert auto(config(a={"promptTokensGte": 9}), 1) == (None, "")
+    assert auto({**config(a={"promptTokensGte": 9}), "lockedRoutingStrategy": "random"}, 1) == (None, "default")
     assert auto({**config(a={"promptTokensGte": 9}), "defaultProfile": "a"}, 1) == ("a", "a")
 
 

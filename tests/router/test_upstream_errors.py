@@ -73,7 +73,7 @@ def test_an_error_nested_too_deep_is_still_an_error() -> None:
     [(400, 400), ("429", 429), (503.0, 503), (None, 500), ("invalid_api_key", 500), (0, 500), (700, 500), ("²²²", 500)],
 )
 def test_a_two_hundred_that_is_an_error_gets_its_own_code(code: object, status: int) -> None:
-    for document in ({"error": {"message": "m", "code": code}}, {"message": "m", "code": code}):
+    for document in ({"model": "", "error": {"message": "m", "code": code}}, {"message": "m", "code": code}):
         got = disguised(document)
         assert got is not None
         assert (got.status, orjson.loads(got.body)["error"]["code"], got.headers) == (status, code, MARK)
