@@ -110,7 +110,7 @@ class Lab:
     """Told what is being waited for."""
 
     addresses: list[str] = field(default_factory=list, init=False)
-    """host:port of each pod."""
+    """host:port of each pod. The router calls them pod-0, pod-1 and so on, in this order."""
     config: Config = field(init=False)
     folder: Path = field(init=False)
     processes: list[Process] = field(default_factory=list, init=False)
@@ -217,18 +217,20 @@ class Lab:
             )
         started = [f"127.0.0.1:{port}" for port in ports]
         for address in started:
-            self._until(lambda address=address: _answers(address, "/health"), f"pod {address}")  # type: ignore[misc]
+            self.until(lambda address=address: _answers(address, "/health"), f"pod {address}")  # type: ignore[misc]
         self.addresses += started
         return started
 
     def stop_process(self, process: Process) -> int:
         """End one process on purpose. Returns its exit code."""
         self.processes.remove(process)
-        return process.stop(STOP_SECONDS + (self.config.drain_seconds if process is self.router else 0))
+        return process.stop(STOP_SECONDS + (self.config.drain_seconds if process.name == "router" else 0))
 
     def write_endpoints(self, addresses: Sequence[str]) -> None:
         """Make these the pods of the model."""
-        document = {"models": [{"name": self.model, "endpoints": list(addresses)}]}
+        names = {address: f"pod-{number}" for number, address in enumerate(self.addresses)}
+        endpoints = [{"address": each, "name": names.get(each)} for each in addresses]
+        document = {"models": [{"name": self.model, "endpoints": endpoints}]}
         new = self.endpoints_path.with_suffix(".new")
         new.write_text(yaml.safe_dump(document))
         new.rename(self.endpoints_path)
@@ -238,10 +240,20 @@ class Lab:
         self.progress(f"starting the router with {self.workers} workers")
         command = [*_PYTHON, "workers.cli", "serve", "--config", self.config_path]
         self.router = self._start("router", command)
-        self._until(lambda: _answers(self.config.admin, "/readyz"), "the router")
+        self.until(lambda: _answers(self.config.admin, "/readyz"), "the router")
         if self.config.endpoints is not None:
             self.progress("polling the pods' metrics")
-            self._until(self._all_pods_polled, "the first poll of every pod")
+            self.until(self._all_pods_polled, "the first poll of every pod")
+
+    def until(self, happened: Callable[[], bool], what: str) -> None:
+        """Wait for something while everything lives. Raises LabError."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not happened():
+            self.check()
+            if time.monotonic() > deadline:
+                tail = self.processes[-1].tail()
+                raise LabError(f"{what} was not ready within {READY_SECONDS:.0f} s; the end of its log:\n{tail}")
+            time.sleep(0.02)
 
     # How
 
@@ -276,8 +288,8 @@ class Lab:
         path.write_text(yaml.safe_dump(bootstrap(self.config), sort_keys=False))
         command = [binary, "-c", path, "--concurrency", self.envoy_concurrency]
         self.envoy = self._start("envoy", [*command, "--disable-hot-restart", "--log-level", "warning"])
-        self._until(lambda: _answers(self.config.envoy.admin, "/ready"), "Envoy")
-        self._until(lambda: _answers(self.config.envoy.listen, "/v1/models"), "Envoy's way to the router")
+        self.until(lambda: _answers(self.config.envoy.admin, "/ready"), "Envoy")
+        self.until(lambda: _answers(self.config.envoy.listen, "/v1/models"), "Envoy's way to the router")
 
     def _start(self, name: str, command: Sequence[object]) -> Process:
         log = self.folder / f"{name}.log"
@@ -290,15 +302,6 @@ class Lab:
     def _all_pods_polled(self) -> bool:
         believed = self.believed_pods()
         return len(believed) >= len(self.addresses) and all(pod["sample_age_seconds"] is not None for pod in believed)
-
-    def _until(self, happened: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + READY_SECONDS
-        while not happened():
-            self.check()
-            if time.monotonic() > deadline:
-                tail = self.processes[-1].tail()
-                raise LabError(f"{what} was not ready within {READY_SECONDS:.0f} s; the end of its log:\n{tail}")
-            time.sleep(0.02)
 
     def stop(self) -> None:
         """End everything: Envoy first, so that the router has no streams left to wait for."""
