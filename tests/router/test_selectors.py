@@ -1,7 +1,7 @@
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.selectors import LONGEST_SELECTOR, SelectorError, parse_selector
@@ -126,6 +126,7 @@ def test_a_selector_is_parsed_once_and_few_are_kept() -> None:
         parse_selector("a" * (LONGEST_SELECTOR + 1))
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(["env", "prod", "in", "notin", "(", ")", "!", "=", ",", "<", ">", " ", "1", "é", "/"]),

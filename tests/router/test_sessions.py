@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.fleet import Candidates, Pod
@@ -97,6 +97,7 @@ def test_an_id_does_not_tell_the_address(tables: Tables) -> None:
     assert b"10.0.0" not in raw
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=64), st.permutations(ADDRESSES))
 def test_a_key_goes_to_the_highest_hash(tables: Tables, key: str, addresses: list[str]) -> None:
     pods = candidates(tables, *addresses)

@@ -74,7 +74,7 @@ def test_every_document_is_read_or_refused(path: str, document: dict[str, object
 
 
 @pytest.mark.parametrize("path", sorted([*READERS, *FORMS]))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(raw=st.binary(max_size=40), content_type=st.text(max_size=20))
 def test_all_bytes_are_read_or_refused(path: str, raw: bytes, content_type: str) -> None:
     for kind in (content_type, f"multipart/form-data; boundary={content_type}"):

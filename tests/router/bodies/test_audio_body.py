@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.bodies import read_body
@@ -107,11 +107,13 @@ def test_a_file_named_model_is_not_the_model() -> None:
     assert refusal(part("file", b"x", '; filename="x"; xname="model"') + END)[0] == "'model' is a required property"
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300).filter(lambda value: b"\r\n--XX" not in b"\r\n" + value))
 def test_any_bytes_may_be_in_a_file(content: bytes) -> None:
     assert read(part("file", content) + part("model", b"m") + END).model == "m"
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_form_breaks_the_reader(data: st.DataObject) -> None:
     pieces = st.sampled_from(
