@@ -220,6 +220,11 @@ class Control(Dialogue):
             self.out.append(goaway(self.accepted_id, NO_ERROR))
             self.check_drained()
 
+    def spoke_unasked(self) -> None:
+        if self.draining:
+            self.check_drained()
+        self.wake()
+
     def check_drained(self) -> None:
         """While draining, after anything that may have ended or idled a call."""
         self.end_idle_calls()

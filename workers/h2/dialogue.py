@@ -152,7 +152,7 @@ class Dialogue(Outbound):
         else:
             self.reply(stream, call, result)
             self._resume(stream)
-        self.wake()
+        self.spoke_unasked()
 
     def unblocked(self, stream: Stream) -> None:
         self._resume(stream)
@@ -200,6 +200,10 @@ class Dialogue(Outbound):
             self.reset(stream, ENHANCE_YOUR_CALM)
         elif stream.call.finished:
             self.finish(stream)
+        self.spoke_unasked()
+
+    def spoke_unasked(self) -> None:
+        """There is output that no `receive` will return."""
         self.wake()
 
     # The ends.
