@@ -62,6 +62,8 @@ def test_cut_in_two_anywhere_it_reads_the_same(name: str) -> None:
         reader = SseUsage()
         reader.feed(stream[:at])
         reader.feed(stream[at:])
+        if name != "one line each":
+            assert reader.usage == WHOLE and not reader._tail, "known before the end, and nothing kept"
         assert reader.finish() == WHOLE, stream[:at]
         assert reader.done and not reader.malformed and not reader.overflowed
 
@@ -71,6 +73,8 @@ def test_fed_byte_by_byte_it_reads_the_same(name: str) -> None:
     reader = SseUsage()
     for byte in STREAMS[name]:
         reader.feed(bytes([byte]))
+    if name != "one line each":
+        assert reader.usage == WHOLE and not reader._tail
     assert reader.finish() == WHOLE
 
 

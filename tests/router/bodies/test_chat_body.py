@@ -156,6 +156,16 @@ def test_the_system_message_comes_before_the_tools_and_both_before_the_turns() -
     assert got.index(b"SYS") < got.index(b"TOOL") < got.index(b"hello")
 
 
+def test_the_text_of_a_small_chat_to_the_letter() -> None:
+    parts = [{"type": "text", "text": "a"}, "b", {"text": "c"}, 4, {"type": "refusal", "refusal": "d"}]
+    got = text(
+        {"role": "system", "content": "SYS"}, {"role": "user", "content": parts}, None, tools=[1], cache_salt="salt"
+    )
+    assert got == (
+        b'salt\x1e\x1esystem\x1fSYS\x1etools\x1f[1]\x1euser\x1fa\nb\nc\n4\n{"type":"refusal","refusal":"d"}\x1e'
+    )
+
+
 def test_text_parts_equal_plain_text() -> None:
     assert text(HELLO) == text({"role": "user", "content": [{"type": "text", "text": "hello"}]})
 
