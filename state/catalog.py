@@ -82,14 +82,19 @@ class Catalog:
         """Goes up with every published document; 0 means that discovery has not loaded yet."""
         return self._version[0]
 
-    def publish(self, document: CatalogDocument) -> None:
-        """Make `document` the valid one. Raises CatalogFull when it does not fit."""
+    def check(self, document: CatalogDocument) -> bytes:
+        """The document as it is published. Raises CatalogFull when it does not fit."""
         encoded = orjson.dumps(asdict(document))
         if len(encoded) > self._room:
             raise CatalogFull(
                 f"the description of {len(document.pods)} pods takes {len(encoded)} bytes, the catalog has room for "
                 f"{self._room}: raise capacity.catalog_bytes"
             )
+        return encoded
+
+    def publish(self, document: CatalogDocument) -> None:
+        """Make `document` the valid one. Raises CatalogFull when it does not fit."""
+        encoded = self.check(document)
         version = self._version[0] + 1
         buffer = self._buffers[version & 1]
         buffer[0:8] = len(encoded).to_bytes(8, "little")

@@ -44,6 +44,9 @@ class Entry(IntEnum):
     """Answers with a status below 500, total."""
     FAILED = 7
     """Connect failures, resets and 5xx answers, total."""
+    HOLDER = 8
+    """The generation that the two HELD entries count for. Those of an earlier pod in the same row are void: its whole
+    load was taken off when the row was given to its successor."""
 
 
 class Charge(NamedTuple):
@@ -72,7 +75,7 @@ class Ledger:
             starts = [(entry * writers + writer) * pods for entry in Entry]
             own = [cells[start : start + pods] for start in starts]
             self._requests, self._tokens, self._promised, self._requests_held, self._tokens_held = own[:5]
-            self._chosen, self._succeeded, self._failed = own[5:]
+            self._chosen, self._succeeded, self._failed, self._holder = own[5:]
 
     @staticmethod
     def size(writers: int, pods: int) -> int:
@@ -103,25 +106,29 @@ class Ledger:
 
     def charge(self, slot: int, tokens: int, uncached_tokens: int, *, held: bool) -> Charge:
         """Add one request to a pod's load. Called in the same step that selected the pod."""
+        generation = int(self._generations[slot])
         self._requests[slot] += 1
         self._tokens[slot] += tokens
         self._promised[slot] += uncached_tokens
         self._chosen[slot] += 1
         if held:
+            if self._holder[slot] != generation:
+                self._requests_held[slot] = self._tokens_held[slot] = 0
+                self._holder[slot] = generation
             self._requests_held[slot] += 1
             self._tokens_held[slot] += tokens
-        return Charge(slot, int(self._generations[slot]), tokens)
+        return Charge(slot, generation, tokens)
 
     def release(self, charge: Charge, *, held: bool) -> None:
         """Take one request off again. Nothing happens when the pod has gone and its row belongs to another."""
         slot = charge.slot
+        if self._generations[slot] != charge.generation:
+            return
+        self._requests[slot] -= 1
+        self._tokens[slot] -= charge.tokens
         if held:
-            # Also for a pod that has gone: what is held must never outlast the charges it counts.
             self._requests_held[slot] -= 1
             self._tokens_held[slot] -= charge.tokens
-        if self._generations[slot] == charge.generation:
-            self._requests[slot] -= 1
-            self._tokens[slot] -= charge.tokens
 
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """Count how a request ended, for passive health checks."""
@@ -133,13 +140,13 @@ class Ledger:
 
     def forfeit(self, writer: int) -> int:
         """Give back what a dead writer held. Returns how many requests that were."""
-        requests, held = self._rows[Entry.REQUESTS, writer], self._rows[Entry.REQUESTS_HELD, writer]
-        count = int(held.sum())
-        requests -= held
-        self._rows[Entry.TOKENS, writer] -= self._rows[Entry.TOKENS_HELD, writer]
-        held[:] = 0
-        self._rows[Entry.TOKENS_HELD, writer] = 0
-        return count
+        rows = self._rows[:, writer]
+        held = np.where(rows[Entry.HOLDER] == self._generations, rows[Entry.REQUESTS_HELD], 0)
+        tokens = np.where(rows[Entry.HOLDER] == self._generations, rows[Entry.TOKENS_HELD], 0)
+        rows[Entry.REQUESTS] -= held
+        rows[Entry.TOKENS] -= tokens
+        rows[Entry.REQUESTS_HELD] = rows[Entry.TOKENS_HELD] = 0
+        return int(held.sum())
 
     def settle(self, slot: int, requests: int, tokens: int) -> None:
         """Correct a pod's totals by the given amounts, in this process's own row."""

@@ -7,6 +7,7 @@ the first request after a poll.
 
     epoch        8 bytes
     high         8 bytes    rows in use are below this number
+    last         8 bytes    the highest generation ever given out
     sequence     int64[P]
     generation   int64[P]   which pod has the row now (0: nobody)
     values       float64[P][len(FIELDS)]
@@ -88,6 +89,13 @@ _HEADER = 64
 _PATIENCE_SECONDS = 0.1
 
 
+def _blank() -> Floats:
+    """A row of which nothing is known."""
+    row = np.full(len(FIELDS), np.nan)
+    row[: COLUMN["running"]] = 0.0
+    return row
+
+
 class PodTable:
     """The shared rows. Exactly one process may call the methods that write."""
 
@@ -116,18 +124,24 @@ class PodTable:
         """One more than the highest row in use."""
         return self._header[1]
 
+    @property
+    def last_generation(self) -> int:
+        """The highest generation that any pod ever had."""
+        return self._header[2]
+
     def claim(self, slot: int, generation: int) -> None:
-        """Give row `slot` to a new pod: everything unknown, health UNSEEN."""
-        blank = np.full(len(FIELDS), np.nan)
-        blank[: COLUMN["running"]] = 0.0
+        """Give row `slot` to a new pod: everything unknown, health UNSEEN. `generation` must be above
+        `last_generation`, so that no charge on an earlier pod of this row is ever taken for one on this."""
+        self._header[2] = max(self._header[2], generation)
         self.generation[slot] = generation
         self._header[1] = max(self._header[1], slot + 1)
-        self.write(slot, blank)
+        self.write(slot, _blank())
 
     def vacate(self, slot: int) -> None:
-        """Take the row from a pod that is gone."""
+        """Take the row from a pod that is gone. Its figures go too: a row that a writer left half written would
+        keep every reader waiting for as long as nobody writes it whole."""
         self.generation[slot] = 0
-        self._header[0] += 1
+        self.write(slot, _blank())
 
     def write(self, slot: int, row: Floats) -> None:
         """Replace one row. `row` has one value per entry of FIELDS."""
@@ -172,6 +186,5 @@ class PodTable:
             deadline = deadline or now + _PATIENCE_SECONDS
             if now > deadline:
                 # The writer died inside `write`. Its successor will write the row whole; until then: unseen.
-                out[:] = np.nan
-                out[: COLUMN["running"]] = 0.0
+                out[:] = _blank()
                 return

@@ -8,11 +8,11 @@ predecessor's requests still add or take is recognised by its generation and ign
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from state.catalog import CatalogDocument, PodRecord
+from state.catalog import CatalogDocument, CatalogFull, PodRecord
 from state.ledger import Entry
 from state.tables import Tables
 
@@ -20,7 +20,7 @@ REST_SECONDS = 30.0
 
 
 class RegistryFull(Exception):
-    """More pods than the tables have rows."""
+    """More pods than the tables have rows, or a longer description than the catalog has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +50,15 @@ class _Row:
 class Registry:
     """The owner of the catalog and of the pod rows. Lives in the scraper process."""
 
-    def __init__(self, tables: Tables, *, drain_seconds: float = 600.0) -> None:
+    def __init__(self, tables: Tables, now: float = 0.0, *, drain_seconds: float = 600.0) -> None:
         self._tables = tables
         self._drain_seconds = drain_seconds
         self._rows: dict[str, _Row] = {}
         self._resting: dict[int, float] = {}
         self._settings: Mapping[str, Mapping[str, Any]] = {}
-        self._generation = 0
-        self._adopt()
+        self._adopt(now)
 
-    def _adopt(self) -> None:
+    def _adopt(self, now: float) -> None:
         """Take over what a predecessor published, so that a restarted scraper disturbs nobody."""
         _, document = self._tables.catalog.read()
         self._settings = document.models
@@ -68,21 +67,26 @@ class Registry:
                 record.address, record.name, record.models, record.engine, record.namespace, record.host,
                 record.metrics_address, record.role, record.roleset, record.labels,
             )  # fmt: skip
-            leaving = 0.0 if record.draining else None
+            leaving = now if record.draining else None
             self._rows[record.address] = _Row(pod, record.slot, record.generation, leaving)
-        self._generation = int(self._tables.pods.generation.max(initial=0))
 
     @property
     def pods(self) -> dict[int, FoundPod]:
         """All pods that have a row, draining ones included, by slot."""
         return {row.slot: row.pod for row in self._rows.values()}
 
+    @property
+    def draining(self) -> set[int]:
+        """The slots of the pods that are about to go."""
+        return {row.slot for row in self._rows.values() if row.leaving_since is not None}
+
     def update(
         self, found: Sequence[FoundPod], settings: Mapping[str, Mapping[str, Any]], now: float
     ) -> tuple[list[int], list[int]]:
         """Make the tables say what `found` says. Returns the slots that are new and those that began to drain.
 
-        Raises RegistryFull, and changes nothing, when there are more pods than rows.
+        Raises RegistryFull, and changes nothing, when there are more pods than rows or they take more room to
+        describe than the catalog has.
         """
         wanted = {pod.address: pod for pod in found}
         staying = sum(1 for address in self._rows if address not in wanted)
@@ -91,27 +95,37 @@ class Registry:
                 f"{len(wanted)} pods (and {staying} that drain) are more than the tables hold, which is "
                 f"{self._tables.capacity.pods}: raise capacity.pods"
             )
+        rows: dict[str, _Row] = {}
         added: list[int] = []
         leaving: list[int] = []
-        changed = settings != self._settings
         for address, row in self._rows.items():
-            if address not in wanted and row.leaving_since is None:
-                row.leaving_since = now
+            pod = wanted.get(address)
+            if pod is not None:
+                rows[address] = _Row(pod, row.slot, row.generation)
+            elif row.leaving_since is not None:
+                rows[address] = row
+            else:
+                rows[address] = _Row(row.pod, row.slot, row.generation, now)
                 leaving.append(row.slot)
-                changed = True
+        free = self._free_slots(now)
+        generation = self._tables.pods.last_generation
         for address, pod in wanted.items():
-            known = self._rows.get(address)
-            if known is None:
-                self._rows[address] = self._new_row(pod, now)
-                added.append(self._rows[address].slot)
-                changed = True
-            elif known.pod != pod or known.leaving_since is not None:
-                known.pod = pod
-                known.leaving_since = None
-                changed = True
-        self._settings = settings
-        if changed or self._tables.catalog.version == 0:
-            self._publish()
+            if address not in rows:
+                generation += 1
+                rows[address] = _Row(pod, next(free), generation)
+                added.append(rows[address].slot)
+        if rows == self._rows and settings == self._settings and self._tables.catalog.version > 0:
+            return [], []
+        document = _document(rows, settings)
+        try:
+            self._tables.catalog.check(document)
+        except CatalogFull as error:
+            raise RegistryFull(str(error)) from None
+        for address, row in rows.items():
+            if address not in self._rows:
+                self._claim(row)
+        self._rows, self._settings = rows, settings
+        self._tables.catalog.publish(document)
         return added, leaving
 
     def sweep(self, now: float) -> list[int]:
@@ -126,50 +140,45 @@ class Registry:
                 self._resting[row.slot] = now
                 gone.append(row.slot)
         if gone:
-            self._publish()
+            self._tables.catalog.publish(_document(self._rows, self._settings))
         return gone
 
-    def _new_row(self, pod: FoundPod, now: float) -> _Row:
-        slot = self._free_slot(now)
-        self._resting.pop(slot, None)
+    def _claim(self, row: _Row) -> None:
+        """Begin at a load of zero: what a predecessor left behind is taken off."""
+        self._resting.pop(row.slot, None)
         tables = self._tables
-        self._generation += 1
-        requests, tokens = tables.ledger.load(slot)
-        tables.ledger.settle(slot, -requests, -tokens)
-        tables.pods.claim(slot, self._generation)
-        return _Row(pod, slot, self._generation)
+        requests, tokens = tables.ledger.load(row.slot)
+        tables.ledger.settle(row.slot, -requests, -tokens)
+        tables.pods.claim(row.slot, row.generation)
 
-    def _free_slot(self, now: float) -> int:
+    def _free_slots(self, now: float) -> Iterator[int]:
+        """Rows that nobody has, those that have rested enough first, then by the time they have rested."""
         used = {row.slot for row in self._rows.values()}
-        rested = [
-            slot
-            for slot in range(self._tables.capacity.pods)
-            if slot not in used and now - self._resting.get(slot, -REST_SECONDS) >= REST_SECONDS
-        ]
-        if rested:
-            return rested[0]
-        return min(self._resting, key=self._resting.__getitem__)
+        free = [slot for slot in range(self._tables.capacity.pods) if slot not in used]
+        resting = {slot: since for slot, since in self._resting.items() if now - since < REST_SECONDS}
+        return iter(sorted(free, key=lambda slot: resting.get(slot, -1.0)))
 
-    def _publish(self) -> None:
-        records = [
-            PodRecord(
-                slot=row.slot,
-                generation=row.generation,
-                name=row.pod.name,
-                address=row.pod.address,
-                models=row.pod.models,
-                namespace=row.pod.namespace,
-                engine=row.pod.engine,
-                host=row.pod.host,
-                metrics_address=row.pod.metrics_address,
-                draining=row.leaving_since is not None,
-                role=row.pod.role,
-                roleset=row.pod.roleset,
-                labels=row.pod.labels,
-            )
-            for row in sorted(self._rows.values(), key=lambda row: row.slot)
-        ]
-        self._tables.catalog.publish(CatalogDocument(tuple(records), self._settings))
+
+def _document(rows: Mapping[str, _Row], settings: Mapping[str, Mapping[str, Any]]) -> CatalogDocument:
+    records = [
+        PodRecord(
+            slot=row.slot,
+            generation=row.generation,
+            name=row.pod.name,
+            address=row.pod.address,
+            models=row.pod.models,
+            namespace=row.pod.namespace,
+            engine=row.pod.engine,
+            host=row.pod.host,
+            metrics_address=row.pod.metrics_address,
+            draining=row.leaving_since is not None,
+            role=row.pod.role,
+            roleset=row.pod.roleset,
+            labels=row.pod.labels,
+        )
+        for row in sorted(rows.values(), key=lambda row: row.slot)
+    ]
+    return CatalogDocument(tuple(records), settings)
 
 
 def sanitised(text: str) -> str:
