@@ -63,5 +63,5 @@ class Roster:
         return [
             Process(Kind(kind), number, pid, Phase(phase), restarts)
             for kind, number, pid, phase, restarts in self._rows.tolist()
-            if kind
+            if kind and phase  # a row that is just being written may have the one without the other
         ]

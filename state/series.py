@@ -4,8 +4,9 @@ A series is a row: a label text and a float64. A writer finds its rows by a dict
 dict look-up and one store; only a label set seen for the first time writes a new row. A successor reads its
 predecessor's rows back, so counters never go down when a worker is replaced.
 
-The number of rows is fixed. A writer that has used its last one adds to the row of the overflow label instead: the
-totals stay right, whatever is thrown at it.
+The number of rows is fixed. A writer that has used all but the last few adds to its metric's row with the overflow
+label instead, which the last few are kept for: the totals stay right, whatever is thrown at it. Labels that are
+longer together than a row has room for are cut, the longest first.
 
     per writer:  8 bytes rows in use, 56 spare; then rows of LABEL_BYTES + 8
 """
@@ -18,6 +19,8 @@ _ROW = LABEL_BYTES + 8
 _HEADER = 64
 SEPARATOR = "\x1f"
 OVERFLOW = "overflow"
+OVERFLOW_ROWS = 16
+"""Kept for the overflow rows of as many metrics, or a quarter of all rows where there are few."""
 
 DECISION_BUCKETS = (
     0.000005, 0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0,
@@ -32,6 +35,7 @@ class Series:
         self._region = region
         self._used = region[:8].cast("q")
         self._capacity = (len(region) - _HEADER) // _ROW
+        self._open = self._capacity - min(OVERFLOW_ROWS, self._capacity // 4)
         self._values: memoryview[float] = region[_HEADER : _HEADER + self._capacity * _ROW].cast("d")
         self._index: dict[tuple[str, ...], int] = {}
         for row in range(self._used[0]):
@@ -57,11 +61,11 @@ class Series:
         if found is not None:
             return found
         row = self._used[0]
-        if row >= self._capacity - 1 and labels != (labels[0], OVERFLOW):
-            if row >= self._capacity:
-                return self._cell(self._capacity - 1)
+        if row >= self._open and labels != (labels[0], OVERFLOW):
             return self.cell(labels[0], OVERFLOW)
-        encoded = SEPARATOR.join(labels).encode()[:LABEL_BYTES]
+        if row >= self._capacity:
+            return self._cell(self._capacity - 1)
+        encoded = _fitted(labels)
         start = _HEADER + row * _ROW
         self._values[self._cell(row)] = 0.0
         self._region[start : start + LABEL_BYTES] = encoded.ljust(LABEL_BYTES, b"\0")
@@ -87,6 +91,15 @@ class Series:
         """(labels, value) of every series."""
         for row in range(self._used[0]):
             yield self._labels(row), self._values[self._cell(row)]
+
+
+def _fitted(labels: tuple[str, ...]) -> bytes:
+    """The text of a row: labels cut, the longest first, until all of them have room."""
+    parts = [label.encode("utf-8", "replace") for label in labels]
+    for _ in range(sum(map(len, parts)) + len(parts) - 1 - LABEL_BYTES):
+        longest = max(range(len(parts)), key=lambda index: len(parts[index]))
+        parts[longest] = parts[longest][:-1]
+    return SEPARATOR.encode().join(part.decode("utf-8", "ignore").encode() for part in parts)
 
 
 class Histogram:
