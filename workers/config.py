@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from router.strategies import STRATEGIES
 from state.tables import FIRST_WORKER, Capacity
 from workers.address import parse_address
+from workers.documents import NotYaml, read_yaml
 
 
 class ConfigError(Exception):
@@ -151,6 +151,13 @@ class Config(BaseSettings):
             raise ValueError("worker_listen: a unix path needs {i} for the worker's number")
         if kind == "tcp" and port + most - 1 > 65535:
             raise ValueError(f"worker_listen: port {port} leaves no room for {most} workers")
+        for name, address in (("listen", self.listen), ("admin", self.admin)):
+            other = parse_address(address)
+            if kind == other.kind == "tcp" and port <= other.port < port + most and _overlap(place, other.place):
+                raise ValueError(
+                    f"worker_listen: the ports {port} to {port + most - 1} of {most} workers include that of {name}, "
+                    f"{other.port}"
+                )
         return self
 
     @property
@@ -174,6 +181,11 @@ class Config(BaseSettings):
             catalog_bytes=self.capacity.catalog_bytes,
             series=self.capacity.series,
         )
+
+
+def _overlap(host: str, other: str) -> bool:
+    wildcards = ("0.0.0.0", "::")
+    return host == other or host in wildcards or other in wildcards
 
 
 class _Lower(PydanticBaseSettingsSource):
@@ -228,6 +240,8 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
         return source(**(flags or {}))  # type: ignore[no-any-return]
     except ValidationError as error:
         raise ConfigError(_one_line(error, str(path or "configuration"))) from None
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}; write nested keys as POINTSMAN_<KEY>__<KEY>") from None
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -235,12 +249,12 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no UTF-8 text") from None
     try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise ConfigError(f"{path}:{where} not YAML: {getattr(error, 'problem', None) or error}") from None
+        given = read_yaml(text)
+    except NotYaml as error:
+        raise ConfigError(f"{path}:{error}") from None
     if given is None:
         return {}
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):

@@ -31,15 +31,15 @@ class Reservation:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
                 probe.listen(1)
-            held = socket.socket(family, socket.SOCK_STREAM)
+            self._socket = held = socket.socket(family, socket.SOCK_STREAM)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if shared:
                 held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind(place)
         except OSError as error:
+            self.release()
             why = "is in use by another process" if error.errno == errno.EADDRINUSE else error.strerror
             raise ConfigError(f"{address}: cannot listen: {why}") from None
-        self._socket = held
 
     def release(self) -> None:
         """Give the address up."""
@@ -49,10 +49,13 @@ class Reservation:
 
 
 def clear_stale_socket(address: str) -> None:
-    """Remove the file of a unix socket on which nobody listens anymore. Raises ConfigError when somebody does."""
+    """Remove the file of a unix socket on which nobody listens anymore. Raises ConfigError when somebody does, or when
+    the file is anything else."""
     kind, path, _ = parse_address(address)
     if kind != "unix" or not Path(path).exists():
         return
+    if not Path(path).is_socket():
+        raise ConfigError(f"{address}: cannot listen: there is a file of that name that is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
+import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from workers.address import parse_address
+from workers.documents import NotYaml, read_yaml
 
 
 class EndpointsError(Exception):
@@ -38,6 +39,14 @@ def _tcp(value: str) -> str:
 def _plain(value: str) -> str:
     if not value.isprintable() or any(ord(char) > 0xFFF for char in value):
         raise ValueError(f"{value!r} must be printable")
+    return value
+
+
+def _jsonable(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        orjson.dumps(value)
+    except TypeError as error:
+        raise ValueError(f"must hold nothing that JSON has not: {error}") from None
     return value
 
 
@@ -82,7 +91,7 @@ class ModelEntry(_Strict):
     metrics_port: Port | None = None
     labels: Mapping[str, str] = {}
     adapters: tuple[Name, ...] = ()
-    config: Mapping[str, Any] = {}
+    config: Annotated[Mapping[str, Any], AfterValidator(_jsonable)] = {}
 
 
 class _File(_Strict):
@@ -98,11 +107,9 @@ def read_endpoints(path: Path) -> tuple[ModelEntry, ...]:
     except UnicodeDecodeError:
         raise EndpointsError(f"{path}: is no UTF-8 text") from None
     try:
-        return _File.model_validate(yaml.safe_load(text)).models
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}:" if mark else ""
-        raise EndpointsError(f"{path}:{where} not YAML: {getattr(error, 'problem', None) or error}") from None
+        return _File.model_validate(read_yaml(text)).models
+    except NotYaml as error:
+        raise EndpointsError(f"{path}:{error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "the file"
