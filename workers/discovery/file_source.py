@@ -6,7 +6,7 @@ follows). A file that cannot be used is reported once and the pods stay as they 
 
 import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ class FileSource:
         self._models: tuple[ModelEntry, ...] = ()
         self._seen: object = None
         self._addresses: dict[str, tuple[str, ...]] = {}
+        self.loaded = False
+        """Whether the file could ever be read: until then nothing is known, which is not the same as no pods."""
+
+    def remember(self, pods: Iterable[FoundPod]) -> None:
+        """Take the addresses that a predecessor found, for names that cannot be resolved when this one starts."""
+        for pod in pods:
+            if pod.host:
+                ip = parse_address(pod.address).place
+                self._addresses[pod.host] = (*self._addresses.get(pod.host, ()), ip)
 
     def changed(self) -> bool:
         """Whether the file is another than the one read last."""
@@ -42,6 +51,7 @@ class FileSource:
         self._seen = seen
         try:
             self._models = read_endpoints(self.path)
+            self.loaded = True
         except EndpointsError as error:
             log.error("endpoints file cannot be used, the pods stay as they are", error=str(error))
 
@@ -61,8 +71,9 @@ class FileSource:
         async def look_up(host: str) -> None:
             try:
                 found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            except OSError as error:
-                log.warning("host name cannot be resolved", host=host, error=error.strerror or str(error))
+            except (OSError, UnicodeError) as error:  # the latter for what cannot be a name at all
+                why = getattr(error, "strerror", None) or str(error)
+                log.warning("host name cannot be resolved", host=host, error=why)
                 return
             v4 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET})
             v6 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET6})
@@ -84,6 +95,7 @@ class FileSource:
     def _pods(self) -> tuple[list[FoundPod], Settings]:
         pods: dict[str, FoundPod] = {}
         numbers: dict[str, int] = {}
+        names_taken: set[str] = set()
         for endpoint, model, role, roleset in self._endpoints():
             _, host, port = parse_address(endpoint.address)
             names = (model.name, *model.adapters, *endpoint.adapters)
@@ -93,12 +105,17 @@ class FileSource:
                 numbers[model.name] = number + 1
                 address = join_address(ip, port)
                 known = pods.get(address)
+                if known is not None:
+                    name = known.name
+                else:
+                    name = endpoint.name or f"{sanitised(model.name)}-{host if len(ips) == 1 else ip}-{number}"
+                    if name in names_taken:  # a host with several addresses, or model names that differ in case alone
+                        name = f"{name}-{address}"
+                    names_taken.add(name)
                 metrics_port = endpoint.metrics_port or model.metrics_port or port
                 pods[address] = FoundPod(
                     address=address,
-                    name=known.name
-                    if known
-                    else endpoint.name or f"{sanitised(model.name)}-{host if len(ips) == 1 else ip}-{number}",
+                    name=name,
                     models=tuple(dict.fromkeys((*(known.models if known else ()), *names))),
                     engine=model.engine,
                     host=host,

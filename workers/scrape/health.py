@@ -1,10 +1,12 @@
 """Whether a pod may be sent requests, from what its polls and its answers say. Pure: time is passed in.
 
 Polls: `failures` bad ones in a row and the pod is FAILED; the first good one brings it back. Answers: the workers
-count connect failures, resets and 5xx per pod; when three or more come with no good answer between them, the pod is
-EJECTED although its metrics answer: for 5 s, then twice as long each time, up to five minutes; a good answer after
-its return makes the next ejection short again. However bad it looks, at most half of the pods that could serve are
-ejected at a time: when everything fails, the fault is elsewhere.
+count connect failures, resets and 5xx per pod; when three or more come in a row, the pod is EJECTED although its
+metrics answer (or though none has yet): for 5 s, then twice as long each time, up to five minutes; a good answer after
+its return makes the next ejection short again. The counts are looked at some ten times a second, so the order within
+one look is not known: if good and bad came together, the bad ones begin a new row when they are the majority and are
+forgiven otherwise. What still comes in while the pod is out says nothing about its return. However bad it looks, at
+most half of the pods that could serve are ejected at a time: when everything fails, the fault is elsewhere.
 """
 
 from dataclasses import dataclass
@@ -30,6 +32,17 @@ class PodHealth:
     ejections: int = 0
     ejected_until: float = 0.0
 
+    @classmethod
+    def resumed(cls, failures: int, last: Health, *, seen: bool, failed_polls: int, now: float) -> "PodHealth":
+        """Carry on from a predecessor's last verdict, so that a restarted scraper makes no dead pod ready."""
+        return cls(
+            failures,
+            seen=seen,
+            failed_polls=failed_polls,
+            asleep=last is Health.ASLEEP,
+            ejected_until=now + EJECT_SECONDS if last is Health.EJECTED else 0.0,
+        )
+
     def polled(self, *, ok: bool, asleep: bool = False) -> None:
         """A poll ended."""
         if ok:
@@ -41,27 +54,33 @@ class PodHealth:
 
     def answered(self, good: int, bad: int, now: float, *, may_eject: bool) -> bool:
         """Answers counted since the last call. Returns whether the pod is ejected now for them."""
+        if now < self.ejected_until:
+            return False
         if good:
             self.bad_answers = 0
-            if now >= self.ejected_until:
-                self.ejections = 0
-        if not good or bad > good:
+            self.ejections = 0
+        if bad > good:
             self.bad_answers += bad
-        if self.bad_answers < EJECT_AFTER or now < self.ejected_until or not may_eject:
+        if self.bad_answers < EJECT_AFTER or not may_eject:
             return False
         self.bad_answers = 0
-        self.ejected_until = now + min(EJECT_SECONDS * 2**self.ejections, EJECT_SECONDS_MAX)
+        self.ejected_until = now + min(EJECT_SECONDS * 2 ** min(self.ejections, 16), EJECT_SECONDS_MAX)
         self.ejections += 1
         return True
+
+    @property
+    def able(self) -> bool:
+        """Whether the pod could serve if it were not ejected."""
+        return not self.asleep and not (self.seen and self.failed_polls >= self.failures)
 
     def state(self, now: float) -> Health:
         """The verdict."""
         if self.failed_polls >= self.failures and self.seen:
             return Health.FAILED
+        if now < self.ejected_until:
+            return Health.EJECTED
         if not self.seen:
             return Health.UNSEEN
         if self.asleep:
             return Health.ASLEEP
-        if now < self.ejected_until:
-            return Health.EJECTED
         return Health.READY

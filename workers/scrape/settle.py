@@ -9,6 +9,7 @@ right at once. Other routers' requests only raise the engine's count, so they ca
 """
 
 from dataclasses import dataclass
+from math import isfinite
 
 PATIENCE_SECONDS = 15.0
 POLLS = 5
@@ -27,7 +28,7 @@ class Excess:
         if own < 0:
             self.polls = 0
             return -own
-        excess = own - int(engine) if engine == engine else 0
+        excess = own - int(engine) if isfinite(engine) else 0
         if excess <= 0:
             self.polls = 0
             return 0
