@@ -226,19 +226,24 @@ class Control(Dialogue):
         self.wake()
 
     def check_drained(self) -> None:
-        """While draining, after anything that may have ended or idled a call."""
+        """While draining, after anything that may have ended or idled a call.
+
+        Streams that only the client has not ended yet are waited for, `linger_seconds` at most: gRPC clients take a
+        connection that ends under such a stream for an error, even if they have its trailers.
+        """
         self.end_idle_calls()
-        if self.refusing and len(self.lingering) == len(self.streams):
+        if self.refusing and not self.streams:
             self.done = True
 
     def abandon(self, message: str) -> None:
-        """The grace is over: an error for every open call, and the end."""
+        """The grace is over: an error for every open call, and the end as soon as the clients have heard it."""
         if not self.done:
+            self.draining = True
             self.end_all_calls(message)
             if not self.refusing:
                 self.refusing = True
                 self.out.append(goaway(self.accepted_id, NO_ERROR))
-            self.done = True
+            self.check_drained()
             self.wake()
 
     def fault(self, fault: ConnectionFault) -> None:

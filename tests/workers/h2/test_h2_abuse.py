@@ -255,6 +255,8 @@ def test_draining_in_two_steps() -> None:
     assert not peer.connection.done
     got = peer.send(peer.say(1, b"finish"), peer.say(5, b"idle"))
     assert messages(got, 1) == [b"<finish>"]
+    assert not peer.connection.done
+    peer.send(frame(DATA, 1, 1), frame(RST_STREAM, 0, 3, bytes(4)), frame(RST_STREAM, 0, 5, bytes(4)))
     assert peer.connection.done
     assert [call.closed for call in peer.log.calls] == [1, 1, 1]
 
@@ -278,7 +280,9 @@ def test_an_awaited_answer_is_given_before_the_end() -> None:
     got = peer.answer(0, b"done")
     assert messages(got, 1) == [b"done"]
     assert peer.headers(got[0]) and peer.headers(got[-1]) == {"grpc-status": "0"}
-    peer.later(2.0)
+    peer.later(1.0)
+    assert not peer.connection.done
+    assert kinds(peer.later(2.0)) == [RST_STREAM]
     assert peer.connection.done
 
 
@@ -291,6 +295,7 @@ def test_when_the_grace_is_over_calls_end_with_unavailable() -> None:
     got = parse(peer.connection.take())
     assert peer.headers(got[0]) == {"grpc-status": "14", "grpc-message": "the server is shutting down"}
     assert got[1].kind == GOAWAY
+    peer.send(frame(DATA, 1, 1))
     assert peer.connection.done
 
 
