@@ -38,6 +38,7 @@ RESOLVE_SECONDS = 10.0
 JUDGE_SECONDS = 0.1
 """Between two looks at what the workers saw of the pods' answers."""
 
+_HEALTH = COLUMN["health"]
 _FROM_STATE = tuple((COLUMN[name], EngineState._fields.index(name)) for name in FIELDS if name in EngineState._fields)
 _COLUMNS = np.array([column for column, _ in _FROM_STATE])
 _PLACES = [place for _, place in _FROM_STATE]
@@ -71,21 +72,24 @@ class Scraper:
         self._clock = clock
         self._series = tables.series()
         self._source = FileSource(config.endpoints) if config.endpoints else None
-        self._registry = Registry(tables)
+        self._registry = Registry(tables, clock())
+        if self._source is not None:
+            self._source.remember(self._registry.pods.values())
         scrape = config.scrape
         self._pace: Pace[int] = Pace(
             scrape.interval_min_seconds, scrape.interval_max_seconds, max(scrape.interval_max_seconds, 10.0)
         )
         self._known_lines: dict[str, KnownLines] = {}
         self._pods: dict[int, _Watched] = {}
-        self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = math.inf
+        self._seen: tuple[list[int], list[int]] = ([], [])
 
     async def run(self) -> None:
         """Until cancelled."""
         for slot, pod in self._registry.pods.items():
             self._watch(slot, pod)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._poll_forever())
             group.create_task(self._judge_forever())
             group.create_task(self._discover_forever())
 
@@ -96,6 +100,8 @@ class Scraper:
         settings: Settings = {}
         if self._source is not None:
             self._source.reload()
+            if not self._source.loaded:
+                return
             found, settings = await self._source.resolve()
         try:
             added, leaving = self._registry.update(found, settings, now)
@@ -130,26 +136,32 @@ class Scraper:
                 self._unwatch(slot)
                 log.info("a pod is gone", slot=slot)
 
-    async def _poll_forever(self) -> None:
-        while True:
-            now = self._clock()
-            for slot in self._pace.due(now):
-                watched = self._pods[slot]
-                watched.task = asyncio.ensure_future(self._poll(watched))
-            due = self._pace.next_due()
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(None if due is None else max(due - self._clock(), 0.0)):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
-
     async def _judge_forever(self) -> None:
         while True:
             await asyncio.sleep(JUDGE_SECONDS)
             self._judge()
 
     # -- one pod
+
+    def _start_due(self) -> None:
+        """Start the polls whose turn it is, and come back for the next."""
+        self._timer_due = math.inf
+        for slot in self._pace.due(self._clock()):
+            watched = self._pods[slot]
+            watched.task = asyncio.ensure_future(self._poll(watched))
+        self._plan()
+
+    def _plan(self) -> None:
+        """Set the timer to the next poll, if that is sooner than what it is set to."""
+        due = self._pace.next_due()
+        if due is None or due >= self._timer_due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_due = due
+        loop = asyncio.get_running_loop()
+        # Timers have a resolution of a millisecond and may be early by as much.
+        self._timer = loop.call_later(max(due - self._clock(), 0.0) + 0.001, self._start_due)
 
     def _watch(self, slot: int, pod: FoundPod) -> None:
         engine = engine_named(pod.engine)
@@ -163,14 +175,20 @@ class Scraper:
             Poller(host, port, engine.path, scrape.timeout_seconds),
             PageReader(known),
             Window(scrape.window_seconds),
-            PodHealth(scrape.failures, seen=row[COLUMN["sampled_at"]] > 0),
+            PodHealth.resumed(
+                scrape.failures,
+                Health(int(row[_HEALTH])),
+                seen=bool(row[COLUMN["sampled_at"]] > 0),
+                failed_polls=int(row[COLUMN["failed_polls"]]),
+                now=self._clock(),
+            ),
             row,
             incarnation=int(row[COLUMN["incarnation"]]),
         )
         watched.good, watched.bad = self._answers(slot)
         self._pods[slot] = watched
         self._pace.add(slot, self._clock())
-        self._wake.set()
+        self._plan()
 
     def _unwatch(self, slot: int) -> None:
         watched = self._pods.pop(slot, None)
@@ -182,26 +200,28 @@ class Scraper:
         watched.poller.close()
 
     async def _poll(self, watched: _Watched) -> None:
-        slot = watched.slot
         try:
             page = await watched.poller.poll()
         except PollError as error:
-            self._series.add(1.0, "polls", watched.pod.name, error.reason)
+            self._count_poll(watched, error.reason)
             self._failed(watched, str(error))
             return
-        started = time.process_time()
-        sample = watched.reader.read(page)
-        now = self._clock()
-        if not sample.found:
-            self._series.add(1.0, "polls", watched.pod.name, "no-metrics")
-            self._failed(watched, f"the page has no metrics of engine {watched.pod.engine}")
-            return
-        self._series.add(1.0, "polls", watched.pod.name, "ok")
-        self._take(watched, sample, now)
-        self._series.add(time.process_time() - started, "page_cpu_seconds")
-        busy = self._busy(watched, sample)
-        self._pace.polled(slot, now, busy=busy, ok=True)
-        self._wake.set()
+        try:
+            started = time.process_time()
+            sample = watched.reader.read(page)
+            if sample.found:
+                self._count_poll(watched, "ok")
+                self._take(watched, sample, self._clock())
+            else:
+                self._count_poll(watched, "no-metrics")
+                self._failed(watched, f"the page has no metrics of engine {watched.pod.engine}")
+            self._series.add(time.process_time() - started, "page_cpu_seconds")
+        except Exception:  # a page must not end the polls of its pod
+            log.exception("a metrics page could not be taken in", pod=watched.pod.name)
+            self._failed(watched, "its page could not be taken in")
+
+    def _count_poll(self, watched: _Watched, result: str) -> None:
+        self._series.add(1.0, "polls", watched.pod.name, result)
 
     def _failed(self, watched: _Watched, why: str) -> None:
         health = watched.health
@@ -214,7 +234,7 @@ class Scraper:
         watched.row[COLUMN["failed_polls"]] = health.failed_polls
         self._write(watched, now)
         self._pace.polled(watched.slot, now, busy=after is not Health.FAILED, ok=False)
-        self._wake.set()
+        self._plan()
 
     def _take(self, watched: _Watched, sample: Sample, now: float) -> None:
         """A good page: its figures go into the pod's row."""
@@ -243,15 +263,14 @@ class Scraper:
         row[COLUMN["own_requests_at_sample"]] = own
         row[COLUMN["own_tokens_at_sample"]] = tokens
         self._write(watched, now)
+        busy = own > 0 or sample.running > 0 or sample.waiting > 0
+        self._pace.polled(slot, now, busy=busy, ok=True)
+        self._plan()
         if before is not Health.READY and health.state(now) is Health.READY:
             log.info("a pod is ready", pod=watched.pod.name, address=watched.pod.address)
 
-    def _busy(self, watched: _Watched, sample: Sample) -> bool:
-        own, _ = self._tables.ledger.load(watched.slot)
-        return own > 0 or sample.running > 0 or sample.waiting > 0
-
     def _write(self, watched: _Watched, now: float) -> None:
-        watched.row[COLUMN["health"]] = watched.health.state(now)
+        watched.row[_HEALTH] = watched.health.state(now)
         self._tables.pods.write(watched.slot, watched.row)
 
     # -- passive health
@@ -265,29 +284,42 @@ class Scraper:
         now = self._clock()
         high = self._tables.pods.high
         ledger = self._tables.ledger
-        good, bad = ledger.totals(Entry.SUCCEEDED, high).tolist(), ledger.totals(Entry.FAILED, high).tolist()
-        in_flight = ledger.totals(Entry.REQUESTS, high).tolist()
-        for slot, watched in self._pods.items():
-            if in_flight[slot] > 0:
-                self._pace.hurry(slot, now)
-            health = watched.health
-            more_good, more_bad = good[slot] - watched.good, bad[slot] - watched.bad
-            if more_good or more_bad:
-                watched.good, watched.bad = good[slot], bad[slot]
-                if health.answered(more_good, more_bad, now, may_eject=self._may_eject(watched, now)):
-                    self._series.add(1.0, "ejections", watched.pod.name)
-                    log.warning(
-                        "a pod's answers fail, it is left out for a while",
-                        pod=watched.pod.name, seconds=round(health.ejected_until - now, 1),
-                    )  # fmt: skip
-            if health.state(now) != watched.row[COLUMN["health"]]:
+        in_flight = ledger.totals(Entry.REQUESTS, high)
+        for slot in in_flight.nonzero()[0].tolist():
+            self._pace.hurry(slot, now)
+        self._plan()
+        seen = ledger.totals(Entry.SUCCEEDED, high).tolist(), ledger.totals(Entry.FAILED, high).tolist()
+        if seen != self._seen:
+            self._seen = seen
+            for slot, watched in self._pods.items():
+                self._look_at_answers(watched, seen[0][slot], seen[1][slot], now)
+        for watched in self._pods.values():
+            if watched.health.ejected_until and watched.health.state(now) != watched.row[_HEALTH]:
                 self._write(watched, now)
-        self._wake.set()
+
+    def _look_at_answers(self, watched: _Watched, good: int, bad: int, now: float) -> None:
+        more_good, more_bad = good - watched.good, bad - watched.bad
+        if not more_good and not more_bad:
+            return
+        watched.good, watched.bad = good, bad
+        health = watched.health
+        if health.answered(more_good, more_bad, now, may_eject=self._may_eject(watched, now)):
+            self._series.add(1.0, "ejections", watched.pod.name)
+            log.warning(
+                "a pod's answers fail, it is left out for a while",
+                pod=watched.pod.name, seconds=round(health.ejected_until - now, 1),
+            )  # fmt: skip
 
     def _may_eject(self, watched: _Watched, now: float) -> bool:
-        """Whether at least half of the pods of each of its models stay in when this one goes."""
+        """Whether at least half of the pods that could serve each of its models stay in when this one goes."""
+        draining = self._registry.draining
+        able = [
+            other
+            for other in self._pods.values()
+            if other.health.able and (other is watched or other.slot not in draining)
+        ]
         for model in watched.pod.models:
-            peers = [other for other in self._pods.values() if model in other.pod.models]
+            peers = [other for other in able if model in other.pod.models]
             out = sum(1 for other in peers if now < other.health.ejected_until)
             if (out + 1) * 2 > len(peers):
                 return False
