@@ -51,7 +51,7 @@ class Candidates:
         self.derived: dict[Any, Any] = {}
         """What strategies have worked out from this epoch's pods and metrics, so that they do it once per epoch."""
         n = len(pods)
-        self._span = int(self.slots[-1]) + 1 if n else 0
+        self._span = int(self.slots.max()) + 1 if n else 0
         contiguous = bool((self.slots == np.arange(n)).all())
         self._rows: Ints | None = None if contiguous else self.slots
 
@@ -73,6 +73,10 @@ class Candidates:
     def promised(self) -> Ints:
         """Prompt tokens ever sent and not expected in the pod's cache. Differences over time are what matters."""
         return self._of(Entry.PROMISED)
+
+    def sent(self) -> Ints:
+        """Requests ever sent. Differences over time are what matters."""
+        return self._of(Entry.CHOSEN)
 
     def loads(self) -> Ints:
         """requests(), tokens() and promised() in one: int64[3][n]."""
@@ -100,11 +104,13 @@ class Candidates:
 class Model:
     """One model name: its pods and the settings that discovery found for it."""
 
-    __slots__ = ("candidates", "name", "pods", "settings")
+    __slots__ = ("candidates", "name", "pods", "settings", "whole")
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name = name
         self.pods: list[Pod] = []
+        self.whole: list[Pod] = []
+        """Those that take whole requests: the decode pods where prefill and decode are apart."""
         self.settings = settings
         self.candidates: Candidates | None = None
 
@@ -118,6 +124,11 @@ class Fleet:
         self._epoch = -1
         self._values: Floats = np.empty((0, 0))
         self.models: dict[str, Model] = {}
+
+    @property
+    def version(self) -> int:
+        """Of the catalog that was read last."""
+        return self._version
 
     @property
     def loaded(self) -> bool:
@@ -139,6 +150,7 @@ class Fleet:
                     model.pods.append(pod)
             for model in models.values():
                 model.pods.sort(key=lambda pod: pod.slot)
+                model.whole = [pod for pod in model.pods if pod.record.role != "prefill"] or model.pods
             self.models = models
             self._epoch = -1
         if tables.pods.epoch != self._epoch:
@@ -148,7 +160,8 @@ class Fleet:
 
     def candidates(self, name: str) -> Candidates | None:
         """The pods that may take a request for model `name` now: the READY ones, or where there are none those that
-        no poll has reached yet. Empty when all have failed; None when nobody serves the model."""
+        no poll has reached yet. Pods that only prefill take no whole request, unless the model has no others. Empty
+        when all have failed; None when nobody serves the model."""
         self.refresh()
         model = self.models.get(name)
         if model is None:
@@ -162,7 +175,7 @@ class Fleet:
         ready: list[Pod] = []
         unseen: list[Pod] = []
         healths, generations = values[:, _HEALTH].tolist(), tables.pods.generation[: len(values)].tolist()
-        for pod in model.pods:
+        for pod in model.whole:
             slot = pod.slot
             if pod.record.draining or slot >= len(values) or generations[slot] != pod.generation:
                 continue

@@ -31,6 +31,9 @@ DESTINATION_HEADERS = (TARGET_POD, ENDPOINT, "model")
 CHUNK_BYTES = 62_000
 """Largest piece of a body given back in full duplex mode: some Envoys refuse more than 64 KiB."""
 
+MOST_TOKENS = 99_999_999
+"""The largest number of tokens that a ticket can say."""
+
 # Stand for the values while a template is made: private code points, which no pod name or address contains.
 _REQUEST_ID = "\ue000" * 12  # 36 bytes, as a UUID
 _TOKENS = "\U000f0000" * 2  # 8 bytes
@@ -131,8 +134,9 @@ class RoutedReplies:
         self._response = _Template(response.SerializeToString(), _REQUEST_ID, _STATUS)
 
     def request_body(self, request_id: bytes, tokens: int) -> bytes:
-        """The reply that routes: to the request body, or in full duplex mode to the headers held back until now."""
-        return self._body.fill(request_id, b"%08d" % min(tokens, 99_999_999))
+        """The reply that routes: to the request body, or in full duplex mode to the headers held back until now.
+        `tokens` are MOST_TOKENS at most."""
+        return self._body.fill(request_id, b"%08d" % tokens)
 
     def response_headers(self, request_id: bytes, status: bytes) -> bytes:
         """The reply to the pod's response headers. `status` has three digits."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from router.errors import bad_strategy, no_pods, unknown_model
 from router.fleet import Fleet, Pod
-from router.replies import Destination, RoutedReplies
+from router.replies import MOST_TOKENS, Destination, RoutedReplies
 from router.request import RoutingRequest
 from router.strategies import STRATEGIES, Context, Strategy
 from state.ledger import Charge
@@ -74,16 +74,25 @@ class Scheduler:
         """Choose a pod and charge it. Raises RequestError when the model is unknown or nobody can serve it."""
         started = self.clock()
         candidates = self.fleet.candidates(request.model)
+        if self._catalog_version != self.fleet.version:
+            # Pods came, went or changed their names: forget what was made for them.
+            self._catalog_version = self.fleet.version
+            self._replies.clear()
+            self._decision_cells.clear()
         if candidates is None:
             raise unknown_model(request.model)
         strategy = self.strategy(strategy_name)
         if not candidates.pods:
             raise no_pods(request.model)
         index = strategy.pick(request, candidates, started)
+        if strategy.fallbacks:
+            self.series.add(strategy.fallbacks, "fallbacks", strategy_name)
+            strategy.fallbacks = 0
         strategy.chosen(request, candidates, index, started)
         pod = candidates.pods[index]
-        tokens = request.prompt_tokens
-        uncached = request.uncached_tokens if request.uncached_tokens >= 0 else tokens
+        # What is charged is what the ticket can say, or the access log would not give all of it back.
+        tokens = min(request.prompt_tokens, MOST_TOKENS)
+        uncached = min(request.uncached_tokens, tokens) if request.uncached_tokens >= 0 else tokens
         charge = self._ledger.charge(pod.slot, tokens, uncached, held=held)
         replies = self._routed_replies(pod, strategy_name, destination, not held, duplex)
         self._count(request.model, pod, strategy_name)
@@ -112,11 +121,6 @@ class Scheduler:
         key = (pod.slot, pod.generation, strategy, destination, to_log, duplex)
         found = self._replies.get(key)
         if found is None:
-            if self._catalog_version != self.tables.catalog.version:
-                # Pods came or went: forget what was made for those that are gone.
-                self._catalog_version = self.tables.catalog.version
-                self._replies.clear()
-                self._decision_cells.clear()
             found = self._replies[key] = RoutedReplies(
                 name=pod.name,
                 address=pod.address,

@@ -5,15 +5,15 @@ random. They derive from `Scoring` and write `scores`; the class docstring is th
 and `pointsman strategies` prints it. The few that are no formula (`random`, `round-robin`, `power-of-two`) derive
 from `Strategy` and write `pick`.
 
-NaN is "not known". A pod whose score is not known counts as an average one, so that it is neither shunned nor
-flooded. If nobody's score is known the strategy cannot do what its name says; it then takes the pod with the fewest
-requests in flight and the decision is counted as a fallback.
+NaN is "not known". A pod whose score is not known is taken to score as one of the others, drawn anew for each request,
+so that it is neither shunned (as an average one would be: the lowest is never average) nor flooded. If nobody's score
+is known the strategy cannot do what its name says; it then takes the pod with the fewest requests in flight and the
+decision is counted as a fallback.
 """
 
 import random
 from abc import ABC, abstractmethod
 from math import isfinite, isnan
-from statistics import fmean
 from typing import Any, ClassVar
 
 from router.backlog import Backlog
@@ -103,18 +103,13 @@ def fewest(counts: list[int], rng: random.Random) -> int:
 
 
 def lowest(scores: list[float], rng: random.Random) -> int:
-    """Index of the lowest score, at random among equals; NaN counts as the mean of the others; -1 if all are NaN."""
+    """Index of the lowest score, at random among equals; NaN counts as one of the others; -1 if all are NaN."""
     if isnan(sum(scores)):
-        return _lowest_with_gaps(scores, rng)
+        known = [score for score in scores if not isnan(score)]
+        if not known:
+            return -1
+        scores = [known[int(rng.random() * len(known))] if isnan(score) else score for score in scores]
     best = min(scores)
-    bound = best + abs(best) * NEAR
+    bound = best + abs(best) * NEAR if isfinite(best) else best
     ties = [index for index, score in enumerate(scores) if score <= bound]
     return ties[0] if len(ties) == 1 else ties[int(rng.random() * len(ties))]
-
-
-def _lowest_with_gaps(scores: list[float], rng: random.Random) -> int:
-    known = [score for score in scores if isfinite(score)]
-    if not known:
-        return -1
-    mean = fmean(known)
-    return lowest([mean if isnan(score) else score for score in scores], rng)

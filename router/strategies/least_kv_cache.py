@@ -9,13 +9,20 @@ from router.request import RoutingRequest
 from router.strategies.base import Scoring
 from state.pods import Floats
 
+ASSUMED_ROOM_TOKENS = 250_000.0
+"""What a KV cache is taken to hold where the engine does not say: a 70B model's on two 80 GB GPUs, say."""
 
-def gpu_share(request: RoutingRequest, candidates: Candidates) -> Floats:
+
+def sent_share(candidates: Candidates) -> Floats:
+    """The prompts sent since the last poll, as a share of what the GPU's KV cache holds."""
+    room = candidates.metric("num_gpu_blocks") * candidates.metric("block_size")
+    result: Floats = candidates.tokens_since_sample() / np.where(room > 0, room, ASSUMED_ROOM_TOKENS)
+    return result
+
+
+def gpu_share(candidates: Candidates) -> Floats:
     """Share of the GPU's KV blocks in use, 0..1: as last published, plus the prompts sent since then."""
-    metric = candidates.metric
-    room = metric("num_gpu_blocks") * metric("block_size")
-    sent = np.nan_to_num(candidates.tokens_since_sample() / room)
-    result: Floats = metric("kv_usage") + sent
+    result: Floats = candidates.metric("kv_usage") + sent_share(candidates)
     return result
 
 
@@ -30,7 +37,7 @@ class LeastGpuCache(Scoring):
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """GPU cache share."""
-        return gpu_share(request, candidates)
+        return gpu_share(candidates)
 
 
 class LeastKvCache(Scoring):
@@ -44,5 +51,5 @@ class LeastKvCache(Scoring):
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """GPU and host cache shares."""
-        result: Floats = gpu_share(request, candidates) + np.nan_to_num(candidates.metric("cpu_kv_usage"))
+        result: Floats = gpu_share(candidates) + np.nan_to_num(candidates.metric("cpu_kv_usage"))
         return result
