@@ -4,11 +4,12 @@ The ledger counts, per pod and over all processes, the tokens ever promised (`En
 expected in its cache. Each process integrates from this what is still to do, as a fluid that drains at the pod's
 prefill speed:
 
-    backlog = max(0, backlog - elapsed * drain) + newly promised          [tokens]
+    backlog = max(0, backlog + newly promised - elapsed * drain)          [tokens]
 
-No message says when a prefill is done, so none can be lost; a wrong speed would let the backlog drift, which each poll of
-the pod puts right: it can be no less than what the engine has waiting, and no more than about twice that, what was sent
-since, and one prompt under way (an engine works at most one prompt over several steps).
+What this process promised is entered at once; what others promised since it last looked is taken to have come evenly
+over that time. No message says when a prefill is done, so none can be lost. A wrong speed would let the backlog drift, which each poll
+of the pod puts right: it can be no less than what the engine has waiting, and no more than about twice that, what was
+sent since, and one prompt under way (an engine works at most one prompt over several steps).
 
 Cost: 5 µs per decision over 64 pods.
 """
@@ -47,27 +48,30 @@ class Backlog:
             candidates.derived[Backlog] = True
             self._admit(candidates, promised)
             self._drain[select] = speeds.drain
+        more = promised - self._promised[select]
+        self._promised[select] = promised
+        self._tokens[select] += more
         elapsed = now - self._at
         if elapsed >= TICK_SECONDS:
             self._at = now
             left = self._drain * -elapsed
             left += self._tokens
             np.maximum(left, 0.0, out=self._tokens)
-        more = promised - self._promised[select]
-        self._promised[select] = promised
-        self._tokens[select] += more
         if new and speeds.polled:
             self._correct(candidates, speeds)
         return self._tokens[select]
 
-    def chose(self, uncached_tokens: float) -> None:
-        """A request was sent that has so much to compute."""
+    def chose(self, slot: int, uncached_tokens: int) -> None:
+        """This process sends a request that has so much to compute, and will charge the ledger with just that."""
+        if slot < len(self._tokens):
+            self._tokens[slot] += uncached_tokens
+            self._promised[slot] += uncached_tokens
         self.mean_tokens += 0.02 * (uncached_tokens - self.mean_tokens)
         self.largest_tokens = max(self.largest_tokens * 0.999, uncached_tokens)
 
     def _admit(self, candidates: Candidates, promised: Ints) -> None:
         """Begin the account of pods not seen before."""
-        missing = int(candidates.slots[-1]) + 1 - len(self._tokens)
+        missing = int(candidates.slots.max()) + 1 - len(self._tokens)
         if missing > 0:
             self._tokens = np.concatenate([self._tokens, np.zeros(missing)])
             self._drain = np.concatenate([self._drain, np.zeros(missing)])

@@ -176,6 +176,14 @@ class PrefixIndex:
         """How much text the pod's KV cache holds."""
         return self._room[slot] * self._bytes_per_token if slot < len(self._room) else 0.0
 
+    def held_tokens(self, slot: int) -> float:
+        """The same in tokens."""
+        return self.held_bytes(slot) / self._bytes_per_token
+
+    def room_tokens(self, slot: int) -> float:
+        """Tokens that the pod's KV cache holds."""
+        return self._room[slot] if slot < len(self._room) else 0.0
+
     def learn_bytes_per_token(self, text_bytes: int, prompt_tokens: int) -> None:
         """An engine has said how many tokens a text was: follow slowly what one token's text is."""
         if prompt_tokens > 0 and text_bytes > 0:

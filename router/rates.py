@@ -5,8 +5,8 @@ An engine's step is taken to last
     a0 + (decoding requests) * per_request + (context tokens read) * per_kv_token + (prompt tokens computed) * per_token
 
 seconds. The four rates of the prior were measured on nobody's machine: they are round figures of an 8B model on a
-current GPU. What is learnt per pod is two factors on them, one for prefill and one for all decode rates, from what every
-engine publishes:
+current GPU. What is learnt per pod is two factors on them, one for prefill and one for all decode rates, from what
+every engine publishes:
 
     decode    time between tokens = factor * (a0 + d * per_request + d * context * per_kv_token), stretched by the
               share of time that prefills of other requests take; d = tokens generated per second * time between tokens
@@ -165,7 +165,7 @@ class Rates:
         lengths = [x for x in candidates.metric("generation_tokens_mean").tolist() if x > 0]
         out.output_tokens = (sum(lengths) + 0.5 * prior.output_tokens) / (len(lengths) + 0.5)
         slots = candidates.slots
-        out.select = slice(0, n) if n and int(slots[-1]) == n - 1 else slots
+        out.select = slice(0, n) if slots.tolist() == list(range(n)) else slots
         out.sampled_at = sorted(sampled)[n // 2]
         out.fresh = now - out.sampled_at < STALE_SECONDS
         self._elsewhere(out, candidates, np.array(sampled), now)

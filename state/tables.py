@@ -11,6 +11,7 @@ from state.prefix_log import PrefixLog
 from state.roster import Roster
 from state.segment import Segment
 from state.series import Series
+from state.user_tokens import UserTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Tables:
         self.ledger = Ledger(segment.region("ledger"), self.pods.generation, capacity.writers, capacity.pods, writer)
         self.roster = Roster(segment.region("roster"), capacity.writers)
         self.prefix_log = PrefixLog(segment.region("prefix_log"), capacity.writers, capacity.prefix_ring_bytes, writer)
+        self.user_tokens = UserTokens(segment.region("user_tokens"), capacity.writers, writer)
         self._series = segment.region("series")
 
     @classmethod
@@ -56,6 +58,7 @@ class Tables:
                 "ledger": Ledger.size(capacity.writers, capacity.pods),
                 "roster": Roster.size(capacity.writers),
                 "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
+                "user_tokens": UserTokens.size(capacity.writers),
                 "series": Series.size(capacity.series) * capacity.writers,
             }
         )

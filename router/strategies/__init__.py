@@ -1,16 +1,25 @@
 """The strategies by name. One file each; this one only lists them."""
 
+from router.strategies.aibrix_prefix_cache import AibrixPrefixCache
 from router.strategies.base import Context, Scoring, Strategy
+from router.strategies.consistent_hash_bounded import ConsistentHashBounded
+from router.strategies.dynamo_kv import DynamoKv
 from router.strategies.least_busy_time import LeastBusyTime
 from router.strategies.least_kv_cache import LeastGpuCache, LeastKvCache
 from router.strategies.least_latency import LeastLatency
 from router.strategies.least_request import LeastRequest
 from router.strategies.least_utilization import LeastUtilization
+from router.strategies.llm_d_default import LlmDDefault
+from router.strategies.lmetric import LMetric
 from router.strategies.marginal_delay import MarginalDelay
 from router.strategies.power_of_two import PowerOfTwo
+from router.strategies.preble import Preble, PrefixCachePreble
+from router.strategies.prefix_cache import PrefixCache
 from router.strategies.random_choice import Random
 from router.strategies.round_robin import RoundRobin
+from router.strategies.sglang_cache_aware import SglangCacheAware
 from router.strategies.throughput import Throughput
+from router.strategies.vtc_basic import VtcBasic
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
@@ -26,6 +35,16 @@ STRATEGIES: dict[str, type[Strategy]] = {
         LeastLatency,
         LeastUtilization,
         MarginalDelay,
+        PrefixCache,
+        PrefixCachePreble,
+        VtcBasic,
+        AibrixPrefixCache,
+        ConsistentHashBounded,
+        DynamoKv,
+        LlmDDefault,
+        LMetric,
+        Preble,
+        SglangCacheAware,
     )
 }
 

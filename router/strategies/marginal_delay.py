@@ -33,8 +33,8 @@ class MarginalDelay(Scoring):
     """score = TTFT + M * s + (1 + N + w) * C + n * M * d. [seconds of delay, summed over all requests]
 
     C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
-    TTFT  time to its first token there: prefill seconds promised to the pod and not yet done (`router.backlog`), plus C,
-          plus the engine steps this takes (token budget 8192 each) at s
+    TTFT  time to its first token there: prefill seconds promised to the pod and not yet done (`router.backlog`),
+          plus C, plus the engine steps this takes (token budget 8192 each) at s
     s     the pod's step now: a0 + n * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
     N     mean requests in flight per pod: those that a second of needless prefill delays sooner or later
@@ -132,4 +132,4 @@ class MarginalDelay(Scoring):
             self._prefixes.remember(request, candidates, index, now)
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
-        self._backlog.chose(request.uncached_tokens)
+        self._backlog.chose(candidates.pods[index].slot, request.uncached_tokens)

@@ -9,6 +9,7 @@ from router.prefixes import Prefixes
 from router.request import RoutingRequest
 from router.strategies import STRATEGIES, Context, Strategy
 from state.catalog import CatalogDocument, PodRecord
+from state.ledger import Charge, Ledger
 from state.pods import COLUMN, Health
 from state.tables import Capacity, Tables
 
@@ -28,6 +29,7 @@ class Lab:
             self.add(slot, **metrics)
         self.workers: dict[int, tuple[Tables, Fleet, Context]] = {}
         self.strategies: dict[tuple[str, int], Strategy] = {}
+        self.charges: list[tuple[Ledger, Charge]] = []
 
     def add(self, slot: int, generation: int = 0, **metrics: float) -> None:
         """A pod appears, or another one takes its row."""
@@ -83,8 +85,15 @@ class Lab:
         strategy.chosen(request, candidates, index, self.now)
         slot: int = candidates.pods[index].slot
         uncached = request.uncached_tokens if request.uncached_tokens >= 0 else request.prompt_tokens
-        self.worker(worker)[0].ledger.charge(slot, request.prompt_tokens, uncached, held=False)
+        ledger = self.worker(worker)[0].ledger
+        self.charges.append((ledger, ledger.charge(slot, request.prompt_tokens, uncached, held=False)))
         return slot
+
+    def finish(self) -> None:
+        """All requests sent so far have been answered."""
+        for ledger, charge in self.charges:
+            ledger.release(charge, held=False)
+        self.charges.clear()
 
     def load(self, slot: int, requests: int, tokens: int = 400) -> None:
         """Requests that are in flight on a pod, all their prompts done."""

@@ -123,13 +123,16 @@ def test_the_chosen_pods_uncached_tokens_are_noted(lab: Any, prompt: Any) -> Non
 def test_slow_pods_get_less(lab: Any) -> None:
     """Two pods of the same load, one of which has shown a quarter of the other's speed."""
     fleet = lab(2)
-    metrics = dict(
-        generation_tokens_per_second=200.0, requests_per_second=1.0, computed_prompt_tokens_per_second=1000.0
-    )
+    metrics = {
+        "generation_tokens_per_second": 200.0,
+        "requests_per_second": 1.0,
+        "computed_prompt_tokens_per_second": 1000.0,
+        "prompt_tokens_mean": 1000.0,
+    }
     for _ in range(8):
         fleet.now += 1
-        fleet.poll(0, prefill_mean_seconds=0.4, itl_mean_seconds=0.04, prompt_tokens_mean=1000.0, **metrics)
-        fleet.poll(1, prefill_mean_seconds=0.1, itl_mean_seconds=0.01, prompt_tokens_mean=1000.0, **metrics)
+        fleet.poll(0, prefill_mean_seconds=0.4, itl_mean_seconds=0.04, **metrics)
+        fleet.poll(1, prefill_mean_seconds=0.1, itl_mean_seconds=0.01, **metrics)
         scores = fleet.scores(NAME, fleet.request(tokens=2000))
     assert scores[0] > 2 * scores[1]
     spread = Counter(fleet.send(NAME, fleet.request(tokens=2000)) for _ in range(60))

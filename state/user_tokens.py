@@ -1,0 +1,69 @@
+"""Tokens that each user has used of late, shared by all processes, in bounded memory.
+
+A count-min sketch in slices of time: per writer SLICES tables of ROWS * CELLS counters, one slice after the other in
+turn, each marked with the number of the period it counts. A user's tokens are added to one cell in each row, found by
+hash; to read, the cells of all writers and of the slices still in the window are added up, and the smallest row is the
+answer: never too low, and too high by what others used who share both cells (of 100 users, one in a hundred does).
+
+    per writer   int64[SLICES] period numbers, then float64[SLICES][ROWS][CELLS]
+"""
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+SLICES = 6
+ROWS = 2
+CELLS = 1024
+WINDOW_SECONDS = 300.0
+_SLICE_SECONDS = WINDOW_SECONDS / (SLICES - 1)
+_WRITER_BYTES = 8 * SLICES + 8 * SLICES * ROWS * CELLS
+
+
+class UserTokens:
+    """Every writer's sketch. Adds to that of `writer`."""
+
+    def __init__(self, region: memoryview, writers: int, writer: int | None = None) -> None:
+        self._writer = writer
+        self._periods: npt.NDArray[np.int64] = np.ndarray(
+            (writers, SLICES), np.int64, region, strides=(_WRITER_BYTES, 8)
+        )
+        self._cells: npt.NDArray[np.float64] = np.ndarray(
+            (writers, SLICES, ROWS, CELLS),
+            np.float64,
+            region,
+            8 * SLICES,
+            (_WRITER_BYTES, 8 * ROWS * CELLS, 8 * CELLS, 8),
+        )
+
+    @staticmethod
+    def size(writers: int) -> int:
+        """Bytes of shared memory."""
+        return writers * _WRITER_BYTES
+
+    def add(self, user: str, tokens: float, now: float) -> None:
+        """Count tokens for a user, now in monotonic seconds."""
+        if self._writer is None:
+            raise ValueError("a process without a writer row cannot count tokens")
+        period = int(now / _SLICE_SECONDS) + 1
+        place = period % SLICES
+        if self._periods[self._writer, place] != period:
+            self._cells[self._writer, place] = 0.0
+            self._periods[self._writer, place] = period
+        low, high = _cells(user)
+        cells = self._cells[self._writer, place]
+        cells[0, low] += tokens
+        cells[1, high] += tokens
+
+    def of(self, user: str, now: float) -> float:
+        """Tokens of a user in the last four to five minutes."""
+        period = int(now / _SLICE_SECONDS) + 1
+        low, high = _cells(user)
+        recent = (self._periods > period - SLICES + 1) & (self._periods <= period)
+        first = float(self._cells[:, :, 0, low][recent].sum())
+        return min(first, float(self._cells[:, :, 1, high][recent].sum()))
+
+
+def _cells(user: str) -> tuple[int, int]:
+    digest = xxh3_64_intdigest(user.encode("utf-8", "surrogatepass"))
+    return digest % CELLS, (digest >> 32) % CELLS

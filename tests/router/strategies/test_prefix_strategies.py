@@ -1,0 +1,249 @@
+"""The strategies that go by prefixes, each as its docstring says."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from router.strategies import STRATEGIES
+
+AWARE = [
+    "prefix-cache",
+    "prefix-cache-preble",
+    "marginal-delay",
+    "aibrix-prefix-cache",
+    "dynamo-kv",
+    "llm-d-default",
+    "lmetric",
+    "preble",
+    "sglang-cache-aware",
+]
+
+
+@pytest.mark.parametrize("name", AWARE)
+def test_a_long_prefix_is_followed(lab: Any, prompt: Any, name: str) -> None:
+    fleet = lab(8, waiting=0.0, running=0.0, kv_usage=0.1)
+    first = fleet.send(name, fleet.request(prompt("system", 16) + b"alice"))
+    fleet.now += 5
+    fleet.finish()
+    assert fleet.send(name, fleet.request(prompt("system", 16) + b"bob")) == first
+
+
+@pytest.mark.parametrize("name", [*AWARE, "consistent-hash-bounded", "vtc-basic"])
+def test_an_idle_fleet_is_used_evenly_by_unlike_prompts(lab: Any, prompt: Any, name: str) -> None:
+    fleet = lab(4, waiting=0.0, running=0.0, kv_usage=0.1)
+    if name == "llm-d-default":
+        pytest.skip("by chance alone between two polls")
+    spread = Counter(fleet.send(name, fleet.request(prompt(f"user {i}", 4))) for i in range(80))
+    assert len(spread) == 4
+    assert max(spread.values()) <= 26
+
+
+@pytest.mark.parametrize("name", AWARE)
+def test_they_work_without_prefix_knowledge(lab: Any, prompt: Any, name: str) -> None:
+    fleet = lab(4, waiting=0.0, running=0.0, kv_usage=0.1)
+    fleet.worker()[2].parts.pop("prefixes")
+    request = fleet.request(prompt("a", 4))
+    fleet.send(name, request)
+    assert request.uncached_tokens == 1024
+
+
+@pytest.mark.parametrize("name", ["prefix-cache", "prefix-cache-preble"])
+@pytest.mark.parametrize("pods", [2, 3, 8])
+def test_an_overloaded_pods_cache_is_left_alone_in_small_fleets_too(
+    lab: Any, prompt: Any, name: str, pods: int
+) -> None:
+    fleet = lab(pods)
+    first = fleet.send(name, fleet.request(prompt("system", 16)))
+    fleet.load(first, 7)
+    assert fleet.send(name, fleet.request(prompt("system", 16))) == first
+    fleet.load(first, 3)
+    assert fleet.send(name, fleet.request(prompt("system", 16))) != first
+
+
+def test_prefix_cache_lets_load_decide_between_equal_matches(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    candidates = fleet.candidates()
+    for index in range(4):
+        fleet.worker()[2].prefixes.remember(fleet.request(prompt("system", 8)), candidates, index, fleet.now)
+    for slot in (0, 2, 3):
+        fleet.load(slot, 1)
+    assert fleet.send("prefix-cache", fleet.request(prompt("system", 8) + prompt("x", 2))) == 1
+
+
+def test_prefix_cache_needs_a_useful_match(lab: Any, prompt: Any) -> None:
+    """One block of 64 tokens in common does not draw a request to a busier pod; eight do."""
+    fleet = lab(2)
+    candidates = fleet.candidates()
+    fleet.worker()[2].prefixes.remember(fleet.request(prompt("head", 0.25)), candidates, 0, fleet.now)
+    fleet.load(0, 2)
+    assert fleet.send("prefix-cache", fleet.request(prompt("head", 0.25) + prompt("a", 8))) == 1
+    fleet.worker()[2].prefixes.remember(fleet.request(prompt("long", 2)), candidates, 0, fleet.now)
+    assert fleet.send("prefix-cache", fleet.request(prompt("long", 2) + prompt("b", 8))) == 0
+
+
+def test_aibrix_takes_any_match_within_its_guards(lab: Any, prompt: Any) -> None:
+    fleet = lab(8)
+    candidates = fleet.candidates()
+    fleet.worker()[2].prefixes.remember(fleet.request(prompt("head", 0.25)), candidates, 5, fleet.now)
+    fleet.load(5, 3)
+    for slot in (0, 1, 2, 3):
+        fleet.load(slot, 3)
+    assert fleet.send("aibrix-prefix-cache", fleet.request(prompt("head", 0.25) + prompt("a", 8))) == 5
+
+
+def test_aibrix_asks_only_the_least_loaded_when_the_spread_is_above_16(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    first = fleet.send("aibrix-prefix-cache", fleet.request(prompt("system", 16)))
+    fleet.load(first, 15)
+    assert fleet.send("aibrix-prefix-cache", fleet.request(prompt("system", 16))) == first
+    assert fleet.send("aibrix-prefix-cache", fleet.request(prompt("system", 16))) != first
+
+
+def test_aibrix_deviations_cannot_protect_five_pods_but_six(lab: Any, prompt: Any) -> None:
+    for pods, protected in ((5, False), (6, True)):
+        fleet = lab(pods)
+        first = fleet.send("aibrix-prefix-cache", fleet.request(prompt("system", 16)))
+        fleet.load(first, 14)
+        again = fleet.send("aibrix-prefix-cache", fleet.request(prompt("system", 16)))
+        assert (again != first) is protected
+
+
+def test_dynamo_adds_prefill_and_decode_blocks(lab: Any, prompt: Any) -> None:
+    fleet = lab(2)
+    fleet.scores("dynamo-kv", fleet.request(tokens=640))
+    fleet.tables.ledger.charge(0, 1280, 640, held=False)
+    assert fleet.scores("dynamo-kv", fleet.request(tokens=640)) == pytest.approx([10 + 10 + 20 + 10, 10 + 10])
+
+
+def test_lmetric_is_tokens_times_requests(lab: Any) -> None:
+    fleet = lab(2)
+    fleet.load(0, 3)
+    assert fleet.scores("lmetric", fleet.request(tokens=1000)) == [4000.0, 1000.0]
+
+
+def test_sglang_goes_by_load_when_unbalanced_or_below_its_threshold(lab: Any, prompt: Any) -> None:
+    name = "sglang-cache-aware"
+    fleet = lab(3)
+    first = fleet.send(name, fleet.request(prompt("system", 2)))
+    assert fleet.send(name, fleet.request(prompt("system", 2) + prompt("a", 4))) == first  # 0.33 matched
+    assert fleet.send(name, fleet.request(prompt("system", 2) + prompt("b", 6))) != first  # 0.25
+    fleet.load(first, 61)
+    alone = prompt("system", 2) + prompt("a", 4)
+    assert fleet.send(name, fleet.request(alone)) == first
+    fleet.load(first, 1)
+    assert fleet.send(name, fleet.request(alone)) != first
+
+
+def test_llm_d_weighs_queue_cache_room_and_match(lab: Any, prompt: Any) -> None:
+    fleet = lab(3, waiting=0.0, kv_usage=0.0)
+    fleet.poll(0, waiting=4.0, kv_usage=0.5)
+    fleet.poll(1, waiting=1.0, kv_usage=0.2)
+    found = fleet.scores("llm-d-default", fleet.request(prompt("a", 4)))
+    assert found == pytest.approx([-(0 + 1.0), -(2 * 0.75 + 1.6), -(2 + 2.0)])
+    fleet.worker()[2].prefixes.remember(fleet.request(prompt("b", 4)), fleet.candidates(), 1, fleet.now)
+    matched = fleet.scores("llm-d-default", fleet.request(prompt("b", 4) + prompt("c", 4)))
+    assert matched[1] == pytest.approx(found[1] - 1.5)
+
+
+def test_preble_exploits_above_half_and_explores_below(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    first = fleet.send("preble", fleet.request(prompt("system", 2)))
+    assert fleet.send("preble", fleet.request(prompt("system", 2) + prompt("a", 1.5))) == first
+    assert fleet.send("preble", fleet.request(prompt("system", 2) + prompt("b", 16))) != first
+
+
+def test_preble_remembers_three_minutes_of_work(lab: Any, prompt: Any) -> None:
+    fleet = lab(2)
+    fleet.scores("preble", fleet.request(tokens=10))
+    fleet.tables.ledger.charge(0, 7000, 7000, held=False)
+    fleet.now += 20
+    assert fleet.scores("preble", fleet.request(tokens=10))[0] > 0.4
+    for _ in range(20):
+        fleet.now += 10
+        scores = fleet.scores("preble", fleet.request(tokens=10))
+    assert scores[0] == pytest.approx(scores[1])
+
+
+def test_a_conversation_stays_on_its_pod_until_that_is_full(lab: Any, prompt: Any) -> None:
+    name = "consistent-hash-bounded"
+    fleet = lab(4)
+    first = fleet.send(name, fleet.request(prompt("a", 4), session_key="s"))
+    for slot in range(4):
+        fleet.load(slot, 8)
+    assert [fleet.send(name, fleet.request(prompt(str(i), 4), session_key="s")) for i in range(2)] == [first] * 2
+    spread = Counter(fleet.send(name, fleet.request(prompt(str(i), 4), session_key="s")) for i in range(40))
+    assert max(spread.values()) < 30
+    assert max(fleet.candidates().requests()) <= 1.25 * (fleet.candidates().requests().sum() + 1) / 4 + 1
+
+
+def test_a_pod_that_leaves_moves_only_its_own_conversations(lab: Any, prompt: Any) -> None:
+    name = "consistent-hash-bounded"
+    fleet = lab(4)
+    strategy = fleet.strategy(name)
+
+    def places() -> dict[int, int]:
+        candidates = fleet.candidates()
+        return {
+            key: candidates.pods[strategy.pick(fleet.request(session_key=f"k{key}"), candidates, fleet.now)].slot
+            for key in range(200)
+        }
+
+    before = places()
+    fleet.publish(0, 1, 3)
+    after = places()
+    assert all(after[key] == before[key] for key in before if before[key] != 2)
+    assert 20 < sum(before[key] == 2 for key in before) < 90
+
+
+def test_equal_prompts_without_a_session_share_a_pod(lab: Any, prompt: Any) -> None:
+    fleet = lab(8)
+    fleet.load(0, 100)
+    sent = {fleet.send("consistent-hash-bounded", fleet.request(prompt("same", 4))) for _ in range(3)}
+    assert len(sent) == 1
+
+
+def test_every_strategy_explains_itself() -> None:
+    for name, kind in STRATEGIES.items():
+        assert kind.__doc__, name
+
+
+def vtc(fleet: Any, worker: int = 0) -> Any:
+    tables, _, context = fleet.worker(worker)
+    context.parts["user_tokens"] = tables.user_tokens
+    return fleet.strategy("vtc-basic", worker)
+
+
+def test_heavy_users_are_kept_apart_from_light_ones_by_all_workers(lab: Any) -> None:
+    fleet = lab(4)
+    first, second = vtc(fleet, 0), vtc(fleet, 1)
+    for _ in range(10):
+        first.used("heavy", 10_000, 5_000, fleet.now)
+    second.used("light", 100, 50, fleet.now)
+    for worker in (0, 1):
+        for user in ("heavy", "light"):  # both are known now
+            fleet.strategy("vtc-basic", worker).scores(
+                fleet.request(tokens=1, user=user), fleet.candidates(), fleet.now
+            )
+        sent = {
+            user: {fleet.send("vtc-basic", fleet.request(tokens=1, user=user), worker) for _ in range(5)}
+            for user in ("heavy", "light")
+        }
+        assert sent == {"heavy": {2}, "light": {0}}
+
+
+def test_use_is_forgotten_after_the_window(lab: Any) -> None:
+    fleet = lab(4)
+    strategy = vtc(fleet)
+    strategy.used("heavy", 100_000, 0, fleet.now)
+    assert fleet.tables.user_tokens.of("heavy", fleet.now) == 100_000
+    assert fleet.tables.user_tokens.of("heavy", fleet.now + 200) == 100_000
+    assert fleet.tables.user_tokens.of("heavy", fleet.now + 301) == 0
+
+
+def test_without_a_user_requests_decide(lab: Any) -> None:
+    fleet = lab(3)
+    vtc(fleet)
+    fleet.load(0, 30)
+    fleet.load(2, 30)
+    assert {fleet.send("vtc-basic", fleet.request(tokens=1)) for _ in range(5)} == {1}
