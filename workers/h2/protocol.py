@@ -140,14 +140,17 @@ class H2Protocol(asyncio.Protocol):
         if self._closing or transport is None:
             return
         self._closing = True
-        if transport.can_write_eof():
-            transport.write_eof()
+        if not transport.can_write_eof():
+            transport.close()
+        else:
+            try:
+                transport.write_eof()
+            except OSError:  # the client was faster
+                transport.abort()
+                return
             if self._full_since is not None:
                 transport.resume_reading()
-            self._loop.call_later(self._limits.linger_seconds, self.abort)
-        else:
-            transport.close()
-            self._loop.call_later(self._limits.linger_seconds, self.abort)
+        self._loop.call_later(self._limits.linger_seconds, self.abort)
 
 
 async def _report(awaitable: Awaitable[Reply], done: Callable[[Result], None]) -> None:

@@ -94,6 +94,8 @@ class H2Server:
                     if listener.path.stat().st_ino == listener.inode:
                         listener.path.unlink()
         self._listeners.clear()
+        if self._accepting:
+            await asyncio.wait(self._accepting, timeout=max(grace_seconds, self.limits.linger_seconds))
         until = loop.time() + grace_seconds
         while (self._live or self._accepting) and loop.time() < until:
             for protocol in list(self._live):
