@@ -293,7 +293,7 @@ async def test_a_client_that_does_not_read_is_not_read_either() -> None:
 
 @on_both_loops
 async def test_connections_in_the_backlog_are_served_before_the_listener_closes() -> None:
-    one = server()
+    one = server(limits=Limits(linger_seconds=0.1))
     await one.listen("127.0.0.1:0")
     host, port = one.addresses[0].split(":")
     socks = [socket.create_connection((host, int(port))) for _ in range(5)]
