@@ -7,7 +7,9 @@ prefill speed:
     backlog = max(0, backlog + newly promised - elapsed * drain)          [tokens]
 
 What this process promised is entered at once; what others promised since it last looked is taken to have come evenly
-over that time. No message says when a prefill is done, so none can be lost. A wrong speed would let the backlog drift, which each poll
+over that time.
+
+No message says when a prefill is done, so none can be lost. A wrong speed would let the backlog drift, which each poll
 of the pod puts right: it can be no less than what the engine has waiting, and no more than about twice that, what was
 sent since, and one prompt under way (an engine works at most one prompt over several steps).
 
@@ -19,7 +21,6 @@ import numpy as np
 from router.fleet import Candidates
 from router.rates import Rates, Speeds
 from state.pods import Floats, Ints
-
 
 TICK_SECONDS = 0.001
 """The fluid drains in steps of at least this: within one, less is done than a short prompt has tokens."""

@@ -37,6 +37,7 @@ _BLOCK_SIZE = COLUMN["block_size"]
 RECORDS_PER_DRAIN = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
 BLOCKS_PER_PAIR = 8
+PLACES_KEPT = 1024
 
 
 class PodRows(Protocol):
@@ -103,22 +104,36 @@ class Match:
         common, others = self.split(slots)
         out = [common] * slots.count
         for length, bitmap in others:
-            while bitmap:
-                low = bitmap & -bitmap
-                out[slots.positions[low]] = length
-                bitmap ^= low
+            places = slots.places(bitmap)
+            for place in (places,) if isinstance(places, int) else places:
+                out[place] = length
         return out
 
 
 class SlotIndex:
     """Where the pods with given slots stand among the candidates."""
 
-    __slots__ = ("count", "mask", "positions")
+    __slots__ = ("_places", "count", "mask", "positions")
 
     def __init__(self, slots: Sequence[int]) -> None:
         self.count = len(slots)
         self.positions = {1 << slot: position for position, slot in enumerate(slots)}
         self.mask = sum(self.positions)
+        self._places: dict[int, int | list[int]] = {}
+
+    def places(self, bitmap: int) -> int | list[int]:
+        """Where the pods of a bitmap stand, as an index into arrays. The same sets of pods come again and again."""
+        found = self._places.get(bitmap)
+        if found is None:
+            if len(self._places) >= PLACES_KEPT:
+                self._places.clear()
+            positions, rest = [], bitmap
+            while rest:
+                low = rest & -rest
+                positions.append(self.positions[low])
+                rest ^= low
+            found = self._places[bitmap] = positions[0] if len(positions) == 1 else positions
+        return found
 
 
 class PrefixIndex:

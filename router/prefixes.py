@@ -35,13 +35,8 @@ class LookUp:
         prompt, slots = self.prompt_tokens, self.slots
         common, others = self.match.split(slots)
         out: Floats = np.full(slots.count, prompt - self._tokens(common))
-        positions = slots.positions
         for blocks, bitmap in others:
-            value = prompt - self._tokens(blocks)
-            while bitmap:
-                low = bitmap & -bitmap
-                out[positions[low]] = value
-                bitmap ^= low
+            out[slots.places(bitmap)] = prompt - self._tokens(blocks)
         return out
 
     def tokens(self) -> list[float]:
@@ -107,5 +102,6 @@ class Prefixes:
 
 
 def _engine_block_bytes(candidates: Candidates) -> int:
-    sizes = candidates.metric("block_size").tolist()
-    return max((block_bytes_for(size) for size in sizes), default=BLOCK_BYTES)
+    sizes = candidates.metric("block_size")
+    known = sizes[sizes > 0]
+    return block_bytes_for(float(known.max())) if len(known) else BLOCK_BYTES

@@ -38,6 +38,7 @@ STALE_SECONDS = 15.0
 """Metrics older than this say nothing about the present load; speeds are kept."""
 _PRIOR_SAMPLES = 2.0
 _LIMIT = log(50.0)
+FLEETS_KEPT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +98,10 @@ class Speeds:
 
 
 class _Pod:
-    __slots__ = ("decode", "decode_samples", "generation", "prefill", "prefill_samples", "sampled_at", "seen")
+    __slots__ = ("decode", "decode_samples", "prefill", "prefill_samples", "seen")
 
-    def __init__(self, generation: int, now: float) -> None:
-        self.generation = generation
+    def __init__(self, now: float) -> None:
         self.seen = now
-        self.sampled_at = 0.0
         self.prefill = 0.0  # logarithms of the factors
         self.decode = 0.0
         self.prefill_samples = 0
@@ -114,7 +113,8 @@ class Rates:
 
     def __init__(self, prior: Prior | None = None) -> None:
         self.prior = prior or Prior()
-        self._pods: dict[int, _Pod] = {}
+        self._pods: dict[int, _Pod] = {}  # by generation
+        self._fleets: dict[tuple[int, ...], _Fleet] = {}
         self._since = -1.0
 
     def speeds(self, candidates: Candidates, now: float) -> Speeds:
@@ -128,48 +128,49 @@ class Rates:
         prior = self.prior
         if self._since < 0:
             self._since = now
+        fleet = self._fleet(candidates, now)
         out = Speeds()
-        sampled = candidates.metric("sampled_at").tolist()
-        pods: list[_Pod] = []
-        metrics: dict[str, list[float]] | None = None
-        for i, pod in enumerate(candidates.pods):
-            known = self._pods.get(pod.slot)
-            if known is None or known.generation != pod.generation:
-                # The fleet that this process finds is not new, even if the process is.
-                known = self._pods[pod.slot] = _Pod(pod.generation, now if now > self._since else -1e9)
-            if sampled[i] > known.sampled_at:
-                known.sampled_at = sampled[i]
-                out.polled.append(i)
-                if metrics is None:
-                    metrics = {name: candidates.metric(name).tolist() for name in _USED}
-                _observe(known, prior, {name: metrics[name][i] for name in _USED})
-            pods.append(known)
-        prefill_fleet = _fleet([pod.prefill for pod in pods], [pod.prefill_samples for pod in pods])
-        decode_fleet = _fleet([pod.decode for pod in pods], [pod.decode_samples for pod in pods])
-        n = len(pods)
-        prefill = np.empty(n)
-        decode = np.empty(n)
-        for i, known in enumerate(pods):
-            k = known.prefill_samples
-            factor = exp((k * known.prefill + _PRIOR_SAMPLES * prefill_fleet) / (k + _PRIOR_SAMPLES))
-            age = now - known.seen
-            if age < WARM_UP_SECONDS:
-                factor *= 2.0 - age / WARM_UP_SECONDS
-            prefill[i] = factor
-            k = known.decode_samples
-            decode[i] = exp((k * known.decode + _PRIOR_SAMPLES * decode_fleet) / (k + _PRIOR_SAMPLES))
-        out.prefill_seconds = prefill * prior.prefill_token_seconds
+        sampled = candidates.metric("sampled_at")
+        out.polled = np.flatnonzero(sampled > fleet.sampled_at).tolist()
+        if out.polled:
+            fleet.sampled_at = sampled
+            columns = [candidates.metric(name) for name in _USED]
+            for i in out.polled:
+                row = {name: float(column[i]) for name, column in zip(_USED, columns, strict=True)}
+                fleet.observe(i, row, prior)
+            lengths = columns[_GENERATED]
+            lengths = lengths[lengths > 0]
+            fleet.output_tokens = (float(lengths.sum()) + 0.5 * prior.output_tokens) / (len(lengths) + 0.5)
+        factor, decode = fleet.factors(now)
+        out.prefill_seconds = factor * prior.prefill_token_seconds
         out.drain = 1.0 / out.prefill_seconds
         out.decode = decode
         out.decode_per_budget = decode / prior.step_tokens
-        lengths = [x for x in candidates.metric("generation_tokens_mean").tolist() if x > 0]
-        out.output_tokens = (sum(lengths) + 0.5 * prior.output_tokens) / (len(lengths) + 0.5)
-        slots = candidates.slots
-        out.select = slice(0, n) if slots.tolist() == list(range(n)) else slots
-        out.sampled_at = sorted(sampled)[n // 2]
+        out.output_tokens = fleet.output_tokens
+        out.select = fleet.select
+        out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
         out.fresh = now - out.sampled_at < STALE_SECONDS
-        self._elsewhere(out, candidates, np.array(sampled), now)
+        self._elsewhere(out, candidates, sampled, now)
         return out
+
+    def _fleet(self, candidates: Candidates, now: float) -> "_Fleet":
+        generations = tuple([pod.generation for pod in candidates.pods])
+        found = self._fleets.get(generations)
+        if found is None:
+            if len(self._fleets) >= FLEETS_KEPT:
+                self._fleets.clear()
+                self._pods = {pod: known for pod, known in self._pods.items() if pod in generations}
+            pods = []
+            for generation in generations:
+                known = self._pods.get(generation)
+                if known is None:
+                    # The fleet that this process finds is not new, even if the process is.
+                    known = self._pods[generation] = _Pod(now if now > self._since else -1e9)
+                pods.append(known)
+            slots = candidates.slots
+            select = slice(0, len(pods)) if slots.tolist() == list(range(len(pods))) else slots
+            found = self._fleets[generations] = _Fleet(pods, select, self.prior)
+        return found
 
     def _elsewhere(self, out: Speeds, candidates: Candidates, sampled: Floats, now: float) -> None:
         """What engines count beyond what this replica had sent them: other gateways', or direct traffic."""
@@ -179,6 +180,40 @@ class Rates:
         out.elsewhere = extra
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
+
+
+class _Fleet:
+    """What is known of one set of pods, in the order of the candidates."""
+
+    __slots__ = ("_decode", "_logs", "_pods", "_prefill", "_samples", "_young", "output_tokens", "sampled_at", "select")
+
+    def __init__(self, pods: list[_Pod], select: slice | Ints, prior: Prior) -> None:
+        self._pods = pods
+        self.select = select
+        self.sampled_at: Floats = np.zeros(len(pods))
+        self.output_tokens = prior.output_tokens
+        self._young = max((pod.seen for pod in pods), default=0.0)
+        self._logs: Floats = np.array([(pod.prefill, pod.decode) for pod in pods], float).T.copy()
+        self._samples: Floats = np.array([(pod.prefill_samples, pod.decode_samples) for pod in pods], float).T.copy()
+        self._prefill: Floats | None = None
+        self._decode: Floats = np.zeros(0)
+
+    def observe(self, i: int, row: dict[str, float], prior: Prior) -> None:
+        """Take a sample of one pod in."""
+        pod = self._pods[i]
+        _observe(pod, prior, row)
+        self._logs[0, i], self._logs[1, i] = pod.prefill, pod.decode
+        self._samples[0, i], self._samples[1, i] = pod.prefill_samples, pod.decode_samples
+        self._prefill = None
+
+    def factors(self, now: float) -> tuple[Floats, Floats]:
+        """On the prior's prefill and decode rates, for each pod."""
+        if self._prefill is None:
+            self._prefill, self._decode = _shrunk(self._logs, self._samples)
+        if now - self._young >= WARM_UP_SECONDS:
+            return self._prefill, self._decode
+        ages = np.array([now - pod.seen for pod in self._pods])
+        return self._prefill * (2.0 - np.clip(ages / WARM_UP_SECONDS, 0.0, 1.0)), self._decode
 
 
 _USED = (
@@ -196,9 +231,18 @@ _USED = (
 )
 
 
-def _fleet(values: list[float], samples: list[int]) -> float:
-    """Weighted mean, with the prior (0, the logarithm of 1) as `_PRIOR_SAMPLES` more."""
-    return sum(value * k for value, k in zip(values, samples, strict=True)) / (sum(samples) + _PRIOR_SAMPLES)
+_GENERATED = _USED.index("generation_tokens_mean")
+
+
+def _shrunk(logarithms: Floats, samples: Floats) -> Floats:
+    """Factors: each pod's mean drawn to the fleet's, and the fleet's to 1, by the weight of `_PRIOR_SAMPLES` each.
+    Arrays of (prefill, decode) by pod."""
+    total = logarithms * samples
+    fleet = total.sum(axis=1) / (samples.sum(axis=1) + _PRIOR_SAMPLES)
+    total += (_PRIOR_SAMPLES * fleet)[:, None]
+    total /= samples + _PRIOR_SAMPLES
+    result: Floats = np.exp(total, out=total)
+    return result
 
 
 def _known(value: float, otherwise: float) -> float:

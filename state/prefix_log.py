@@ -69,6 +69,7 @@ class PrefixLog:
     """All rings. Appends to ring `writer`; a process with none only reads."""
 
     def __init__(self, region: memoryview, writers: int, ring_bytes: int, writer: int | None = None) -> None:
+        self.region = region
         self.writers = writers
         self.writer = writer
         self._heads = region[: 8 * writers].cast("Q")
