@@ -35,7 +35,7 @@ DESTINATION_KEY = "x-pointsman-destination"
 """gRPC metadata by which an Envoy says what it does. Set in Envoy's configuration, so no client can."""
 
 _FULL_DUPLEX = ProcessingMode.FULL_DUPLEX_STREAMED
-
+_BUFFERED = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
 
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 _WANTED = frozenset({":path", ":method", "content-type", "routing-strategy", "user", "traceparent"})
@@ -62,8 +62,11 @@ class Exchange:
     """See the head of this file. `max_body_bytes` bounds what is collected of a body that comes in pieces."""
 
     __slots__ = (
+        "_answered",
+        "_ask_for_body",
         "_body",
         "_body_bytes",
+        "_buffered",
         "_decision",
         "_duplex_request",
         "_duplex_response",
@@ -96,6 +99,9 @@ class Exchange:
         self._duplex_request = False
         self._duplex_response = False
         self._held_back = False
+        self._buffered = False
+        self._ask_for_body: bytes | None = None
+        self._answered = False
         self._over = False
         self.finished = False
         self.idle = False
@@ -130,7 +136,12 @@ class Exchange:
     def _begin(self, request: ProcessingRequest) -> None:
         """The first message: what mode is this Envoy in, and what do its attributes say?"""
         config = request.protocol_config
-        self._duplex_request = config.request_body_mode == _FULL_DUPLEX
+        request_mode = config.request_body_mode
+        self._duplex_request = request_mode == _FULL_DUPLEX
+        self._buffered = request_mode in _BUFFERED
+        if request_mode == ProcessingMode.NONE and request.HasField("protocol_config"):
+            self._buffered = True
+            self._ask_for_body = replies.REQUEST_HEADERS_ASK_FOR_BODY.get(config.response_body_mode)
         self._duplex_response = config.response_body_mode == _FULL_DUPLEX
         self._headers = {}
         self._request_id = self._new_request_id()
@@ -152,37 +163,44 @@ class Exchange:
             self.idle = True
             self.finished = self._peer.by_log and not self._duplex_response
             return replies.REQUEST_HEADERS
-        if self._duplex_request:
+        if self._duplex_request and not self._request_done:
             self._held_back = True
             return None
-        return replies.REQUEST_HEADERS
+        return self._ask_for_body or replies.REQUEST_HEADERS
 
     def _on_request_body(self, body: HttpBody) -> Reply:
         if self._request_done:
+            if self._duplex_request:
+                return replies.streamed_body(body.body, request=True, end=body.end_of_stream)
             return replies.REQUEST_BODY
         piece = body.body
-        if body.end_of_stream and self._body is None:
-            return self._route(piece)
+        # What Envoy buffers it sends once. When trailers follow that is not marked as the end.
+        end = body.end_of_stream or self._buffered
+        if end and self._body is None:
+            return self._route(piece, end=body.end_of_stream)
         self._body_bytes += len(piece)
         if self._body_bytes > self._max_body_bytes:
             raise body_too_large(self._max_body_bytes)
         if self._body is None:
             self._body = []
         self._body.append(piece)
-        if body.end_of_stream:
-            return self._route(b"".join(self._body))
-        return None if self._held_back else replies.REQUEST_BODY
+        if end:
+            return self._route(b"".join(self._body), end=body.end_of_stream)
+        return None if self._duplex_request else replies.REQUEST_BODY
 
     def _on_request_trailers(self, trailers: HttpTrailers) -> Reply:
-        if not self._request_done and self._body is not None:
-            routed = self._route(b"".join(self._body), end=False)
-            if isinstance(routed, tuple):
-                return (*routed, replies.REQUEST_TRAILERS)
-            return routed
-        if self._held_back and not self._request_done:
+        if self._request_done:
+            return replies.REQUEST_TRAILERS
+        body = self._body
+        if body is None or not self._duplex_request:
+            # Either nothing to route by, or a body that was streamed to the pod already.
             self._request_done = True
-            return (replies.REQUEST_HEADERS, replies.REQUEST_TRAILERS)
-        return replies.REQUEST_TRAILERS
+            self._body = None
+            self.idle = True
+            return (replies.REQUEST_HEADERS, replies.REQUEST_TRAILERS) if self._held_back else replies.REQUEST_TRAILERS
+        routed = self._route(b"".join(body), end=False)
+        assert isinstance(routed, tuple)
+        return (*routed, replies.REQUEST_TRAILERS)
 
     def _route(self, body: bytes, *, end: bool = True) -> Reply:
         """The whole body is here: decide."""
@@ -210,14 +228,19 @@ class Exchange:
             strategy or scheduler.default_strategy,
             destination=self._peer.destination,
             held=not by_log,
-            duplex=self._duplex_request,
+            duplex=self._held_back,
         )
         self.idle = not self._duplex_request
         self.finished = by_log and not self._duplex_response
         reply = decision.replies.request_body(self._request_id, decision.tokens)
-        if self._duplex_request:
-            return (reply, *replies.streamed_body(body, request=True, end=end))
-        return reply
+        if not self._duplex_request:
+            return reply
+        pieces = replies.streamed_body(body, request=True, end=end)
+        if self._held_back:
+            return (reply, *pieces)
+        # An Envoy that sends no headers: the mutation goes with the first piece (two messages after each other are
+        # one with the fields of both).
+        return (reply + pieces[0], *pieces[1:])
 
     def _on_response_headers(self, headers: HttpHeaders) -> Reply:
         status = b""
@@ -227,17 +250,20 @@ class Exchange:
                 break
         decision = self._decision
         if decision is None:
-            if self._held_back and not self._request_done:
-                # Envoy answered by itself before the body was complete.
-                self._request_done = True
+            # Also when Envoy answered by itself before the request's body was complete.
+            self._request_done = True
+            self._body = None
             self.finished = not self._duplex_response
             return replies.unrouted_response_headers(self._request_id, status)
-        self._scheduler.outcome(decision.charge, ok=not status.startswith(b"5"))
         if headers.end_of_stream:
             self._release()
             self.finished = True
         if len(status) != 3:
-            status = b"200"
+            # Envoy was told to forward no `:status`. What is not known must not be set.
+            return replies.unrouted_response_headers(self._request_id, b"")
+        if not self._answered:
+            self._answered = True
+            self._scheduler.outcome(decision.charge, ok=not status.startswith(b"5"))
         return decision.replies.response_headers(self._request_id, status)
 
     def _on_response_body(self, body: HttpBody) -> Reply:

@@ -72,16 +72,27 @@ def _empty(phase: str) -> bytes:
     return reply.SerializeToString()
 
 
-def _ask_for_body() -> bytes:
+def _ask_for_body(response_body_mode: ProcessingMode.BodySendMode) -> bytes:
     reply = _headers_reply()
     mode = reply.mode_override
     mode.request_body_mode = ProcessingMode.BUFFERED
+    mode.response_body_mode = response_body_mode  # an override that does not repeat it turns it off
     return reply.SerializeToString()
 
 
 REQUEST_HEADERS = _headers_reply().SerializeToString()
-REQUEST_HEADERS_ASK_FOR_BODY = _ask_for_body()
-"""For an Envoy that is set to send no request body: without one there is nothing to route by."""
+REQUEST_HEADERS_ASK_FOR_BODY = {
+    mode: _ask_for_body(mode)
+    for mode in (
+        ProcessingMode.NONE,
+        ProcessingMode.STREAMED,
+        ProcessingMode.BUFFERED,
+        ProcessingMode.BUFFERED_PARTIAL,
+        ProcessingMode.FULL_DUPLEX_STREAMED,
+    )
+}
+"""For an Envoy that is set to send no request body, by its response body mode: without a body there is nothing to
+route by. Envoy heeds it when it is set to allow mode overrides."""
 REQUEST_BODY = _empty("request_body")
 REQUEST_TRAILERS = _empty("request_trailers")
 RESPONSE_BODY = _empty("response_body")
@@ -106,12 +117,10 @@ class RoutedReplies:
             _set(mutation, ENDPOINT, address)
             reply.dynamic_metadata.get_or_create_struct("envoy.lb")[ENDPOINT] = address
         _set(mutation, "x-request-id", _REQUEST_ID)
-        if duplex:
-            removed = [header for header in DESTINATION_HEADERS if header not in {TARGET_POD, ENDPOINT}]
-            del mutation.remove_headers[:]
-            mutation.remove_headers.extend(removed)
-            if destination is not Destination.HEADER:
-                mutation.remove_headers.append(TARGET_POD)
+        # Once more, for an Envoy that sends the body alone.
+        ours_now = {header.header.key for header in mutation.set_headers}
+        del mutation.remove_headers[:]
+        mutation.remove_headers.extend(header for header in DESTINATION_HEADERS if header not in ours_now)
         if destination is Destination.METADATA or ticket is not None:
             ours = reply.dynamic_metadata.get_or_create_struct(NAMESPACE)
             ours["target"] = address

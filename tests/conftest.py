@@ -1,0 +1,17 @@
+"""What all tests share. Being here also makes `tests/fleet.py` importable as `fleet`."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("pointsman", deadline=None, print_blob=True)
+settings.load_profile("pointsman")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of whoever runs the tests configures nothing."""
+    for name in os.environ:
+        if name.startswith(("POINTSMAN_", "AIBRIX_", "REDIS_")) or name == "ROUTING_ALGORITHM":
+            monkeypatch.delenv(name)
