@@ -1,0 +1,1 @@
+"""Fuzz targets, run by hand or by a nightly job; what they find becomes a test."""
