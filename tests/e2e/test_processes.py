@@ -1,0 +1,172 @@
+"""What happens to running requests when processes die, drain, are replaced, and when pods come and go."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from client import chat, steady_load
+
+from bench.lab import Lab, get
+
+pytestmark = pytest.mark.envoy
+
+
+async def until(happened: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait without standing in the way of the load."""
+    deadline = time.monotonic() + seconds
+    while not await asyncio.to_thread(happened):
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.02)
+
+
+def in_flight(lab: Lab) -> int:
+    return sum(abs(pod["own"]["requests"]) for pod in lab.believed_pods())
+
+
+def ready(lab: Lab) -> bool:
+    return get(lab.config.admin, "/readyz")[0] == 200
+
+
+@pytest.fixture
+def lab() -> Lab:
+    return Lab(pods=3, workers=2, strategy="least-request")
+
+
+async def test_a_killed_worker_costs_at_most_one_request(lab: Lab) -> None:
+    with lab:
+        before = lab.router_children()
+        async with steady_load(lab.envoy_url, lab.model, per_second=20, max_tokens=40) as load:
+            await asyncio.sleep(1.5)
+            os.kill(before["worker 0"], signal.SIGKILL)
+            killed = time.monotonic()
+            await until(lambda: lab.router_children().get("worker 0", before["worker 0"]) != before["worker 0"])
+            back = time.monotonic() - killed
+            await asyncio.sleep(3)
+        assert len(load.outcomes) > 60
+        assert len(load.failed) <= 1, load.failed
+        after = lab.router_children()
+        assert {name: pid for name, pid in after.items() if name != "worker 0"} == {
+            name: pid for name, pid in before.items() if name != "worker 0"
+        }
+        assert back < 1.0
+        await until(lambda: in_flight(lab) == 0)
+
+
+async def test_what_a_killed_worker_held_is_given_back(lab: Lab) -> None:
+    lab.accounting = "stream"
+    with lab:
+        async with aiohttp.ClientSession() as session:
+            bodies = [chat(lab.model, f"{n}", stream=True, max_tokens=3_000) for n in range(6)]
+            answers = [await session.post(lab.envoy_url + "/v1/chat/completions", json=body) for body in bodies]
+            await until(lambda: in_flight(lab) == 6)
+            for pid in lab.worker_pids():
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: in_flight(lab) == 0)
+            for answer in answers:
+                answer.close()
+        await until(lambda: ready(lab))
+
+
+@pytest.mark.parametrize("name", ["scraper", "admin"])
+async def test_a_killed_service_is_back_and_no_request_notices(lab: Lab, name: str) -> None:
+    with lab:
+        before = lab.router_children()
+        async with steady_load(lab.envoy_url, lab.model, per_second=20) as load:
+            os.kill(before[name], signal.SIGKILL)
+            await until(lambda: lab.router_children().get(name, before[name]) != before[name])
+            await asyncio.sleep(1.5)
+        assert not load.failed
+        await until(lambda: {pod["health"] for pod in lab.believed_pods()} == {"ready"})
+        assert [pod["generation"] for pod in lab.believed_pods()] == [1, 2, 3]
+
+
+async def test_a_rolling_restart_loses_nothing(lab: Lab) -> None:
+    with lab:
+        before = set(lab.router_children().values())
+        async with steady_load(lab.envoy_url, lab.model, per_second=30, max_tokens=30) as load:
+            await asyncio.sleep(1)
+            os.kill(lab.router.pid, signal.SIGHUP)
+            await until(lambda: len(set(lab.router_children().values()) - before) == 4 and ready(lab), 20)
+            await asyncio.sleep(1.5)
+        assert len(load.outcomes) > 60
+        assert not load.failed, load.failed
+        await until(lambda: in_flight(lab) == 0, 25)
+
+
+async def test_workers_more_and_fewer(lab: Lab) -> None:
+    with lab:
+        async with steady_load(lab.envoy_url, lab.model, per_second=20) as load:
+            os.kill(lab.router.pid, signal.SIGTTIN)
+            await until(lambda: len(lab.worker_pids()) == 3 and ready(lab))
+            for left in (2, 1):
+                os.kill(lab.router.pid, signal.SIGTTOU)
+                await until(lambda left=left: len(lab.worker_pids()) == left)
+            os.kill(lab.router.pid, signal.SIGTTOU)
+            await asyncio.sleep(0.5)
+            assert len(lab.worker_pids()) == 1
+        assert not load.failed, load.failed
+
+
+@pytest.mark.parametrize("accounting", ["access-log", "stream"])
+async def test_sigterm_during_a_streamed_answer_loses_nothing(lab: Lab, accounting: str) -> None:
+    lab.accounting = accounting
+    with lab:
+        body = chat(lab.model, stream=True, max_tokens=150)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(lab.envoy_url + "/v1/chat/completions", json=body) as answer,
+        ):
+            await answer.content.readany()
+            code = asyncio.to_thread(lab.stop_process, lab.router)
+            rest = await answer.read()
+            assert await code == 0
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert rest.count(b'"content"') > 50
+
+
+async def test_the_children_die_with_a_killed_supervisor(lab: Lab) -> None:
+    lab.with_envoy = False
+    with lab:
+        children = lab.router_children()
+        lab.router.popen.kill()
+        lab.router.popen.wait()
+        lab.processes.remove(lab.router)
+        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children.values()))
+
+
+async def test_pods_come_and_go_while_requests_run(lab: Lab) -> None:
+    with lab:
+        first = list(lab.addresses)
+        async with steady_load(lab.envoy_url, lab.model, per_second=20, max_tokens=30) as load:
+            await asyncio.sleep(1)
+            kept = {pod["address"]: (pod["slot"], pod["generation"]) for pod in lab.believed_pods()}
+            fourth = await asyncio.to_thread(lab.start_pods, 1)
+            lab.write_endpoints([*first[1:], *fourth])
+            await until(lambda: any(pod["address"] in fourth for pod in lab.believed_pods()))
+            await until(lambda: all(pod["address"] != first[0] for pod in lab.believed_pods()))
+            load.outcomes.clear()
+            await asyncio.sleep(2.5)
+        assert not load.failed
+        assert set(load.pods) == {*first[1:], *fourth}
+        now = {pod["address"]: (pod["slot"], pod["generation"]) for pod in lab.believed_pods()}
+        assert {address: kept[address] for address in first[1:]} == {address: now[address] for address in first[1:]}
+
+
+async def test_a_dead_pod_gets_no_requests_until_it_is_back() -> None:
+    with Lab(pods=3, workers=2, process_per_pod=True, strategy="least-request") as lab:
+        dead = lab.addresses[0]
+        async with steady_load(lab.envoy_url, lab.model, per_second=30, stream=False) as load:
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(lab.stop_process, lab.pod_processes[0])
+            await until(
+                lambda: {p["health"] for p in lab.believed_pods() if p["address"] == dead} & {"failed", "ejected"}
+            )
+            load.outcomes.clear()
+            await asyncio.sleep(1.5)
+            assert dead not in load.pods
+            assert len(load.failed) <= 1  # one that was already on its way
