@@ -127,11 +127,13 @@ class Dialogue(Outbound):
 
     def reply(self, stream: Stream, call: Call, reply: Reply) -> None:
         """Send a reply if there is one, and end the call if it was the last."""
+        if stream.call is None:
+            return  # ended by a push of its own while it was making this reply
         if reply is not None:
             self._send(stream, reply)
             if stream.pending is not None and stream.inbox is None:
                 stream.inbox = deque()
-        if call.finished and stream.call is not None:
+        if call.finished:
             self.finish(stream)
 
     def _send(self, stream: Stream, reply: bytes | tuple[bytes, ...]) -> None:
@@ -250,11 +252,13 @@ class Dialogue(Outbound):
 
     def fail(self, stream: Stream, error: BaseException) -> None:
         """End the call with the status that an exception stands for."""
+        code, message = Status.INTERNAL, "internal error"
         if isinstance(error, CallError):
-            self.finish(stream, error.code, error.message)
-            return
-        self._crashed(error)
-        self.finish(stream, Status.INTERNAL, "internal error")
+            code, message = error.code, error.message
+        else:
+            self._crashed(error)
+        if stream.id in self.streams and not stream.ended_local and stream.last_block is None:
+            self.finish(stream, code, message)
 
     def local_end(self, stream: Stream) -> None:
         stream.ended_local = True

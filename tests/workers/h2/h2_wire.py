@@ -98,6 +98,12 @@ class EchoCall:
             raise CallError(3, "bad % thing\n")
         elif message == b"crash":
             raise RuntimeError("a bug")
+        elif message.startswith(b"push and "):
+            self.finished = True
+            assert self.push is not None
+            self.push(b"last")
+            if message.endswith(b"crash"):
+                raise RuntimeError("after the end")
         elif message.startswith(b"wait"):
             return self.log.future()
         elif message.startswith(b"long "):

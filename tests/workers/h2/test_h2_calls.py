@@ -332,6 +332,15 @@ def test_pushed_messages_go_out_and_the_call_survives_the_half_close() -> None:
     assert peer.connection.take() == b""
 
 
+@pytest.mark.parametrize("word", [b"push and finish", b"push and crash"])
+def test_a_call_that_ends_itself_by_a_push_says_nothing_afterwards(word: bytes) -> None:
+    peer = Peer()
+    got = peer.send(peer.open(1, path="/test/Watch"), peer.say(1, word))
+    assert messages(got, 1) == [b"last"]
+    assert kinds(got) == [HEADERS, DATA, HEADERS]
+    assert peer.call.closed == 1
+
+
 def test_a_client_that_reads_no_pushes_is_reset() -> None:
     peer = Peer(Limits(max_pending_push_bytes=1000), window=100)
     peer.send(peer.open(1, path="/test/Watch"))
