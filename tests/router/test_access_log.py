@@ -1,0 +1,127 @@
+"""Charges that are left to Envoy's access log, and the entries that release them."""
+
+import contextlib
+import itertools
+
+import fleet
+import pytest
+from fleet import chat, loads, read, request_body, request_headers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos.access_log_pb2 import StreamAccessLogsMessage
+from router.access_log import AccessLog
+from router.exchange import Exchange, MessageError, Peer
+from router.replies import NAMESPACE
+from router.scheduler import Scheduler
+from state.ledger import Entry
+from state.tables import Tables
+
+
+def scheduler(tables: Tables) -> Scheduler:
+    return Scheduler(tables, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+
+
+def route(by: Scheduler) -> dict[str, str]:
+    """Send one request; what Envoy would keep as dynamic metadata."""
+    exchange = Exchange(by, Peer("access-log"), lambda: b"0" * 36, 10_000)
+    exchange.receive(request_headers())
+    (reply,) = read(exchange.receive(request_body(chat())))
+    exchange.close()
+    fields = reply.dynamic_metadata.fields[NAMESPACE].struct_value.fields
+    return {key: value.string_value for key, value in fields.items()}
+
+
+def entries(*finished: tuple[dict[str, str], int], client_left: bool = False) -> bytes:
+    message = StreamAccessLogsMessage()
+    for metadata, code in finished:
+        entry = message.http_logs.log_entry.add()
+        entry.response.response_code.value = code
+        entry.common_properties.response_flags.downstream_connection_termination = client_left
+        fields = entry.common_properties.metadata.filter_metadata[NAMESPACE].fields
+        for key, value in metadata.items():
+            fields[key].string_value = value
+    return message.SerializeToString()
+
+
+def test_another_worker_releases_what_this_one_charged() -> None:
+    tables = fleet.make_fleet(2)
+    one, two = scheduler(tables), scheduler(Tables.attach(tables.segment.fd, 5))
+    sent = [route(one) for _ in range(6)]
+    assert loads(tables)[:2] == [3, 3]
+    AccessLog(two).receive(entries(*((metadata, 200) for metadata in sent)))
+    for entry in (Entry.REQUESTS, Entry.TOKENS):
+        assert loads(tables, entry) == [0] * 16
+    assert sum(loads(tables, Entry.SUCCEEDED)) == 6
+
+
+def test_outcomes_by_status() -> None:
+    tables = fleet.make_fleet(1)
+    by = scheduler(tables)
+    log = AccessLog(by)
+    for code in (200, 404, 429, 500, 503, 504):
+        log.receive(entries((route(by), code)))
+    assert tables.ledger.total(Entry.SUCCEEDED, 0) == 3
+    assert tables.ledger.total(Entry.FAILED, 0) == 3
+    finished = {labels[1:]: value for labels, value in by.series.items() if labels[0] == "finished"}
+    assert finished == {("pod-0", code): 1.0 for code in ("200", "404", "429", "500", "503", "504")}
+
+
+@pytest.mark.parametrize(("code", "client_left"), [(0, False), (200, True), (503, True)])
+def test_a_client_that_left_says_nothing_of_the_pod(code: int, client_left: bool) -> None:
+    tables = fleet.make_fleet(1)
+    by = scheduler(tables)
+    AccessLog(by).receive(entries((route(by), code), client_left=client_left))
+    assert tables.ledger.load(0) == (0, 0)
+    assert tables.ledger.total(Entry.SUCCEEDED, 0) == tables.ledger.total(Entry.FAILED, 0) == 0
+    assert ("finished", "pod-0", "499") in dict(by.series.items())
+
+
+def test_the_successor_in_a_row_is_not_touched_by_its_predecessors_entries() -> None:
+    tables = fleet.make_fleet(1)
+    by = scheduler(tables)
+    late = route(by)
+    tables.pods.vacate(0)
+    requests, tokens = tables.ledger.load(0)
+    tables.ledger.settle(0, -requests, -tokens)
+    tables.pods.claim(0, 9)
+    AccessLog(by).receive(entries((late, 500)))
+    assert tables.ledger.load(0) == (0, 0)
+    assert tables.ledger.total(Entry.FAILED, 0) == 0
+
+
+@pytest.mark.parametrize(
+    "ticket",
+    ["", ".", "..", "0.1", "0.1.2.3", "a.1.5", "-1.1.5", "0.1.-5", "0.1.5e3", "16.1.5", "9999999.1.5", "٣.1.5",
+     "0.1." + "9" * 30, "0." + "9" * 30 + ".1", " 0.1.5"],
+)  # fmt: skip
+def test_what_is_no_ticket_is_passed_over(ticket: str) -> None:
+    tables = fleet.make_fleet(1)
+    before = [loads(tables, entry) for entry in Entry]
+    AccessLog(scheduler(tables)).receive(entries(({"ticket": ticket}, 200)))
+    assert [loads(tables, entry) for entry in Entry] == before
+
+
+def test_entries_of_requests_that_were_not_routed_are_passed_over() -> None:
+    tables = fleet.make_fleet(1)
+    message = StreamAccessLogsMessage()
+    message.http_logs.log_entry.add()
+    log = AccessLog(scheduler(tables))
+    log.receive(message.SerializeToString())
+    log.receive(b"")
+    log.receive(entries(({"pod": "x"}, 200)))
+    assert loads(tables) == [0] * 16
+    assert not log.finished
+    assert log.idle
+    assert log.half_close() == b""
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_batch_or_a_message_error(message: bytes) -> None:
+    with contextlib.suppress(MessageError):
+        _LOG.receive(message)
+    assert loads(_TABLES) == [0] * 16
+
+
+_TABLES = fleet.make_fleet(1)
+_LOG = AccessLog(scheduler(_TABLES))
