@@ -1,0 +1,167 @@
+"""`pointsman replay`: the command line of a replay. See `simulation` for what is replayed and how."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.engine import EngineParams
+from bench.engine_presets import PRESETS
+from bench.replay.generators import GENERATORS, generate
+from bench.replay.report import Report, Slo, plot, report, table
+from bench.replay.simulation import Settings, Simulation
+from bench.replay.traces import TraceError, TraceRequest, read_mooncake
+from router.rates import Prior
+from router.strategies import STRATEGIES
+
+DEFAULT_STRATEGIES = (
+    "marginal-delay,prefix-cache,least-request,round-robin,aibrix-prefix-cache,dynamo-kv,lmetric,llm-d-default,"
+    "sglang-cache-aware,preble,consistent-hash-bounded"
+)
+
+
+@click.command()
+@click.argument("trace")
+@click.option("--pods", default=8, show_default=True, type=click.IntRange(1, 1024), help="Engines.")
+@click.option("--blocks", type=click.IntRange(1), help="KV blocks per engine [default: the preset's memory].")
+@click.option("--block-tokens", type=click.IntRange(1), help="Tokens in a KV block [default: the preset's].")
+@click.option("--preset", default="round-figures", show_default=True, type=click.Choice(list(PRESETS)))
+@click.option("--engine-speed", default=1.0, show_default=True, help="Engines this many times as fast as the preset.")
+@click.option("--speed", default=1.0, show_default=True, help="Arrivals this many times as fast as the trace.")
+@click.option("--strategies", default=DEFAULT_STRATEGIES, help="Names, separated by commas [default: most].")
+@click.option("--seed", default=1, show_default=True, help="Of generators, of strategies' chance and of the spread.")
+@click.option("--limit", default=0, help="Only the first so many requests of a trace file.")
+@click.option("--requests", default=0, help="How many requests a generator makes.")
+@click.option("--rate", default=0.0, help="Requests per second of a generator.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Worker processes.")
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 16), help="Routers side by side.")
+@click.option("--metrics-interval", default=1.0, show_default=True, help="Seconds between polls of a busy pod.")
+@click.option("--metrics-age", default=0.0, show_default=True, help="Seconds until a poll's figures are seen.")
+@click.option("--exchange-interval", default=0.1, show_default=True, help="Seconds between exchanges of replicas.")
+@click.option("--index-blocks", default=1 << 20, show_default=True, help="Blocks that the prefix index holds.")
+@click.option("--prefill-error", type=float, help="Do not learn speeds; take prefills for this many times as slow.")
+@click.option("--decode-error", type=float, help="The same for decoding.")
+@click.option("--slo-ttft", default=2.0, show_default=True, help="Seconds to the first token that count as good.")
+@click.option("--slo-tpot", default=0.05, show_default=True, help="Seconds per further token.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list on standard output instead of a table.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write bars to this file.")
+def replay(
+    trace: str,
+    pods: int,
+    blocks: int | None,
+    block_tokens: int | None,
+    preset: str,
+    engine_speed: float,
+    speed: float,
+    strategies: str,
+    seed: int,
+    limit: int,
+    requests: int,
+    rate: float,
+    workers: int,
+    replicas: int,
+    metrics_interval: float,
+    metrics_age: float,
+    exchange_interval: float,
+    index_blocks: int,
+    prefill_error: float | None,
+    decode_error: float | None,
+    slo_ttft: float,
+    slo_tpot: float,
+    as_json: bool,
+    plot_path: Path | None,
+) -> None:
+    """Replay TRACE through the production strategies on simulated engines, and compare them.
+
+    TRACE is a file in Mooncake's format (JSON lines, plain or gzipped), or a generator: shared-prefix, multi-turn,
+    agents, no-prefix, burst-identical, burst-distinct.
+    """
+    names = [name.strip() for name in strategies.split(",") if name.strip()]
+    for name in names:
+        if name not in STRATEGIES:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(STRATEGIES)}", param_hint="--strategies")
+    for option, value in (
+        ("--speed", speed),
+        ("--engine-speed", engine_speed),
+        ("--metrics-interval", metrics_interval),
+    ):
+        if not value > 0:
+            raise click.BadParameter(f"{value} is not above 0", param_hint=option)
+    params = _engine(preset, engine_speed, blocks, block_tokens)
+    prior = None
+    if prefill_error is not None or decode_error is not None:
+        prior = _wrong(params, prefill_error or 1.0, decode_error or 1.0)
+    settings = Settings(
+        params,
+        pods=pods,
+        speed=speed,
+        workers=workers,
+        replicas=replicas,
+        metrics_interval=metrics_interval,
+        metrics_age=metrics_age,
+        exchange_interval=exchange_interval,
+        index_blocks=index_blocks,
+        prior=prior,
+        learn=prior is None,
+        seed=seed,
+    )
+    loaded = _load(trace, seed, limit, requests, rate)
+    slo = Slo(slo_ttft, slo_tpot)
+    reports: list[Report] = []
+    console = Console(file=sys.stderr)
+    with Progress(
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        for name in names:
+            task = progress.add_task(name, total=len(loaded))
+            run = Simulation(loaded, name, settings).run(lambda done, task=task: progress.update(task, completed=done))  # type: ignore[misc]
+            reports.append(report(name, run, slo, pods))
+    tokens = params.num_blocks * params.block_tokens
+    title = (
+        f"{Path(trace).name}, speed {speed:g}, {pods} pods of {tokens:,} KV tokens, {preset}, {len(loaded):,} requests"
+    )
+    if plot_path is not None:
+        plot(reports, title, plot_path)
+    if as_json:
+        click.echo(orjson.dumps(reports, option=orjson.OPT_INDENT_2))
+    else:
+        Console(width=130).print(table(reports, title))
+
+
+def _engine(preset: str, speed: float, blocks: int | None, block_tokens: int | None) -> EngineParams:
+    params = PRESETS[preset].faster(speed)
+    tokens = params.num_blocks * params.block_tokens
+    size = block_tokens or params.block_tokens
+    return replace(params, block_tokens=size, num_blocks=blocks or max(tokens // size, 1))
+
+
+def _wrong(params: EngineParams, prefill: float, decode: float) -> Prior:
+    """The engine's true rates, but for the factors."""
+    return Prior(
+        step_seconds=params.step_seconds * decode,
+        prefill_token_seconds=params.prefill_token_seconds * prefill,
+        decode_request_seconds=params.decode_request_seconds * decode,
+        kv_token_seconds=params.kv_token_seconds * decode,
+        step_tokens=float(params.max_num_batched_tokens),
+    )
+
+
+def _load(trace: str, seed: int, limit: int, requests: int, rate: float) -> list[TraceRequest]:
+    if trace in GENERATORS:
+        return generate(trace, seed, requests, rate)
+    path = Path(trace)
+    if not path.exists():
+        raise click.BadParameter(f"{trace!r} is neither a file nor one of {', '.join(GENERATORS)}", param_hint="TRACE")
+    try:
+        return read_mooncake(path, limit)
+    except TraceError as error:
+        raise click.ClickException(str(error)) from None
