@@ -160,20 +160,18 @@ def _ext_proc(config: Config) -> Json:
     return _typed(
         "extensions.filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={
-            "envoy_grpc": {
-                "cluster_name": ROUTER_CLUSTER,
-                "retry_policy": {
-                    "num_retries": 3,
-                    "retry_on": "unavailable,connect-failure,refused-stream,reset",
-                    "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
-                    "retry_host_predicate": [
-                        {
-                            "name": "envoy.retry_host_predicates.previous_hosts",
-                            "typed_config": _typed("extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
-                        }
-                    ],
-                    "host_selection_retry_max_attempts": 5,
-                },
+            "envoy_grpc": {"cluster_name": ROUTER_CLUSTER},
+            "retry_policy": {
+                "num_retries": 3,
+                "retry_on": "unavailable,connect-failure,refused-stream,reset",
+                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+                "retry_host_predicate": [
+                    {
+                        "name": "envoy.retry_host_predicates.previous_hosts",
+                        "typed_config": _typed("extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
+                    }
+                ],
+                "host_selection_retry_max_attempts": 5,
             },
             "initial_metadata": [
                 {"key": ACCOUNTING_KEY, "value": envoy.accounting},

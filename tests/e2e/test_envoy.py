@@ -1,5 +1,6 @@
 """Requests through a real Envoy to simulated pods, on the configuration that `pointsman envoy` writes."""
 
+import asyncio
 import io
 import json
 import time
@@ -117,7 +118,7 @@ async def test_a_client_that_leaves_releases_its_charge(lab: Lab, session: aioht
         await answer.content.readany()
         assert sum(in_flight(lab)) == 1
         answer.close()
-    lab.until(lambda: sum(in_flight(lab)) == 0, "the charge to be released")
+        await asyncio.to_thread(lab.until, lambda: sum(in_flight(lab)) == 0, "the charge to be released")
     assert b'status="499"' in get(lab.config.admin, "/metrics")[1]
 
 
