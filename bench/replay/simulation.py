@@ -4,9 +4,9 @@ What is real: the shared tables, the ledger, the fleet, the strategies, the sche
 what is learnt from metrics, which come by the scraper's timetable and through its window. Each of the W workers of a
 replica has its own fleet, index view and strategies, as its process would, over the tables of its replica; each of R
 replicas has its own tables and polls the engines itself, and what one has routed and released reaches the others
-with the next exchange. What is modelled: the engines (`bench.engine`), and prompts, whose block names come from the trace instead of
-from hashing text. No strategy sees more than it would see in production: the index believes what was routed, not
-what the engine holds, and no message says when a prefill is done.
+with the next exchange. What is modelled: the engines (`bench.engine`), and prompts, whose block names come from the
+trace instead of from hashing text. No strategy sees more than it would see in production: the index believes what was
+routed, not what the engine holds, and no message says when a prefill is done.
 
 Every request goes to a worker chosen at random, the same for every strategy. Latencies of the network and of the
 decision are left out: they are a thousandth of the times compared here.
@@ -314,6 +314,6 @@ class Simulation:
 
 def _text(request: TraceRequest, prompt_tokens: int) -> bytes:
     """Text of the prompt's size, of which the first piece's name is the begin: no strategy reads more of it."""
-    head = request.block_names(min(64, prompt_tokens), prompt_tokens)[:1] * 128
-    begin = b"".join(name.to_bytes(8, "little") for name in head)
+    size = min(64, prompt_tokens)
+    begin = b"".join(name.to_bytes(8, "little") * 128 for name in request.block_names(size, size))
     return begin + bytes(max(int(prompt_tokens * NOMINAL_BYTES_PER_TOKEN) - len(begin), 0))

@@ -11,7 +11,7 @@ import gzip
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import numpy as np
 import orjson
@@ -68,7 +68,8 @@ class TraceRequest:
             self._starts = None
         else:
             self.named_tokens = sum(piece_tokens)
-            self._starts = np.cumsum(piece_tokens) - piece_tokens
+            lengths = np.array(piece_tokens, np.int64)
+            self._starts = np.cumsum(lengths) - lengths
         self.after = after
         """Index of the request whose answer this one waits for; -1: it comes at its time."""
         self.session = session
@@ -112,7 +113,7 @@ def read_mooncake(path: Path, limit: int = 0) -> list[TraceRequest]:
     return requests
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if zipped else path.open("rb")
