@@ -6,6 +6,7 @@ import orjson
 
 from state.catalog import Catalog
 from state.ledger import Ledger
+from state.limits import Windows
 from state.pods import PodTable
 from state.prefix_log import PrefixLog
 from state.roster import Roster
@@ -23,6 +24,8 @@ class Capacity:
     catalog_bytes: int = 4 << 20
     series: int = 4096
     prefix_ring_bytes: int = 4 << 20
+    limited_users: int = 4096
+    limited_models: int = 256
 
 
 SUPERVISOR, SCRAPER, ADMIN = 0, 1, 2
@@ -44,6 +47,13 @@ class Tables:
         self.roster = Roster(segment.region("roster"), capacity.writers)
         self.prefix_log = PrefixLog(segment.region("prefix_log"), capacity.writers, capacity.prefix_ring_bytes, writer)
         self.user_tokens = UserTokens(segment.region("user_tokens"), capacity.writers, writer)
+        fd, writers = segment.fd, capacity.writers
+        self.user_minutes = Windows(
+            segment.region("user_minutes"), capacity.limited_users, writers, 60.0, fd=fd, lock_byte=0, writer=writer
+        )
+        self.model_seconds = Windows(
+            segment.region("model_seconds"), capacity.limited_models, writers, 1.0, fd=fd, lock_byte=1, writer=writer
+        )
         self._series = segment.region("series")
 
     @classmethod
@@ -59,6 +69,8 @@ class Tables:
                 "roster": Roster.size(capacity.writers),
                 "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
                 "user_tokens": UserTokens.size(capacity.writers),
+                "user_minutes": Windows.size(capacity.limited_users, capacity.writers),
+                "model_seconds": Windows.size(capacity.limited_models, capacity.writers),
                 "series": Series.size(capacity.series) * capacity.writers,
             }
         )
