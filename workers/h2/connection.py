@@ -34,12 +34,15 @@ from workers.h2.frames import (
     MIN_MAX_FRAME,
     NO_ERROR,
     PADDED,
+    PING,
+    PING_ACK_HEADER,
     PREFACE,
     PREFIX_BYTES,
     PRIORITY_FIELDS,
     PROTOCOL_ERROR,
     SETTINGS,
     STREAM_CLOSED,
+    WINDOW_UPDATE,
     first_message_header,
     message_header,
     read_header,
@@ -55,6 +58,7 @@ from workers.h2.stream import Stream
 _MAX_FRAME = MIN_MAX_FRAME
 """What we allow a client's frames to hold: SETTINGS_MAX_FRAME_SIZE stays at its default."""
 
+_NOT_PLAIN = PADDED | PRIORITY_FIELDS | END_HEADERS
 _TINY_PIECE = 256
 _MAX_DISCARDED = 64 << 10
 _INSIDE_HEADERS = 1
@@ -69,7 +73,12 @@ class Connection(Control):
         self._reader = RequestReader(methods, limits.max_header_list_bytes, limits.header_cache_entries)
         self._max_streams = limits.max_concurrent_streams
         self._max_open_streams = limits.max_open_streams
+        self._cached_request = self._reader.cached
+        self._half_window = limits.stream_window_bytes // 2
+        self._half_connection_window = limits.connection_window_bytes // 2
         self._rest = bytearray()
+        self._at_boundary = False
+        """The next byte is the first of a frame."""
         self._unread = 0
         self._special = _EXPECT_SETTINGS
         """Not 0 while only one kind of frame is allowed."""
@@ -92,17 +101,22 @@ class Connection(Control):
             return b""
         self.heard = True
         try:
-            if self._rest or not self._preface_done:
-                self._continue(data)
-            else:
+            if self._at_boundary:
                 self._frames(data, 0)
+            else:
+                self._continue(data)
             if self._parked:
                 self.unpark()
         except ConnectionFault as fault:
             self.fault(fault)
         if self.draining:
             self.check_drained()
-        return self.take()
+        out = self.out
+        if not out:
+            return b""
+        written = b"".join(out)
+        out.clear()
+        return written
 
     def set_writable(self, writable: bool) -> bytes:
         """The socket is full, or no longer. Returns what can now be written."""
@@ -115,11 +129,13 @@ class Connection(Control):
     def _continue(self, data: bytes) -> None:
         """A read that begins within the preface or within a frame."""
         rest = self._rest
+        self._at_boundary = True
         if not self._preface_done:
             rest += data
             if not PREFACE.startswith(rest[: len(PREFACE)]):
                 raise ConnectionFault(PROTOCOL_ERROR, "not an HTTP/2 client")  # 3.4
             if len(rest) < len(PREFACE):
+                self._at_boundary = False
                 return
             self._preface_done = True
             data = bytes(rest[len(PREFACE) :])
@@ -134,6 +150,7 @@ class Connection(Control):
         missing = HEADER_BYTES + int.from_bytes(rest[:3], "big") - len(rest)
         if len(data) < missing:
             rest += data
+            self._at_boundary = False
             return
         frame = bytes(rest) + data[:missing]
         rest.clear()
@@ -147,10 +164,11 @@ class Connection(Control):
         streams = self.streams
         append = self.out.append
         from_bytes = int.from_bytes
-        half_window = self.limits.stream_window_bytes // 2
+        half_window = self._half_window
         received = self._unread
         special = self._special
         credit = 0
+        nuisance = ""
         while end - pos >= HEADER_BYTES:
             word, flags, stream_id = read_header(buf, pos)
             length = word >> 8
@@ -224,9 +242,29 @@ class Connection(Control):
                     except StreamFault as fault:
                         self._stream_fault(stream_id, fault)
                 continue
+            # What grpc-go sends with every message, to measure the path, comes before the general case.
+            if kind == WINDOW_UPDATE and not (stream_id or special) and length == 4:
+                increment = from_bytes(buf[start:pos], "big")
+                window = self.send_window + increment
+                if increment and window <= MAX_WINDOW:
+                    self.send_window = window
+                    credit -= 1
+                    nuisance = "WINDOW_UPDATE"
+                    if self.blocked:
+                        self.flush()
+                    continue
+            elif kind == PING and not (stream_id or special or flags) and length == 8:
+                append(PING_ACK_HEADER)
+                append(buf[start:pos])
+                credit -= 1
+                nuisance = "PING"
+                continue
             try:
                 if kind == HEADERS and not special:
-                    self._headers(stream_id & MAX_WINDOW, flags, buf[start:pos])
+                    if flags & _NOT_PLAIN == END_HEADERS and stream_id & 1:
+                        self._header_block(stream_id & MAX_WINDOW, flags & END_STREAM, buf[start:pos])
+                    else:
+                        self._headers(stream_id & MAX_WINDOW, flags, buf[start:pos])
                 elif special:
                     self._in_order(kind, flags, stream_id & MAX_WINDOW, buf[start:pos])
                 elif kind == CONTINUATION:
@@ -238,13 +276,17 @@ class Connection(Control):
             special = self._special
         if pos < end:
             self._rest += buf[pos:]
-        if received > self.limits.connection_window_bytes // 2:
+            self._at_boundary = False
+        if received > self._half_connection_window:
             if received > self.limits.connection_window_bytes:
                 raise ConnectionFault(FLOW_CONTROL_ERROR, "connection window overrun")  # 6.9
             append(window_update(0, received))
             received = 0
         self._unread = received
-        self.budget += credit
+        if credit:
+            self.budget += credit
+            if self.budget < 0:
+                self.spend(nuisance)
 
     def _half_close_quietly(self, stream: Stream) -> None:
         """The client has finished sending, and nothing stands between that and the trailers: `remote_end` at once."""
@@ -261,7 +303,12 @@ class Connection(Control):
                 self.finish(stream)
             return
         self.out.append(trailers_ok(stream.id))
-        self.forget(stream)
+        # `forget`, without looking for what a stream on the short way cannot have.
+        del self.streams[stream.id]
+        self.counters.streams_open -= 1
+        stream.call = None
+        stream.quick = False
+        self.close_call(call)
 
     def _stream_fault(self, stream_id: int, fault: StreamFault) -> None:
         """A stream error (5.4.2)."""
@@ -351,7 +398,7 @@ class Connection(Control):
             self.spend("streams after GOAWAY")
             return
         self.accepted_id = stream_id
-        request = self._reader.read(block)
+        request = self._cached_request(block) or self._reader.read(block)
         counters = self.counters
         if len(self.streams) >= self._max_streams or counters.streams_open >= self._max_open_streams:
             self.refuse_stream(stream_id)

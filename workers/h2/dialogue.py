@@ -311,6 +311,9 @@ class Dialogue(Outbound):
         if stream.waiter is not None:
             stream.waiter.cancel()
             stream.waiter = None
+        self.close_call(call)
+
+    def close_call(self, call: Call) -> None:
         try:
             call.close()
         except Exception as error:

@@ -102,6 +102,9 @@ def settings(values: dict[int, int]) -> bytes:
 SETTINGS_ACK = frame_header(SETTINGS, ACK, 0)
 
 
+PING_ACK_HEADER = frame_header(8 << 8 | PING, ACK, 0)
+
+
 def window_update(stream_id: int, increment: int) -> bytes:
     return frame_header(4 << 8 | WINDOW_UPDATE, 0, stream_id) + _u32(increment)
 
