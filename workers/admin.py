@@ -4,14 +4,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import orjson
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from state.ledger import Entry
-from state.pods import COLUMN, FIELDS, Health
+from state.pods import COLUMN, Health
 from state.roster import Kind, Phase
 from state.tables import Tables
 from workers.address import parse_address
@@ -49,15 +48,17 @@ class Admin:
     async def readyz(self, request: web.Request) -> web.Response:
         """200 once every worker listens and discovery has loaded; else 503 that says what is missing."""
         missing = []
-        processes = self._tables.roster.processes()
-        workers = [process for process in processes if process.kind is Kind.WORKER]
+        # A worker may be two processes for a while: one that serves and its successor, or its predecessor.
+        phases: dict[int, set[Phase]] = {}
+        for process in self._tables.roster.processes():
+            if process.kind is Kind.WORKER:
+                phases.setdefault(process.number, set()).add(process.phase)
+        workers = [number for number, found in phases.items() if Phase.READY in found]
         if not workers:
-            missing.append("no worker is running")
-        missing += [
-            f"worker {process.number} is {process.phase.name.lower()}"
-            for process in workers
-            if process.phase is Phase.STARTING
-        ]
+            missing.append("no worker is ready")
+        for number, found in sorted(phases.items()):
+            if Phase.READY not in found and found != {Phase.DRAINING}:
+                missing.append(f"worker {number} is {'starting' if Phase.STARTING in found else 'down'}")
         if self._tables.catalog.version == 0:
             missing.append("discovery has not loaded")
         if missing:
@@ -80,11 +81,17 @@ class Admin:
         tables = self._tables
         version, document = tables.catalog.read()
         _, rows = tables.pods.snapshot()
-        totals = {entry.name.lower(): tables.ledger.totals(entry, tables.pods.high) for entry in Entry}
+        totals = {
+            entry.name.lower(): tables.ledger.totals(entry, tables.pods.high)
+            for entry in Entry
+            if entry is not Entry.HOLDER
+        }
         now = time.monotonic()
         listed = []
         for pod in document.pods:
-            row = rows[pod.slot] if pod.slot < len(rows) else np.full(len(FIELDS), np.nan)
+            if pod.slot >= len(rows):
+                continue
+            row = rows[pod.slot]
             sampled = float(row[COLUMN["sampled_at"]])
             listed.append(
                 {

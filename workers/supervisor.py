@@ -41,6 +41,8 @@ STEADY_SECONDS = 10.0
 KILL_AFTER_SECONDS = 5.0
 """Beyond the drain time, before a child that was told to end is killed."""
 
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD)
+
 
 @dataclass(eq=False)
 class Child:
@@ -67,6 +69,8 @@ class Seat:
     restarts: int = 0
     failures_in_a_row: int = 0
     start_at: float | None = None
+    kept_writer: int | None = None
+    """A dead worker's row, for its successor: until then it says that the worker is down."""
     closing: bool = False
 
     @property
@@ -90,6 +94,7 @@ class Supervisor:
         self._seats += [Seat(Kind.WORKER, number) for number in range(config.workers)]
         self._children: dict[int, Child] = {}
         self._rolling: deque[Seat] = deque()
+        self._roll_again = False
         self._reservations: list[Reservation] = []
         self._stopping = False
         self._selector = selectors.DefaultSelector()
@@ -132,10 +137,7 @@ class Supervisor:
 
     def _install_signals(self) -> None:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        handled = (
-            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD,
-        )  # fmt: skip
-        for number in handled:
+        for number in _HANDLED:
             signal.signal(number, lambda *_: None)
 
     def _wait(self) -> None:
@@ -161,7 +163,7 @@ class Supervisor:
         elif self._stopping:
             return
         elif number is signal.SIGHUP:
-            self._start_rolling()
+            self._roll_again = True  # after the one under way, whose successors have the old configuration
         elif number is signal.SIGTTIN:
             self._add_worker()
         elif number is signal.SIGTTOU:
@@ -171,6 +173,7 @@ class Supervisor:
         log.info("draining", seconds=self._config.drain_seconds)
         self._stopping = True
         self._rolling.clear()
+        self._roll_again = False
         for seat in self._seats:
             seat.start_at = None
             if seat.kind is Kind.WORKER:
@@ -196,18 +199,24 @@ class Supervisor:
         """Fork one child."""
         writer = {Kind.SCRAPER: SCRAPER, Kind.ADMIN: ADMIN}.get(seat.kind)
         if writer is None:
-            writer = self._free_writers.pop(0)
+            writer = seat.kept_writer if seat.kept_writer is not None else self._free_writers.pop(0)
+            seat.kept_writer = None
         self._tables.ledger.admit(writer)
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         sys.stderr.flush()
         parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = self._be_child(seat, writer, write, parent)
-            finally:
-                os._exit(code)
+        # Until the child has let go of our handlers, a signal to it would count as one to us.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    code = self._be_child(seat, writer, write, parent)
+                finally:
+                    os._exit(code)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         os.close(write)
         child = Child(seat, pid, writer, time.monotonic(), read)
         self._children[pid] = child
@@ -217,8 +226,10 @@ class Supervisor:
 
     def _be_child(self, seat: Seat, writer: int, ready_fd: int, parent: int) -> int:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        for number in _HANDLED:
+            ends = number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+            signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         self._selector.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
@@ -298,34 +309,56 @@ class Supervisor:
             self._selector.unregister(child.ready_fd)
             os.close(child.ready_fd)
         given_back = self._tables.ledger.forfeit(child.writer)
-        self._tables.roster.clear(child.writer)
-        if seat.kind is Kind.WORKER:
-            self._free_writers.append(child.writer)
-            self._free_writers.sort()
         if child in seat.retiring:
             seat.retiring.remove(child)
+            self._free(child.writer)
             if seat.closing and not seat.retiring:
                 self._seats.remove(seat)
             return
         if child is seat.successor:
             seat.successor = None
-            self._rolling.clear()
-            log.error("a replacement ended before it was ready; the rolling restart stops here", child=seat.name)
+            self._free(child.writer)
+            if not self._stopping:
+                self._rolling.clear()
+                log.error("a replacement ended before it was ready; the rolling restart stops here", child=seat.name)
             return
         seat.child = None
         if self._stopping:
+            self._free(child.writer)
             return
         now = time.monotonic()
+        if child.phase is Phase.DRAINING:  # told to, to be replaced
+            self._free(child.writer)
+            seat.start_at = now
+            return
         steady = now - child.started >= STEADY_SECONDS
         seat.failures_in_a_row = 0 if steady else seat.failures_in_a_row + 1
         delay = 0.0 if steady else BACK_OFF_SECONDS[min(seat.failures_in_a_row, len(BACK_OFF_SECONDS)) - 1]
-        seat.start_at = now + delay
         seat.restarts += 1
+        if seat.successor is not None:  # it was about to be replaced anyway
+            self._free(child.writer)
+            seat.child, seat.successor = seat.successor, None
+            with contextlib.suppress(ValueError):
+                self._rolling.remove(seat)
+            delay = 0.0
+        else:
+            seat.start_at = now + delay
+            child.phase = Phase.DOWN
+            self._record(child)
+            if seat.kind is Kind.WORKER:
+                seat.kept_writer = child.writer
         self._series.add(1.0, "restarts", seat.name)
         log.error(
             "a child ended unexpectedly",
             child=seat.name, child_pid=child.pid, exit_code=code, requests_given_back=given_back, restart_in=delay,
         )  # fmt: skip
+
+    def _free(self, writer: int) -> None:
+        """Nobody writes this row anymore."""
+        self._tables.roster.clear(writer)
+        if writer >= FIRST_WORKER:
+            self._free_writers.append(writer)
+            self._free_writers.sort()
 
     def _restart_due(self, now: float) -> None:
         for seat in self._seats:
@@ -355,7 +388,11 @@ class Supervisor:
 
     def _roll(self) -> None:
         """Take the rolling restart one step further, if one is under way."""
-        while self._rolling:
+        while self._rolling or self._roll_again:
+            if not self._rolling:
+                self._roll_again = False
+                self._start_rolling()
+                continue
             seat = self._rolling[0]
             if seat.child is None or seat.closing:
                 self._rolling.popleft()
@@ -365,7 +402,8 @@ class Supervisor:
                 self._retire(seat.child)
                 seat.failures_in_a_row = 0
             elif seat.successor is None:
-                seat.successor = self._start(seat)
+                if self._free_writers:  # else those of earlier rounds are still draining: wait for one to end
+                    seat.successor = self._start(seat)
                 return
             elif seat.successor.phase is Phase.READY:
                 self._retire(seat.child)
@@ -380,6 +418,9 @@ class Supervisor:
         number = next(number for number in range(len(numbers) + 1) if number not in numbers)
         if number >= self._config.max_workers:
             log.error("no room for another worker: raise capacity.workers", workers=len(numbers))
+            return
+        if not self._free_writers:
+            log.error("no room for another worker while so many are draining", workers=len(numbers))
             return
         try:
             self._reservations.append(Reservation(self._config.worker_address(number), shared=True))
@@ -399,6 +440,9 @@ class Supervisor:
         seat = max(workers, key=lambda seat: seat.number)
         seat.closing = True
         seat.start_at = None
+        if seat.kept_writer is not None:
+            self._free(seat.kept_writer)
+            seat.kept_writer = None
         address = self._config.worker_address(seat.number)
         for reservation in [held for held in self._reservations if held.address == address]:
             reservation.release()
@@ -418,4 +462,5 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     for number in range(config.max_workers):
         clear_stale_socket(config.worker_address(number))
     clear_stale_socket(config.listen)
+    clear_stale_socket(config.admin)
     return Supervisor(config, reload).run()
