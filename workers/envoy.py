@@ -226,7 +226,7 @@ def _router_cluster(config: Config) -> Json:
     ]
     return {
         "name": ROUTER_CLUSTER,
-        "type": "STRICT_DNS" if _named(config.envoy.router_host) else "STATIC",
+        "type": _cluster_type(endpoints),
         "connect_timeout": "1s",
         "lb_policy": "LEAST_REQUEST",
         "typed_extension_protocol_options": {
@@ -261,6 +261,12 @@ def _router_cluster(config: Config) -> Json:
         "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
         "load_assignment": {"cluster_name": ROUTER_CLUSTER, "endpoints": [{"lb_endpoints": endpoints}]},
     }
+
+
+def _cluster_type(endpoints: list[Json]) -> str:
+    """Names must be resolved; addresses and unix sockets need not."""
+    hosts = [endpoint["endpoint"]["address"].get("socket_address", {}).get("address", "") for endpoint in endpoints]
+    return "STRICT_DNS" if any(map(_named, hosts)) else "STATIC"
 
 
 def _named(host: str) -> bool:
@@ -330,12 +336,10 @@ def _override_host(config: Config) -> Json:
 
 
 def _admin_cluster(config: Config) -> Json:
+    endpoints = [{"endpoint": {"address": _reachable(config.admin, config)}}]
     return {
         "name": ADMIN_CLUSTER,
-        "type": "STRICT_DNS" if _named(config.envoy.router_host) else "STATIC",
+        "type": _cluster_type(endpoints),
         "connect_timeout": "1s",
-        "load_assignment": {
-            "cluster_name": ADMIN_CLUSTER,
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _reachable(config.admin, config)}}]}],
-        },
+        "load_assignment": {"cluster_name": ADMIN_CLUSTER, "endpoints": [{"lb_endpoints": endpoints}]},
     }
