@@ -20,6 +20,7 @@ from h2_wire import (
     message,
     messages,
     parse,
+    window_update,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -330,6 +331,15 @@ def test_pushed_messages_go_out_and_the_call_survives_the_half_close() -> None:
     assert call.closed == 1
     call.push(b"ignored")
     assert peer.connection.take() == b""
+
+
+def test_the_half_close_is_told_once_though_a_push_waits_for_a_window_afterwards() -> None:
+    peer = Peer(window=8)
+    peer.send(peer.open(1, path="/test/Watch"), peer.say(1, b"silent", end=True))
+    assert peer.call.push is not None
+    peer.call.push(b"longer than the window")
+    peer.send(window_update(1, 1000))
+    assert (peer.call.half_closed, peer.call.closed) == (1, 0)
 
 
 @pytest.mark.parametrize("word", [b"push and finish", b"push and crash"])
