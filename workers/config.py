@@ -12,13 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from router.strategies import STRATEGIES
 from state.tables import FIRST_WORKER, Capacity
 from workers.address import parse_address
 from workers.documents import NotYaml, read_yaml
+from workers.redis_link import parse_redis_url
 
 
 class ConfigError(Exception):
@@ -72,6 +82,25 @@ class CapacityConfig(_Section):
     catalog_bytes: int = Field(4 << 20, ge=4096)
     series: int = Field(4096, ge=64)
     """Label sets each process can count."""
+    limited_users: int = Field(4096, ge=1, le=1 << 20)
+    """Users of the users file whose use is counted at a time."""
+    limited_models: int = Field(256, ge=1, le=65536)
+    """Models with a limit of requests a second."""
+
+
+class LimitsConfig(_Section):
+    """Users, their keys and limits."""
+
+    users_file: OptionalPath = None
+    """User records where there is no Redis; `pointsman users` edits it."""
+    require_key: bool = False
+    """Refuse requests without a user's API key."""
+    bearer_token: SecretStr = SecretStr("")
+    """One token that every request must carry, unless it carries a user's API key."""
+    on_outage: Literal["open", "closed"] = "open"
+    """While Redis cannot be reached, requests pass unlimited (open) or are refused (closed)."""
+    timeout_seconds: float = Field(0.05, gt=0, le=10)
+    """For an answer of Redis, before it counts as out of reach."""
 
 
 class LogConfig(_Section):
@@ -117,6 +146,7 @@ class Config(BaseSettings):
     """How long a stopping worker waits for streams that still need it."""
     scrape: ScrapeConfig = ScrapeConfig()
     capacity: CapacityConfig = CapacityConfig()
+    limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
     envoy: EnvoyConfig = EnvoyConfig()
 
@@ -143,6 +173,7 @@ class Config(BaseSettings):
     def _whole(self) -> "Config":
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy: {_no_such('strategy', self.strategy, STRATEGIES)}")
+        self._check_users()
         most = self.max_workers
         if most < self.workers:
             raise ValueError(f"capacity.workers is {most}, fewer than the {self.workers} workers to start")
@@ -159,6 +190,17 @@ class Config(BaseSettings):
                     f"{other.port}"
                 )
         return self
+
+    def _check_users(self) -> None:
+        if self.redis:
+            try:
+                parse_redis_url(self.redis)
+            except ValueError as error:
+                raise ValueError(f"redis: {error}") from None
+            if self.limits.users_file is not None:
+                raise ValueError("limits.users_file: where `redis` is set, users are kept there; leave one of them out")
+        elif self.limits.require_key and self.limits.users_file is None:
+            raise ValueError("limits.require_key: there are no users to have keys; set limits.users_file or redis")
 
     @property
     def max_workers(self) -> int:
@@ -180,6 +222,8 @@ class Config(BaseSettings):
             writers=FIRST_WORKER + 2 * self.max_workers,
             catalog_bytes=self.capacity.catalog_bytes,
             series=self.capacity.series,
+            limited_users=self.capacity.limited_users,
+            limited_models=self.capacity.limited_models,
         )
 
 
@@ -212,6 +256,8 @@ def _aibrix_environment() -> dict[str, Any]:
         values["strategy"] = env["ROUTING_ALGORITHM"]
     if env.get("AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES"):
         values["max_message_bytes"] = env["AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES"]
+    if env.get("AIBRIX_AUTH_BEARER_TOKEN", "").strip():
+        values["limits"] = {"bearer_token": env["AIBRIX_AUTH_BEARER_TOKEN"].strip()}
     if env.get("REDIS_HOST"):
         password = f":{env['REDIS_PASSWORD']}@" if env.get("REDIS_PASSWORD") else ""
         values["redis"] = f"redis://{password}{env['REDIS_HOST']}:{env.get('REDIS_PORT', '6379')}/0"
@@ -235,6 +281,11 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
         endpoints = given.get("endpoints")
         if isinstance(endpoints, str) and endpoints and not Path(endpoints).is_absolute():
             given = {**given, "endpoints": str(path.parent / endpoints)}
+        limits = given.get("limits")
+        if isinstance(limits, dict):
+            users_file = limits.get("users_file")
+            if isinstance(users_file, str) and users_file and not Path(users_file).is_absolute():
+                given = {**given, "limits": {**limits, "users_file": str(path.parent / users_file)}}
     source = type("_Loaded", (Config,), {"_file": given})
     try:
         return source(**(flags or {}))  # type: ignore[no-any-return]
