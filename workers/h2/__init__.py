@@ -1,1 +1,8 @@
-"""The HTTP/2 gRPC server transport. `server.H2Server` is its door; read on from there."""
+"""The HTTP/2 gRPC server transport. `server.H2Server` is its door.
+
+A byte's way: `protocol` reads it from the socket, `connection` finds its frame, `dialogue` hands its message to the call,
+`outbound` sends the reply within the client's windows. `Connection` is one object in four layers, each a file and each
+knowing only those below: connection (frames that carry something) > control (frames that do not, and the clock) >
+dialogue (calls) > outbound (frames to the client). None of them touches a socket or an event loop. Beside them stand
+`requests` on `hpack_decoder` (header blocks), `messages` (gRPC framing), `limits` (what a client may ask for).
+"""
