@@ -13,6 +13,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import click
 
 from workers.config import Config, ConfigError, load
+from workers.users_cli import users
 
 _CONFIG_ERROR = 2
 
@@ -62,6 +63,13 @@ def load_or_exit(path: Path | None, flags: dict[str, Any] | None = None) -> Conf
             try:
                 read_endpoints(config.endpoints)
             except EndpointsError as error:
+                raise ConfigError(str(error)) from None
+        if config.limits.users_file is not None:
+            from workers.users import UsersError, read_users
+
+            try:
+                read_users(config.limits.users_file)
+            except UsersError as error:
                 raise ConfigError(str(error)) from None
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)
@@ -139,6 +147,9 @@ def strategies() -> None:
         for line in (inspect.getdoc(strategy) or "").splitlines():
             click.echo(f"    {line}" if line else "")
         click.echo()
+
+
+main.add_command(users)
 
 
 if __name__ == "__main__":
