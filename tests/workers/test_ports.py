@@ -55,7 +55,6 @@ def test_a_held_address_is_for_those_who_share_it_and_gets_no_connections(free_p
     finally:
         held.release()
         held.release()
-    Reservation(f"127.0.0.1:{free_port}", shared=False).release()
 
 
 def test_an_unshared_one_keeps_even_those_away_who_would_share(free_port: int) -> None:

@@ -1,0 +1,114 @@
+"""AIBrix's endpoints file, and what is said of one that cannot be used."""
+
+from pathlib import Path
+
+import pytest
+
+from workers.discovery.endpoints_file import EndpointsError, read_endpoints
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "endpoints.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_aibrix_own_shape(tmp_path: Path) -> None:
+    models = read_endpoints(
+        write(
+            tmp_path,
+            """
+models:
+  - name: llama
+    engine: vllm
+    endpoints: ["10.0.0.1:8000", "vllm-1.example:8000", "[fd00::1]:8000"]
+  - name: qwen
+    engine: sglang
+    rolesets:
+      - name: rs-0
+        prefill: ["10.0.1.1:8000"]
+        decode: ["10.0.1.2:8000", "10.0.1.3:8000"]
+""",
+        )
+    )
+    llama, qwen = models
+    assert [endpoint.address for endpoint in llama.endpoints] == [
+        "10.0.0.1:8000", "vllm-1.example:8000", "[fd00::1]:8000",
+    ]  # fmt: skip
+    assert (qwen.engine, qwen.rolesets[0].name) == ("sglang", "rs-0")
+    assert [endpoint.address for endpoint in qwen.rolesets[0].decode] == ["10.0.1.2:8000", "10.0.1.3:8000"]
+
+
+def test_endpoints_with_particulars(tmp_path: Path) -> None:
+    (model,) = read_endpoints(
+        write(
+            tmp_path,
+            """
+models:
+  - name: llama
+    metrics_port: 9000
+    adapters: [lora-a]
+    config: {defaultProfile: x, profiles: {x: {routingStrategy: random}}}
+    endpoints:
+      - {address: "a:1", name: first, metrics_port: 9001, labels: {zone: a}, adapters: [lora-b]}
+      - b:2
+""",
+        )
+    )
+    assert model.endpoints[0].name == "first"
+    assert (model.endpoints[0].metrics_port, model.endpoints[1].metrics_port, model.metrics_port) == (9001, None, 9000)
+    assert model.config["profiles"]["x"] == {"routingStrategy": "random"}
+
+
+def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
+    assert read_endpoints(write(tmp_path, "models: []")) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "the file: "),
+        ("[]", "the file: "),
+        ("models:", "models: "),
+        ("models: [{}]", "models.0.name: Field required"),
+        ("models: [{name: ''}]", "models.0.name: "),
+        ("models: [{name: 5}]", "models.0.name: "),
+        ('models: [{name: "a\\nb"}]', "models.0.name: 'a\\nb' must be printable"),
+        ('models: [{name: "\\uE000"}]', "must be printable"),
+        ("models: [{name: a, engine: tgi}]", "models.0.engine: "),
+        ("models: [{name: a, endpoints: [nonsense]}]", "models.0.endpoints.0.address: 'nonsense' is no address"),
+        ("models: [{name: a, endpoints: ['unix:/x']}]", "'unix:/x' is no pod address: write host:port"),
+        ("models: [{name: a, endpoints: ['a:0']}]", "is no address"),
+        ("models: [{name: a, endpoints: [{address: 'a:1', metrics_port: 70000}]}]", "metrics_port"),
+        ("models: [{name: a, endpoint: ['a:1']}]", "models.0.endpoint: Extra inputs"),
+        ("models: [{name: a, labels: {a: 1}}]", "models.0.labels.a"),
+        ("models: [{name: a, config: {1: 2}}]", "models.0.config.1"),
+        ("models: [{name: a, config: {a: {1: 2}}}]", "models.0.config: must hold nothing that JSON has not"),
+        ("models: [{name: a, config: {a: !!binary aGk=}}]", "must hold nothing that JSON has not"),
+        ("models: [{name: a}, {}, {}]", "(and 1 more)"),
+        ("models: [\n  {name: a,\n", "line "),
+        ("a: b: c", "line 1, column 5: not YAML"),
+        ("x: 2001-99-99", "not YAML: month must be in 1..12"),
+        ("x: !!python/object:os.system {}", "not YAML: could not determine a constructor"),
+        ("\x00", "not YAML: unacceptable character"),
+        ("[" * 2000, "not YAML"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(EndpointsError) as raised:
+        read_endpoints(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}:")
+    assert says in message
+    assert "\n" not in message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(EndpointsError, match="cannot be read: No such file"):
+        read_endpoints(tmp_path / "none")
+    with pytest.raises(EndpointsError, match="cannot be read: Is a directory"):
+        read_endpoints(tmp_path)
+    (tmp_path / "latin").write_bytes(b"models: [\xff]")
+    with pytest.raises(EndpointsError, match="no UTF-8"):
+        read_endpoints(tmp_path / "latin")

@@ -1,0 +1,193 @@
+"""The endpoints file over time, and names whose addresses change."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workers.discovery.file_source import FileSource
+from workers.discovery.registry import FoundPod
+
+ONE = "models: [{name: llama, endpoints: ['10.0.0.1:8000']}]"
+TWO = "models: [{name: llama, endpoints: ['10.0.0.1:8000', '10.0.0.2:8000']}]"
+
+Resolver = Callable[[dict[str, list[str] | Exception]], None]
+
+
+@pytest.fixture
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
+    """Answers name look-ups; literal addresses go to the real one."""
+
+    def install(names: dict[str, list[str] | Exception]) -> None:
+        real = socket.getaddrinfo
+
+        def answer(host: Any, *rest: Any, **more: Any) -> Any:
+            if host not in names:
+                return real(host, *rest, **more)
+            found = names[host]
+            if isinstance(found, Exception):
+                raise found
+            families = [(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip) for ip in found]
+            return [(family, socket.SOCK_STREAM, 6, "", (ip, 0)) for family, ip in families]
+
+        monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+    return install
+
+
+async def found(source: FileSource) -> dict[str, FoundPod]:
+    source.reload()
+    pods, _ = await source.resolve()
+    assert len({pod.name for pod in pods}) == len(pods)
+    return {pod.address: pod for pod in pods}
+
+
+def source_of(path: Path, text: str) -> FileSource:
+    (path / "e.yaml").write_text(text)
+    return FileSource(path / "e.yaml")
+
+
+async def test_pods_of_a_file(tmp_path: Path) -> None:
+    source = source_of(tmp_path, TWO)
+    assert not source.loaded
+    pods = await found(source)
+    assert source.loaded
+    assert [pod.name for pod in pods.values()] == ["llama-10.0.0.1-0", "llama-10.0.0.2-1"]
+    assert pods["10.0.0.1:8000"].metrics_address == "10.0.0.1:8000"
+
+
+async def test_a_file_is_read_again_when_it_changed_and_only_then(tmp_path: Path) -> None:
+    source = source_of(tmp_path, ONE)
+    assert source.changed()
+    assert len(await found(source)) == 1
+    assert not source.changed()
+    source.path.write_text(TWO)
+    assert source.changed()
+    assert len(await found(source)) == 2
+
+
+async def test_a_config_map_is_swapped_by_a_symbolic_link(tmp_path: Path) -> None:
+    """As Kubernetes does it: e.yaml -> ..data/e.yaml, ..data -> a folder of its own for each version."""
+    for version, text in (("v1", ONE), ("v2", TWO)):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "e.yaml").write_text(text)
+        os.utime(tmp_path / version / "e.yaml", (1, 1))
+    (tmp_path / "..data").symlink_to("v1")
+    (tmp_path / "e.yaml").symlink_to("..data/e.yaml")
+    source = FileSource(tmp_path / "e.yaml")
+    assert len(await found(source)) == 1
+    (tmp_path / "new").symlink_to("v2")
+    (tmp_path / "new").rename(tmp_path / "..data")
+    assert source.changed()
+    assert len(await found(source)) == 2
+
+
+@pytest.mark.parametrize("spoil", ["bad", "empty", "gone"])
+async def test_a_file_that_cannot_be_used_keeps_the_pods(tmp_path: Path, spoil: str) -> None:
+    source = source_of(tmp_path, TWO)
+    before = await found(source)
+    if spoil == "gone":
+        source.path.unlink()
+    else:
+        source.path.write_text("models: [" if spoil == "bad" else "")
+    assert source.changed()
+    assert await found(source) == before
+    assert not source.changed()  # said once, not every second
+    source.path.write_text(ONE)
+    assert len(await found(source)) == 1
+
+
+async def test_a_file_that_was_never_good_is_not_one_without_pods(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "models: [")
+    source.reload()
+    assert not source.loaded
+
+
+async def test_a_name_with_several_addresses_is_several_pods(tmp_path: Path, resolver: Resolver) -> None:
+    resolver({"vllm.svc": ["10.1.0.2", "10.1.0.1", "fd00::1"]})
+    source = source_of(
+        tmp_path,
+        "models: [{name: llama, endpoints: [{address: 'vllm.svc:8000', name: vllm, metrics_port: 9000}, '10.0.0.1:1']}"
+        "]",
+    )
+    pods = await found(source)
+    assert set(pods) == {"10.1.0.1:8000", "10.1.0.2:8000", "10.0.0.1:1"}
+    assert pods["10.1.0.2:8000"].metrics_address == "10.1.0.2:9000"
+    assert {pod.host for pod in pods.values()} == {"vllm.svc", "10.0.0.1"}
+
+
+async def test_a_name_with_v6_addresses_alone(tmp_path: Path, resolver: Resolver) -> None:
+    resolver({"vllm.svc": ["fd00::1"]})
+    pods = await found(source_of(tmp_path, "models: [{name: llama, endpoints: ['vllm.svc:8000']}]"))
+    assert set(pods) == {"[fd00::1]:8000"}
+
+
+async def test_names_are_resolved_again_and_keep_their_addresses_when_they_cannot_be(
+    tmp_path: Path, resolver: Resolver
+) -> None:
+    names: dict[str, list[str] | Exception] = {"a.svc": ["10.1.0.1"], "b.svc": ["10.2.0.1"]}
+    resolver(names)
+    source = source_of(tmp_path, "models: [{name: m, endpoints: ['a.svc:1', 'b.svc:1']}]")
+    assert set(await found(source)) == {"10.1.0.1:1", "10.2.0.1:1"}
+    names["a.svc"] = ["10.1.0.9"]
+    names["b.svc"] = socket.gaierror(socket.EAI_AGAIN, "Temporary failure")
+    assert set(await found(source)) == {"10.1.0.9:1", "10.2.0.1:1"}
+
+
+async def test_a_name_that_cannot_be_one_harms_nobody_else(tmp_path: Path) -> None:
+    source = source_of(tmp_path, f"models: [{{name: m, endpoints: ['{'x' * 70}.y:1', '10.0.0.1:1']}}]")
+    assert set(await found(source)) == {"10.0.0.1:1"}
+
+
+async def test_a_successor_remembers_addresses_of_names_that_cannot_be_resolved_now(
+    tmp_path: Path, resolver: Resolver
+) -> None:
+    resolver({"a.svc": socket.gaierror(socket.EAI_AGAIN, "Temporary failure")})
+    source = source_of(tmp_path, "models: [{name: m, endpoints: ['a.svc:1']}]")
+    source.remember(
+        FoundPod(address, "p", ("m",), host=host)
+        for address, host in (("10.1.0.1:1", "a.svc"), ("10.1.0.2:1", "a.svc"), ("10.3.0.1:1", "b.svc"))
+    )
+    assert set(await found(source)) == {"10.1.0.1:1", "10.1.0.2:1"}
+
+
+async def test_rolesets(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path,
+        "models: [{name: m, rolesets: [{name: r, prefill: ['10.0.0.1:1'], decode: ['10.0.0.2:1', '10.0.0.3:1']}]}]",
+    )
+    pods = await found(source)
+    assert {(pod.address, pod.role, pod.roleset) for pod in pods.values()} == {
+        ("10.0.0.1:1", "prefill", "r"), ("10.0.0.2:1", "decode", "r"), ("10.0.0.3:1", "decode", "r"),
+    }  # fmt: skip
+
+
+async def test_one_pod_of_two_models_and_its_adapters(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path,
+        "models: [{name: a, adapters: [x], endpoints: ['10.0.0.1:1'], labels: {k: v}, config: {q: 1}},"
+        " {name: b, endpoints: [{address: '10.0.0.1:1', adapters: [y]}]}]",
+    )
+    pods = await found(source)
+    assert pods["10.0.0.1:1"].models == ("a", "x", "b", "y")
+    _, settings = await source.resolve()
+    assert settings == {"a": {"q": 1}}
+
+
+async def test_names_are_told_apart(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path, "models: [{name: A.B, endpoints: ['10.0.0.1:1']}, {name: a-b, endpoints: ['10.0.0.1:2']}]"
+    )
+    assert {pod.name for pod in (await found(source)).values()} == {"a-b-10.0.0.1-0", "a-b-10.0.0.1-0-10.0.0.1:2"}
+
+
+def test_look_ups_run_side_by_side(tmp_path: Path, resolver: Resolver) -> None:
+    hosts = [f"h{n}.svc" for n in range(8)]
+    resolver({host: [f"10.1.0.{n + 1}"] for n, host in enumerate(hosts)})
+    listed = ", ".join(f"'{host}:1'" for host in hosts)
+    source = source_of(tmp_path, f"models: [{{name: m, endpoints: [{listed}]}}]")
+    assert len(asyncio.run(found(source))) == 8
