@@ -1,9 +1,9 @@
 """One HTTP/2 connection, seen from the server, without a socket: bytes in, bytes out.
 
-Read this file from `receive`: bytes are walked once, frame by frame, in `_frames`. A DATA frame that holds exactly one
-message of a stream on which nothing is pending is answered there and then, without leaving the function; everything
-else has a method of its own. Nothing is built per frame. What the calls say is in `dialogue`, what is sent in
-`outbound`, all frames that carry no message in `control`.
+Read this file from `receive`: bytes are walked once, frame by frame, in `_frames`. A DATA frame that holds whole
+messages of a stream on which nothing is pending is answered there and then, without leaving the function; everything
+else has a method of its own. Nothing is built per frame. Other DATA is in `inbound`, frames that carry no message in
+`control`, what the calls say in `dialogue`, what is sent in `outbound`.
 
 A cut frame at the end of a read is kept in `_rest` and completed from the next read, so that a byte of a large body is
 copied once out of the read and once into its message.
@@ -17,8 +17,7 @@ the cache of header blocks (-10 us where it hits).
 from collections.abc import Callable
 from math import inf
 
-from workers.calls import Call, CallError, Methods
-from workers.h2.control import Control
+from workers.calls import Call, Methods
 from workers.h2.faults import ConnectionFault, StreamFault
 from workers.h2.frames import (
     ACK,
@@ -37,7 +36,6 @@ from workers.h2.frames import (
     MAX_HEADER_LIST_SIZE,
     MAX_WINDOW,
     MIN_MAX_FRAME,
-    NO_ERROR,
     PADDED,
     PING,
     PING_ACK_HEADER,
@@ -55,8 +53,8 @@ from workers.h2.frames import (
     trailers_ok,
     window_update,
 )
+from workers.h2.inbound import Inbound
 from workers.h2.limits import CREDIT_PER_MESSAGE, Counters, Limits
-from workers.h2.messages import MessageCutter, cut
 from workers.h2.requests import Request, RequestReader
 from workers.h2.stream import Stream
 
@@ -64,13 +62,11 @@ _MAX_FRAME = MIN_MAX_FRAME
 """What we allow a client's frames to hold: SETTINGS_MAX_FRAME_SIZE stays at its default."""
 
 _NOT_PLAIN = PADDED | PRIORITY_FIELDS | END_HEADERS
-_TINY_PIECE = 256
-_MAX_DISCARDED = 64 << 10
 _INSIDE_HEADERS = 1
 _EXPECT_SETTINGS = 2
 
 
-class Connection(Control):
+class Connection(Inbound):
     """`receive` takes what was read and returns what to write. `done` says that the connection is to be closed then."""
 
     def __init__(self, methods: Methods, limits: Limits, counters: Counters, clock: Callable[[], float]) -> None:
@@ -203,7 +199,7 @@ class Connection(Control):
                         # The compression flag is the highest of the five bytes: set, it makes the number too large.
                         stop = start + PREFIX_BYTES + from_bytes(buf[start : start + PREFIX_BYTES], "big")
                         if stop > pos:
-                            self._collect(stream, buf[start:pos])
+                            self.collect(stream, buf[start:pos])
                             break
                         credit += CREDIT_PER_MESSAGE
                         try:
@@ -234,7 +230,7 @@ class Connection(Control):
                             self.take_result(stream, call, reply)
                         if not stream.quick:
                             if start < pos and stream.call is not None:
-                                self._collect(stream, buf[start:pos])
+                                self.collect(stream, buf[start:pos])
                             break
                     if flags:
                         if stream.quick and stream.headers_sent:
@@ -245,7 +241,7 @@ class Connection(Control):
                         self.spend("empty DATA")
                 else:
                     try:
-                        self._data(stream, stream_id, flags, buf, start, pos)
+                        self.data(stream, stream_id, flags, buf, start, pos)
                     except StreamFault as fault:
                         self._stream_fault(stream_id, fault)
                 continue
@@ -454,113 +450,6 @@ class Connection(Control):
         if stream.content_left > 0:
             raise StreamFault(PROTOCOL_ERROR, "less content than content-length")  # 8.1.1
         self.remote_end(stream)
-
-    # Data.
-
-    def _data(self, stream: Stream | None, stream_id: int, flags: int, buf: bytes, start: int, end: int) -> None:
-        """A DATA frame that is not one message of a quiet stream. Its payload is `buf[start:end]`."""
-        length = end - start
-        if stream is None:
-            stream_id &= MAX_WINDOW
-            stream = self.streams.get(stream_id)
-            if stream is None:
-                self._late_data(stream_id)
-                return
-        if stream.ended_remote:
-            raise StreamFault(STREAM_CLOSED, "DATA after END_STREAM")  # 5.1
-        stream.unread += length
-        if flags & PADDED:
-            if not length or (padding := buf[start]) >= length:
-                raise ConnectionFault(PROTOCOL_ERROR, "padding longer than its frame")  # 6.1
-            start += 1
-            end -= padding
-        piece = buf[start:end]
-        if stream.content_left >= 0:
-            stream.content_left -= len(piece)
-            if stream.content_left < 0 or (flags & END_STREAM and stream.content_left):
-                raise StreamFault(PROTOCOL_ERROR, "content and content-length differ")  # 8.1.1
-        call = stream.call
-        if call is None:
-            self._discard(stream, piece)
-        elif piece:
-            self._collect(stream, piece)
-        elif not flags & END_STREAM:
-            self.spend("empty DATA")
-        self._account(stream)
-        if flags & END_STREAM and stream.id in self.streams:
-            self.remote_end(stream)
-
-    def _late_data(self, stream_id: int) -> None:
-        if not stream_id:
-            raise ConnectionFault(PROTOCOL_ERROR, "DATA on stream 0")  # 6.1
-        self.require_started(stream_id)
-        self.spend("frames on closed streams")
-        if stream_id not in self.reset_ids:
-            self.send_reset(stream_id, STREAM_CLOSED)  # 5.1
-            self.remember_reset(stream_id)
-
-    def _discard(self, stream: Stream, piece: bytes) -> None:
-        """The answer is out, what still comes is of no use; a client that does not stop is stopped (8.1)."""
-        if stream.unread > _MAX_DISCARDED and stream.ended_local:
-            self.reset(stream, NO_ERROR)
-        elif len(piece) < _TINY_PIECE:
-            self.spend("tiny DATA")
-
-    def _collect(self, stream: Stream, piece: bytes) -> None:
-        cutter = stream.cutter
-        held = 0
-        try:
-            if cutter is None:
-                messages: list[bytes] = []
-                pos, wanted = cut(piece, 0, self.limits.max_message_bytes, messages)
-                if pos < len(piece) or wanted >= 0:
-                    cutter = stream.cutter = MessageCutter(self.limits.max_message_bytes, piece[pos:], wanted)
-            else:
-                held = cutter.held
-                messages = cutter.feed(piece)
-        except CallError as error:
-            if cutter is not None:
-                self.counters.buffered_bytes += cutter.held - held
-            self.fail(stream, error)
-            return
-        if cutter is not None:
-            self.counters.buffered_bytes += cutter.held - held
-        if messages:
-            self.budget += CREDIT_PER_MESSAGE
-            self.deliver(stream, messages)
-        else:
-            if len(piece) < _TINY_PIECE:
-                self.spend("tiny DATA")
-            self.check_buffered(stream)
-        self.settle(stream)
-
-    def settle(self, stream: Stream) -> None:
-        """Back to the short way if nothing stands against it any more."""
-        if stream.call is None or stream.inbox is not None:
-            return
-        if stream.cutter is not None and stream.cutter.empty:
-            stream.cutter = None
-        stream.quick = (
-            stream.cutter is None
-            and stream.content_left < 0
-            and stream.pending is None
-            and not (stream.ended_remote or stream.pushes)
-        )
-        self._account(stream)
-
-    def _account(self, stream: Stream) -> None:
-        """The stream's receive window (6.9): enforced, and opened again while the call keeps up."""
-        window = self.limits.stream_window_bytes
-        if stream.unread > window:
-            raise StreamFault(FLOW_CONTROL_ERROR, "stream window overrun")
-        if (
-            stream.unread >= window // 2
-            and stream.inbox is None
-            and stream.call is not None
-            and not stream.ended_remote
-        ):
-            self.out.append(window_update(stream.id, stream.unread))
-            stream.unread = 0
 
 
 def _unpad(payload: bytes) -> bytes:

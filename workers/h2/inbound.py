@@ -1,0 +1,132 @@
+"""DATA frames that are not simply whole messages: parts of messages, padding, content-length, what comes too late, and
+the window that lets a client send (RFC 9113 6.1, 6.9, 8.1.1).
+"""
+
+from workers.calls import CallError
+from workers.h2.control import Control
+from workers.h2.faults import ConnectionFault, StreamFault
+from workers.h2.frames import (
+    END_STREAM,
+    FLOW_CONTROL_ERROR,
+    MAX_WINDOW,
+    NO_ERROR,
+    PADDED,
+    PROTOCOL_ERROR,
+    STREAM_CLOSED,
+    window_update,
+)
+from workers.h2.limits import CREDIT_PER_MESSAGE
+from workers.h2.messages import MessageCutter, cut
+from workers.h2.stream import Stream
+
+_TINY_PIECE = 256
+_MAX_DISCARDED = 64 << 10
+
+
+class Inbound(Control):
+    """What becomes of a DATA frame's payload."""
+
+    def data(self, stream: Stream | None, stream_id: int, flags: int, buf: bytes, start: int, end: int) -> None:
+        """A DATA frame that is not one message of a quiet stream. Its payload is `buf[start:end]`."""
+        length = end - start
+        if stream is None:
+            stream_id &= MAX_WINDOW
+            stream = self.streams.get(stream_id)
+            if stream is None:
+                self._late_data(stream_id)
+                return
+        if stream.ended_remote:
+            raise StreamFault(STREAM_CLOSED, "DATA after END_STREAM")  # 5.1
+        stream.unread += length
+        if flags & PADDED:
+            if not length or (padding := buf[start]) >= length:
+                raise ConnectionFault(PROTOCOL_ERROR, "padding longer than its frame")  # 6.1
+            start += 1
+            end -= padding
+        piece = buf[start:end]
+        if stream.content_left >= 0:
+            stream.content_left -= len(piece)
+            if stream.content_left < 0 or (flags & END_STREAM and stream.content_left):
+                raise StreamFault(PROTOCOL_ERROR, "content and content-length differ")  # 8.1.1
+        call = stream.call
+        if call is None:
+            self._discard(stream, piece)
+        elif piece:
+            self.collect(stream, piece)
+        elif not flags & END_STREAM:
+            self.spend("empty DATA")
+        self._account(stream)
+        if flags & END_STREAM and stream.id in self.streams:
+            self.remote_end(stream)
+
+    def _late_data(self, stream_id: int) -> None:
+        if not stream_id:
+            raise ConnectionFault(PROTOCOL_ERROR, "DATA on stream 0")  # 6.1
+        self.require_started(stream_id)
+        self.spend("frames on closed streams")
+        if stream_id not in self.reset_ids:
+            self.send_reset(stream_id, STREAM_CLOSED)  # 5.1
+            self.remember_reset(stream_id)
+
+    def _discard(self, stream: Stream, piece: bytes) -> None:
+        """The answer is out, what still comes is of no use; a client that does not stop is stopped (8.1)."""
+        if stream.unread > _MAX_DISCARDED and stream.ended_local:
+            self.reset(stream, NO_ERROR)
+        elif len(piece) < _TINY_PIECE:
+            self.spend("tiny DATA")
+
+    def collect(self, stream: Stream, piece: bytes) -> None:
+        cutter = stream.cutter
+        held = 0
+        try:
+            if cutter is None:
+                messages: list[bytes] = []
+                pos, wanted = cut(piece, 0, self.limits.max_message_bytes, messages)
+                if pos < len(piece) or wanted >= 0:
+                    cutter = stream.cutter = MessageCutter(self.limits.max_message_bytes, piece[pos:], wanted)
+            else:
+                held = cutter.held
+                messages = cutter.feed(piece)
+        except CallError as error:
+            if cutter is not None:
+                self.counters.buffered_bytes += cutter.held - held
+            self.fail(stream, error)
+            return
+        if cutter is not None:
+            self.counters.buffered_bytes += cutter.held - held
+        if messages:
+            self.budget += CREDIT_PER_MESSAGE
+            self.deliver(stream, messages)
+        else:
+            if len(piece) < _TINY_PIECE:
+                self.spend("tiny DATA")
+            self.check_buffered(stream)
+        self.settle(stream)
+
+    def settle(self, stream: Stream) -> None:
+        """Back to the short way if nothing stands against it any more."""
+        if stream.call is None or stream.inbox is not None:
+            return
+        if stream.cutter is not None and stream.cutter.empty:
+            stream.cutter = None
+        stream.quick = (
+            stream.cutter is None
+            and stream.content_left < 0
+            and stream.pending is None
+            and not (stream.ended_remote or stream.pushes)
+        )
+        self._account(stream)
+
+    def _account(self, stream: Stream) -> None:
+        """The stream's receive window (6.9): enforced, and opened again while the call keeps up."""
+        window = self.limits.stream_window_bytes
+        if stream.unread > window:
+            raise StreamFault(FLOW_CONTROL_ERROR, "stream window overrun")
+        if (
+            stream.unread >= window // 2
+            and stream.inbox is None
+            and stream.call is not None
+            and not stream.ended_remote
+        ):
+            self.out.append(window_update(stream.id, stream.unread))
+            stream.unread = 0
