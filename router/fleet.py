@@ -78,6 +78,15 @@ class Candidates:
         """Requests ever sent. Differences over time are what matters."""
         return self._of(Entry.CHOSEN)
 
+    def busy_until(self) -> Floats:
+        """When the pods will have done the prefills promised to them, in monotonic seconds."""
+        latest = self._tables.ledger.busy_until(self._span)
+        return latest if self._rows is None else latest[self._rows]
+
+    def occupy(self, index: int, until: float) -> None:
+        """Say when pod `index` will have done the prefills promised to it, the newest included."""
+        self._tables.ledger.occupy(self.pods[index].slot, until)
+
     def loads(self) -> Ints:
         """requests(), tokens() and promised() in one: int64[3][n]."""
         totals = self._tables.ledger.loads(self._span)

@@ -5,28 +5,30 @@ An engine's step is taken to last
     a0 + (decoding requests) * per_request + (context tokens read) * per_kv_token + (prompt tokens computed) * per_token
 
 seconds. The four rates of the prior were measured on nobody's machine: they are round figures of an 8B model on a
-current GPU. What is learnt per pod is two factors on them, one for prefill and one for all decode rates, from what
-every engine publishes:
+current GPU. What is learnt is two factors on them, one for prefill (per_token) and one for decode (the other three):
+the least squares solution of
 
-    decode    time between tokens = factor * (a0 + d * per_request + d * context * per_kv_token), stretched by the
-              share of time that prefills of other requests take; d = tokens generated per second * time between tokens
-    prefill   tokens per second = hypot(u / t, v): u tokens computed per request in t seconds of its prefill phase,
-              v tokens computed per second of busy time. Alone, u/t is the speed and v is little; saturated, many
-              prompts share each step, and v is the speed. In between the sum of squares errs by less than 1.5.
+    measured seconds = decode factor * decode seconds by the prior + prefill factor * prefill seconds by the prior
 
-Factors are averaged as logarithms, each new sample with weight 1/(samples + 1) and at least 0.1. A pod with few samples
-is taken to be like its fleet, and a fleet with few samples like the prior (weight 2 samples each). A pod
-that joins a running fleet is taken to be half as fast for prefills at first, and at full speed after WARM_UP_SECONDS:
-engines compile, capture graphs and fill their own caches during their first requests.
+over samples, weighed so that a large factor and a small one count alike. A sample gives
+- where the engine counts its steps: busy seconds per step, with the requests and tokens of a mean step;
+- else the mean time between tokens, in which the pod also computes other requests' prompts; and the mean prefill
+  phase, in which it computes this prompt's uncached tokens and whatever comes in meanwhile.
+
+All pods of a model are one fleet until they prove different: a pod's own samples (the last ten, in effect) stand
+against FLEET_SAMPLES of the fleet's. Where the samples do not tell decode from prefill, both get the factor that
+fits the sum. A pod that joins a running fleet is taken to be half as fast for prefills at first, and at full speed
+after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches during their first requests.
 
 It does not take more: with rates wrong by a factor of 2 (prefill) or 3 (decode) `marginal-delay` decides almost
 as well.
 
-Cost: 6 µs per pod that was polled, 25 µs per poll of any pod of the model; nothing per request.
+Cost: 110 µs per poll of any of 64 pods; nothing per request.
 """
 
 from dataclasses import dataclass
-from math import exp, hypot, isfinite, log
+from math import isfinite
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +38,12 @@ from state.pods import Floats, Ints
 WARM_UP_SECONDS = 30.0
 STALE_SECONDS = 15.0
 """Metrics older than this say nothing about the present load; speeds are kept."""
-_PRIOR_SAMPLES = 2.0
-_LIMIT = log(50.0)
+_KEEP = 0.9
+"""What is left of the weight of a pod's samples after the next one."""
+FLEET_SAMPLES = 3.0
+_TOGETHER = 0.01
+"""How much the two factors are drawn together, as a share of the evidence for each."""
+_LIMIT = 50.0
 FLEETS_KEPT = 256
 
 
@@ -98,14 +104,26 @@ class Speeds:
 
 
 class _Pod:
-    __slots__ = ("decode", "decode_samples", "prefill", "prefill_samples", "seen")
+    __slots__ = ("seen", "sums")
 
     def __init__(self, now: float) -> None:
         self.seen = now
-        self.prefill = 0.0  # logarithms of the factors
-        self.decode = 0.0
-        self.prefill_samples = 0
-        self.decode_samples = 0
+        self.sums = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        """Of d*d, d*p, p*p, d, p and 1 over the samples, d and p being the decode and prefill seconds by the prior,
+        divided by the seconds measured; the first five with weight 1 / (d + p)."""
+
+    def add(self, decode: float, prefill: float, weight: float) -> None:
+        """One equation, 1 = decode * factor + prefill * factor."""
+        dd, dp, pp, d, p, samples = self.sums
+        evened = weight / (decode + prefill)
+        self.sums = (
+            dd + evened * decode * decode,
+            dp + evened * decode * prefill,
+            pp + evened * prefill * prefill,
+            d + evened * decode,
+            p + evened * prefill,
+            samples + weight,
+        )
 
 
 class Rates:
@@ -185,7 +203,7 @@ class Rates:
 class _Fleet:
     """What is known of one set of pods, in the order of the candidates."""
 
-    __slots__ = ("_decode", "_logs", "_pods", "_prefill", "_samples", "_young", "output_tokens", "sampled_at", "select")
+    __slots__ = ("_decode", "_pods", "_prefill", "_sums", "_young", "output_tokens", "sampled_at", "select")
 
     def __init__(self, pods: list[_Pod], select: slice | Ints, prior: Prior) -> None:
         self._pods = pods
@@ -193,8 +211,7 @@ class _Fleet:
         self.sampled_at: Floats = np.zeros(len(pods))
         self.output_tokens = prior.output_tokens
         self._young = max((pod.seen for pod in pods), default=0.0)
-        self._logs: Floats = np.array([(pod.prefill, pod.decode) for pod in pods], float).T.copy()
-        self._samples: Floats = np.array([(pod.prefill_samples, pod.decode_samples) for pod in pods], float).T.copy()
+        self._sums: Floats = np.array([pod.sums for pod in pods], float).T.copy()
         self._prefill: Floats | None = None
         self._decode: Floats = np.zeros(0)
 
@@ -202,14 +219,13 @@ class _Fleet:
         """Take a sample of one pod in."""
         pod = self._pods[i]
         _observe(pod, prior, row)
-        self._logs[0, i], self._logs[1, i] = pod.prefill, pod.decode
-        self._samples[0, i], self._samples[1, i] = pod.prefill_samples, pod.decode_samples
+        self._sums[:, i] = pod.sums
         self._prefill = None
 
     def factors(self, now: float) -> tuple[Floats, Floats]:
         """On the prior's prefill and decode rates, for each pod."""
         if self._prefill is None:
-            self._prefill, self._decode = _shrunk(self._logs, self._samples)
+            self._decode, self._prefill = _solve(self._sums)
         if now - self._young >= WARM_UP_SECONDS:
             return self._prefill, self._decode
         ages = np.array([now - pod.seen for pod in self._pods])
@@ -223,6 +239,7 @@ _USED = (
     "computed_prompt_tokens_per_second",
     "generation_tokens_per_second",
     "requests_per_second",
+    "steps_per_second",
     "observed_age_seconds",
     "itl_mean_seconds",
     "prefill_mean_seconds",
@@ -234,15 +251,35 @@ _USED = (
 _GENERATED = _USED.index("generation_tokens_mean")
 
 
-def _shrunk(logarithms: Floats, samples: Floats) -> Floats:
-    """Factors: each pod's mean drawn to the fleet's, and the fleet's to 1, by the weight of `_PRIOR_SAMPLES` each.
-    Arrays of (prefill, decode) by pod."""
-    total = logarithms * samples
-    fleet = total.sum(axis=1) / (samples.sum(axis=1) + _PRIOR_SAMPLES)
-    total += (_PRIOR_SAMPLES * fleet)[:, None]
-    total /= samples + _PRIOR_SAMPLES
-    result: Floats = np.exp(total, out=total)
-    return result
+def _solve(sums: Floats) -> Floats:
+    """(decode, prefill) factors of each pod, from sums[6][pods]."""
+    dd, dp, pp, d, p, samples = sums.sum(axis=1).tolist()
+    if not samples > 0:
+        return np.ones((2, sums.shape[1]))
+    both = (d + p) / (dd + 2.0 * dp + pp)
+    dd_fleet, pp_fleet = dd * (1.0 + _TOGETHER) + 1e-6, pp * (1.0 + _TOGETHER) + 1e-6
+    decode, prefill = _two(dd_fleet, dp, pp_fleet, d + (dd_fleet - dd) * both, p + (pp_fleet - pp) * both)
+    # The fleet's equations, at the weight of FLEET_SAMPLES of a pod's own, come to those of each pod.
+    own = sums[5]
+    usual = (sums[0] + sums[2] + 1e-9) / np.maximum(own, 1e-9)
+    share = FLEET_SAMPLES / (dd + pp) * np.where(own > 0.1, usual, (dd + pp) / samples)
+    ddf, dpf, ppf = dd_fleet * share, dp * share, pp_fleet * share
+    result: Floats = np.array(
+        _two(
+            sums[0] + ddf,
+            sums[1] + dpf,
+            sums[2] + ppf,
+            sums[3] + ddf * decode + dpf * prefill,
+            sums[4] + dpf * decode + ppf * prefill,
+        )
+    )
+    return np.clip(result, 1.0 / _LIMIT, _LIMIT, out=result)
+
+
+def _two(a: Any, b: Any, c: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    """Solves a u + b v = x, b u + c v = y."""
+    determinant = a * c - b * b
+    return (x * c - y * b) / determinant, (y * a - x * b) / determinant
 
 
 def _known(value: float, otherwise: float) -> float:
@@ -250,35 +287,34 @@ def _known(value: float, otherwise: float) -> float:
 
 
 def _observe(pod: _Pod, prior: Prior, row: dict[str, float]) -> None:
-    """Take one sample of a pod's metrics into its factors."""
+    """Take one sample of a pod's metrics in."""
     generated = row["generation_tokens_per_second"]
     itl = row["itl_mean_seconds"]
     if row["observed_age_seconds"] > 10.0 or not generated > 0:
         return  # nothing happened since: the means are old ones
-    busy = min(max(_known(row["busy_ratio"], 1.0), 0.05), 1.0)
+    busy = min(max(_known(row["busy_ratio"], 1.0), 0.02), 1.0)
     hit = _known(row["hit_ratio"], 0.0)
     computed = _known(row["computed_prompt_tokens_per_second"], row["prompt_tokens_per_second"] * (1.0 - hit))
-    computed = max(_known(computed, 0.0), 0.0) / busy
+    computed = max(_known(computed, 0.0), 0.0)
     context = _known(row["prompt_tokens_mean"], 1000.0) + _known(row["generation_tokens_mean"], 200.0) / 2
-    step = prior.step_seconds
+    per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
+    steps = row["steps_per_second"]
+    pod.sums = tuple(_KEEP * x for x in pod.sums)  # type: ignore[assignment]
+    if steps > 0:
+        seconds = busy / steps
+        decode = prior.step_seconds + generated / steps * per_request
+        pod.add(decode / seconds, computed / steps * prior.prefill_token_seconds / seconds, busy)
+        return
+    decode = prior.step_seconds
     if itl > 0:
         decoding = max(generated * itl / busy, 1.0)
-        step += decoding * (prior.decode_request_seconds + context * prior.kv_token_seconds)
-        prefill_share = min(computed * prior.prefill_token_seconds * exp(pod.prefill), 0.9)
-        others = prefill_share * decoding / (1.0 + decoding)
-        pod.decode = _average(pod.decode, log(itl * (1.0 - others) / step), pod.decode_samples)
-        pod.decode_samples = min(pod.decode_samples + 1, 30)
+        decode += decoding * per_request
+        others = computed / busy * prior.prefill_token_seconds * decoding / (1.0 + decoding)
+        pod.add(decode / itl, others, busy)
     phase = row["prefill_mean_seconds"]
     if phase > 0:
         finished = row["requests_per_second"]
-        tokens = computed * busy / finished if finished > 0 else row["prompt_tokens_mean"] * (1.0 - hit)
-        alone = max(phase - step * exp(pod.decode), 0.3 * phase)
-        speed = hypot(_known(tokens, 0.0) / alone, computed)
-        # Of short prompts the step takes most of the time: all they say is that the pod is at least so fast.
-        if speed > 0 and (tokens >= 256 or speed * prior.prefill_token_seconds * exp(pod.prefill) > 1.0):
-            pod.prefill = _average(pod.prefill, -log(speed * prior.prefill_token_seconds), pod.prefill_samples)
-            pod.prefill_samples = min(pod.prefill_samples + 1, 30)
-
-
-def _average(mean: float, value: float, samples: int) -> float:
-    return mean + (min(max(value, -_LIMIT), _LIMIT) - mean) * max(1.0 / (samples + 1), 0.1)
+        tokens = computed / finished if finished > 0 else row["prompt_tokens_mean"] * (1.0 - hit)
+        if tokens > 0:
+            meanwhile = (tokens / phase + computed / busy) * prior.prefill_token_seconds
+            pod.add(decode / phase, meanwhile, busy)

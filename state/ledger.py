@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 _HEADER = 64
 
@@ -47,6 +48,9 @@ class Entry(IntEnum):
     HOLDER = 8
     """The generation that the two HELD entries count for. Those of an earlier pod in the same row are void: its whole
     load was taken off when the row was given to its successor."""
+    BUSY_UNTIL = 9
+    """Float64, not summed: when the pod will have done the prefills promised to it, in monotonic seconds, as the writer
+    reckoned when it promised the last of them. The latest counts."""
 
 
 class Charge(NamedTuple):
@@ -70,12 +74,15 @@ class Ledger:
         self._generations = generations
         self._pods = pods
         self._writers = writers
+        self._own_busy_until: memoryview[float] | None = None
         if writer is not None:
             cells = region[_HEADER:].cast("q")
             starts = [(entry * writers + writer) * pods for entry in Entry]
             own = [cells[start : start + pods] for start in starts]
             self._requests, self._tokens, self._promised, self._requests_held, self._tokens_held = own[:5]
-            self._chosen, self._succeeded, self._failed, self._holder = own[5:]
+            self._chosen, self._succeeded, self._failed, self._holder = own[5:9]
+            self._own_busy_until = own[Entry.BUSY_UNTIL].cast("B").cast("d")
+        self._busy_until = self._rows[Entry.BUSY_UNTIL].view(np.float64)
 
     @staticmethod
     def size(writers: int, pods: int) -> int:
@@ -95,6 +102,16 @@ class Ledger:
         """The totals of REQUESTS, TOKENS and PROMISED at once: int64[3][high]."""
         total: Ints = np.add.reduce(self._rows[:3, : self._header[0], :high], axis=1)
         return total
+
+    def busy_until(self, high: int) -> Floats:
+        """When pods 0..high-1 will have done what they were promised, in monotonic seconds."""
+        latest: Floats = np.maximum.reduce(self._busy_until[: self._header[0], :high], axis=0)
+        return latest
+
+    def occupy(self, slot: int, until: float) -> None:
+        """Say when a pod will be done with its prefills, this one included. A process without a row says nothing."""
+        if self._own_busy_until is not None:
+            self._own_busy_until[slot] = until
 
     def total(self, entry: Entry, slot: int) -> int:
         """Sum over all writers for one pod."""

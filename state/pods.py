@@ -47,6 +47,7 @@ FIELDS = (
     "failed_polls",  # in a row
     "own_requests_at_sample",  # this replica's in-flight requests when the sample was taken
     "own_tokens_at_sample",  # and their prompt tokens
+    "own_promised_at_sample",  # and the prompt tokens ever promised to the pod
     "running",  # requests in the batch
     "waiting",  # requests queued in the engine
     "swapped",  # requests swapped out or retracted

@@ -132,4 +132,5 @@ class MarginalDelay(Scoring):
             self._prefixes.remember(request, candidates, index, now)
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
-        self._backlog.chose(candidates.pods[index].slot, request.uncached_tokens)
+        speeds = self._rates.speeds(candidates, now)
+        self._backlog.chose(candidates, index, request.uncached_tokens, speeds, now)

@@ -97,7 +97,7 @@ class PrefixCachePreble(Preble):
     """As `preble`, but load is what is still to do, and an overloaded pod is never exploited. [seconds]
 
     load = prefill seconds promised and not yet done + requests in flight * mean output * per-request decode cost;
-    overloaded as in `prefix-cache`: more than 1.25 times the others' mean of requests, plus 8. AIBrix counts every
+    overloaded as in `prefix-cache`: more than 1.25 times the others' mean of requests, plus 4. AIBrix counts every
     request of 3 minutes as if it still ran, with times of a Mistral 7B on a V100 for any model and GPU.
     """
 

@@ -40,10 +40,10 @@ class PrefixAware(Scoring):
             self.prefixes.remember(request, candidates, index, now)
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
-        self.backlog.chose(candidates.pods[index].slot, request.uncached_tokens)
+        self.backlog.chose(candidates, index, request.uncached_tokens, self.rates.speeds(candidates, now), now)
 
 
-def overloaded(requests: Floats, factor: float = 1.25, slack: float = 8.0) -> Floats:
+def overloaded(requests: Floats, factor: float = 1.25, slack: float = 4.0) -> Floats:
     """Which pods have clearly more requests than the others: more than factor * (mean of the others) + slack.
 
     Compared with the others' mean, not with a multiple of the deviation of all, it works for two pods as for two

@@ -9,7 +9,7 @@ from router.prefixes import Prefixes
 from router.request import RoutingRequest
 from router.strategies import STRATEGIES, Context, Strategy
 from state.catalog import CatalogDocument, PodRecord
-from state.ledger import Charge, Ledger
+from state.ledger import Charge, Entry, Ledger
 from state.pods import COLUMN, Health
 from state.tables import Capacity, Tables
 
@@ -52,6 +52,7 @@ class Lab:
         requests, tokens = self.tables.ledger.load(slot)
         row[COLUMN["own_requests_at_sample"]] = requests
         row[COLUMN["own_tokens_at_sample"]] = tokens
+        row[COLUMN["own_promised_at_sample"]] = self.tables.ledger.total(Entry.PROMISED, slot)
         for name, value in metrics.items():
             row[COLUMN[name]] = value
         self.tables.pods.write(slot, row)
@@ -94,6 +95,15 @@ class Lab:
         for ledger, charge in self.charges:
             ledger.release(charge, held=False)
         self.charges.clear()
+
+    def promise(self, slot: int, tokens: int, worker: int = 0) -> None:
+        """A worker sends a pod a prompt of which nothing is cached."""
+        tables, _, context = self.worker(worker)
+        candidates = self.candidates(worker)
+        speeds = context.rates.speeds(candidates, self.now)
+        index = [pod.slot for pod in candidates.pods].index(slot)
+        context.backlog.chose(candidates, index, tokens, speeds, self.now)
+        tables.ledger.charge(slot, tokens, tokens, held=False)
 
     def load(self, slot: int, requests: int, tokens: int = 400) -> None:
         """Requests that are in flight on a pod, all their prompts done."""

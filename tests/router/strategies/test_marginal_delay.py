@@ -28,7 +28,7 @@ def test_not_when_that_pod_is_so_loaded_that_computing_it_anew_is_quicker(lab: A
     fleet = lab(4)
     first = fleet.send(NAME, fleet.request(prompt("system", 8)))
     fleet.now += 5
-    fleet.tables.ledger.charge(first, 200_000, 200_000, held=False)  # 14 seconds of prefill
+    fleet.promise(first, 200_000)  # 14 seconds of prefill
     assert fleet.send(NAME, fleet.request(prompt("system", 8))) != first
 
 
@@ -54,7 +54,7 @@ def test_what_other_workers_promised_a_pod_counts_at_once_and_drains(lab: Any) -
     fleet = lab(2)
     idle = fleet.scores(NAME, fleet.request(tokens=500))
     assert idle[0] == idle[1]
-    fleet.worker(1)[0].ledger.charge(0, 28_000, 28_000, held=False)
+    fleet.promise(0, 28_000, worker=1)
     busy = fleet.scores(NAME, fleet.request(tokens=500))
     assert busy[0] - busy[1] > 28_000 / 14_000
     fleet.now += 1.0
@@ -69,7 +69,8 @@ def test_an_engines_own_queue_corrects_the_account(lab: Any) -> None:
     fleet = lab(2, running=0.0, waiting=0.0)
     fleet.send(NAME, fleet.request(tokens=1000))
     for slot in (0, 1):
-        fleet.tables.ledger.charge(slot, 500_000, 500_000, held=False)
+        for _ in range(50):
+            fleet.promise(slot, 10_000)
     before = fleet.scores(NAME, fleet.request(tokens=500))
     fleet.now += 0.01
     fleet.poll(0, waiting=0.0, running=1.0)  # has nothing waiting, whatever was promised
@@ -120,23 +121,49 @@ def test_the_chosen_pods_uncached_tokens_are_noted(lab: Any, prompt: Any) -> Non
     assert request.uncached_tokens == 1024
 
 
-def test_slow_pods_get_less(lab: Any) -> None:
-    """Two pods of the same load, one of which has shown a quarter of the other's speed."""
-    fleet = lab(2)
-    metrics = {
-        "generation_tokens_per_second": 200.0,
-        "requests_per_second": 1.0,
-        "computed_prompt_tokens_per_second": 1000.0,
+def steps(slower_decode: float, slower_prefill: float, decoding: float, chunk: float) -> dict[str, float]:
+    """Metrics of a busy engine whose rates are those of the prior times the given factors: `decoding` requests with
+    a mean context of 1100 tokens and `chunk` prompt tokens in each step."""
+    p = Prior()
+    seconds = slower_decode * (p.step_seconds + decoding * (p.decode_request_seconds + 1100 * p.kv_token_seconds))
+    seconds += slower_prefill * chunk * p.prefill_token_seconds
+    return {
+        "busy_ratio": 1.0,
+        "steps_per_second": 1 / seconds,
+        "generation_tokens_per_second": decoding / seconds,
+        "computed_prompt_tokens_per_second": chunk / seconds,
+        "requests_per_second": chunk / seconds / 1000,
         "prompt_tokens_mean": 1000.0,
+        "generation_tokens_mean": 200.0,
+        "itl_mean_seconds": seconds,
     }
-    for _ in range(8):
+
+
+def test_slow_pods_get_less(lab: Any) -> None:
+    """Two pods of the same load, one of which is four times slower in all it does."""
+    fleet = lab(2)
+    for number in range(20):
         fleet.now += 1
-        fleet.poll(0, prefill_mean_seconds=0.4, itl_mean_seconds=0.04, **metrics)
-        fleet.poll(1, prefill_mean_seconds=0.1, itl_mean_seconds=0.01, **metrics)
+        fleet.poll(0, **steps(4, 4, 4 + number % 5, 100 + number))
+        fleet.poll(1, **steps(1, 1, 4 + number % 5, 100 + number))
         scores = fleet.scores(NAME, fleet.request(tokens=2000))
     assert scores[0] > 2 * scores[1]
     spread = Counter(fleet.send(NAME, fleet.request(tokens=2000)) for _ in range(60))
     assert spread[1] > 2 * spread[0]
+
+
+@pytest.mark.parametrize(("decode", "prefill"), [(1, 1), (3, 3), (0.3, 3), (3, 0.3), (10, 10)])
+def test_speeds_are_learnt_from_counted_steps(lab: Any, decode: float, prefill: float) -> None:
+    fleet = lab(4)
+    for number in range(30):
+        fleet.now += 1
+        for slot in range(4):
+            mix = (number * 7 + slot * 3) % 10
+            fleet.poll(slot, **steps(decode, prefill, 2 + mix, 600 - 50 * mix))
+        fleet.scores(NAME, fleet.request(tokens=100))
+    speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
+    assert speeds.decode == pytest.approx([decode] * 4, rel=0.2)
+    assert speeds.prefill_seconds * 14_000 == pytest.approx([prefill] * 4, rel=0.2)
 
 
 def test_learnt_speeds_come_close_to_the_true_ones(lab: Any) -> None:
