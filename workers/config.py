@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import quote
 
 from pydantic import (
     AfterValidator,
@@ -259,7 +260,7 @@ def _aibrix_environment() -> dict[str, Any]:
     if env.get("AIBRIX_AUTH_BEARER_TOKEN", "").strip():
         values["limits"] = {"bearer_token": env["AIBRIX_AUTH_BEARER_TOKEN"].strip()}
     if env.get("REDIS_HOST"):
-        password = f":{env['REDIS_PASSWORD']}@" if env.get("REDIS_PASSWORD") else ""
+        password = f":{quote(env['REDIS_PASSWORD'], safe='')}@" if env.get("REDIS_PASSWORD") else ""
         values["redis"] = f"redis://{password}{env['REDIS_HOST']}:{env.get('REDIS_PORT', '6379')}/0"
     if env.get("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS"):
         try:
