@@ -11,6 +11,7 @@ longer together than a row has room for are cut, the longest first.
     per writer:  8 bytes rows in use, 56 spare; then rows of LABEL_BYTES + 8
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -115,11 +116,7 @@ class Histogram:
         """Count one value. Buckets are not cumulative here; the admin process adds them up."""
         values = self._values
         values[self._sum] += value
-        for bound, cell in zip(self._bounds, self._cells, strict=False):
-            if value <= bound:
-                values[cell] += 1.0
-                return
-        values[self._cells[-1]] += 1.0
+        values[self._cells[bisect_left(self._bounds, value)]] += 1.0
 
 
 def merge(regions: list[Series]) -> dict[tuple[str, ...], float]:

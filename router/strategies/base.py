@@ -95,11 +95,9 @@ def fewest(counts: list[int], rng: random.Random) -> int:
     ties = counts.count(best)
     if ties == 1:
         return counts.index(best)
-    nth = int(rng.random() * ties)
-    index = counts.index(best)
-    for _ in range(nth):
-        index = counts.index(best, index + 1)
-    return index
+    if ties == len(counts):
+        return int(rng.random() * ties)
+    return [index for index, count in enumerate(counts) if count == best][int(rng.random() * ties)]
 
 
 def lowest(scores: list[float], rng: random.Random) -> int:

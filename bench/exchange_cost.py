@@ -1,0 +1,134 @@
+"""What one exchange costs, part by part: `python -m bench.exchange_cost [--strategy NAME] [--pods N] [--json]`.
+
+CPU time of this process (not wall time), best of several rounds, in microseconds. The messages are those of
+`extload`: thirteen headers, a chat body of the given size.
+"""
+
+import argparse
+import json
+import sys
+import time
+import timeit
+from collections.abc import Callable
+
+import numpy as np
+import orjson
+
+from protos.ext_proc_pb2 import ProcessingRequest
+from router import wire
+from router.bodies import read_body
+from router.exchange import Exchange, Peer, _plain
+from router.scheduler import Scheduler
+from state.catalog import CatalogDocument, PodRecord
+from state.pods import FIELDS, Health
+from state.tables import FIRST_WORKER, Capacity, Tables
+from workers.ext_proc import request_ids
+
+MODEL = "llama-3-8b"
+HEADERS = {
+    ":authority": "llm.example.com",
+    ":path": "/v1/chat/completions",
+    ":method": "POST",
+    ":scheme": "http",
+    "content-type": "application/json",
+    "content-length": "4000",
+    "user-agent": "OpenAI/Python 1.50.2",
+    "authorization": "Bearer sk-12345678901234567890",
+    "accept": "application/json",
+    "accept-encoding": "gzip, deflate",
+    "x-forwarded-proto": "http",
+    "x-request-id": "b7a5b4d2-7d8f-4a86-98b8-3e2d2f1b8f11",
+    "x-stainless-lang": "python",
+}
+
+
+def fleet(pods: int) -> Tables:
+    """Tables with that many pods, all ready."""
+    tables = Tables.create(Capacity(pods=max(pods, 64)), FIRST_WORKER)
+    tables.ledger.admit(FIRST_WORKER)
+    row = np.full(len(FIELDS), np.nan)
+    row[: FIELDS.index("running")] = 0.0
+    row[FIELDS.index("health")] = Health.READY
+    records = []
+    for slot in range(pods):
+        tables.pods.claim(slot, slot + 1)
+        tables.pods.write(slot, row)
+        records.append(PodRecord(slot, slot + 1, f"pod-{slot}", f"10.0.{slot // 250}.{slot % 250}:8000", (MODEL,)))
+    tables.catalog.publish(CatalogDocument(tuple(records)))
+    return tables
+
+
+def messages(size: int) -> tuple[bytes, bytes, bytes]:
+    """(request headers, request body, the JSON in it)."""
+    headers = ProcessingRequest()
+    for name, value in HEADERS.items():
+        headers.request_headers.headers.headers.add(key=name, raw_value=value.encode())
+    text = "You are a helpful assistant, and this is what you know. " * (size // 56 + 1)
+    document = {
+        "model": MODEL,
+        "stream": False,
+        "max_tokens": 64,
+        "messages": [{"role": "system", "content": text[: max(size - 150, 1)]}, {"role": "user", "content": "hello"}],
+    }
+    body = ProcessingRequest()
+    body.request_body.body = orjson.dumps(document)
+    body.request_body.end_of_stream = True
+    return headers.SerializeToString(), body.SerializeToString(), body.request_body.body
+
+
+def measured(run: Callable[[], object], rounds: int = 5, number: int = 5000) -> float:
+    """CPU microseconds of one call."""
+    run()
+    return min(timeit.repeat(run, number=number, repeat=rounds, timer=time.process_time)) / number * 1e6
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--strategy", default="least-request")
+    parser.add_argument("--pods", type=int, default=64)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--json", action="store_true")
+    chosen = parser.parse_args()
+
+    scheduler = Scheduler(fleet(chosen.pods), chosen.strategy, time.monotonic)
+    peer, new_id = Peer(), request_ids()
+    headers, body, document = messages(chosen.size)
+    headers_part, body_part = wire.phase_part(headers), wire.phase_part(body)
+    assert headers_part is not None and body_part is not None
+
+    def exchange() -> None:
+        stream = Exchange(scheduler, peer, new_id, 1 << 26)
+        stream.receive(headers)
+        stream.receive(body)
+        stream.close()
+
+    def headers_only() -> None:
+        stream = Exchange(scheduler, peer, new_id, 1 << 26)
+        stream.receive(headers)
+        stream.close()
+
+    figures = {
+        "two-message exchange": measured(exchange),
+        "of it, request headers": measured(headers_only),
+        "headers where they lie": measured(lambda: wire.read_headers(headers, headers_part, wire.REQUEST_NAMES)),
+        "headers by protobuf": measured(
+            lambda: _plain(ProcessingRequest.FromString(headers).request_headers, wire.REQUEST_NAMES)
+        ),
+        "body where it lies": measured(lambda: wire.read_body(body, body_part)),
+        "body by protobuf": measured(lambda: ProcessingRequest.FromString(body).request_body.body),
+        "orjson.loads": measured(lambda: orjson.loads(document)),
+        "body read and checked": measured(lambda: read_body("/v1/chat/completions", "application/json", document)),
+        "request id": measured(new_id),
+    }
+    if chosen.json:
+        print(json.dumps(figures))
+    else:
+        print(f"{chosen.strategy}, {chosen.pods} pods, {chosen.size} bytes: CPU microseconds")
+        for name, microseconds in figures.items():
+            print(f"  {name:26} {microseconds:8.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
