@@ -101,9 +101,12 @@ class TablesCollector(Collector):
 
     def _processes(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("pointsman_process_up", "1 for a process that is ready", labels=("process", "number"))
-        for process in self._tables.roster.processes():
-            ready = 1.0 if process.phase is Phase.READY else 0.0
-            up.add_metric((process.kind.name.lower(), str(process.number)), ready)
+        ready: dict[tuple[str, str], float] = {}
+        for process in self._tables.roster.processes():  # a worker and its successor are one
+            key = process.kind.name.lower(), str(process.number)
+            ready[key] = max(ready.get(key, 0.0), 1.0 if process.phase is Phase.READY else 0.0)
+        for key, value in ready.items():
+            up.add_metric(key, value)
         yield up
 
 
