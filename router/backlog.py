@@ -32,14 +32,18 @@ class Backlog:
         """Tokens that a request of late had to compute."""
         self.largest_tokens = 0.0
         """Of the requests of late."""
+        self._seen: Candidates | None = None
+        self._seen_at = 0.0
+        self._until: Floats = np.zeros(0)
 
     def follow(self, candidates: Candidates, speeds: Speeds, promised: Ints, now: float) -> Floats:
         """Tokens still to do on each candidate. `promised` is `candidates.promised()`."""
         most: Floats | None = candidates.derived.get(Backlog)
         if most is None:
             most = candidates.derived[Backlog] = self._hold_against_poll(candidates, speeds, now)
-        todo = candidates.busy_until()
-        todo -= now
+        until = candidates.busy_until()
+        self._seen, self._seen_at, self._until = candidates, now, until
+        todo = until - now
         todo *= speeds.drain
         np.minimum(todo, most + promised, out=todo)
         np.maximum(todo, 0.0, out=todo)
@@ -49,8 +53,10 @@ class Backlog:
         """A request is sent to candidate `index` that has so much to compute."""
         self.mean_tokens += 0.02 * (uncached_tokens - self.mean_tokens)
         self.largest_tokens = max(self.largest_tokens * 0.999, uncached_tokens)
-        until = max(float(candidates.busy_until()[index]), now)
-        candidates.occupy(index, until + uncached_tokens * float(speeds.prefill_seconds[index]))
+        known = self._until if self._seen is candidates and self._seen_at == now else candidates.busy_until()
+        until = max(float(known[index]), now) + uncached_tokens * float(speeds.prefill_seconds[index])
+        known[index] = until
+        candidates.occupy(index, until)
 
     def _hold_against_poll(self, candidates: Candidates, speeds: Speeds, now: float) -> Floats:
         """What engines say is waiting: raise the account where it is too low, and return the bound from above, to

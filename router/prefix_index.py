@@ -105,7 +105,7 @@ class Match:
         out = [common] * slots.count
         for length, bitmap in others:
             places = slots.places(bitmap)
-            for place in (places,) if isinstance(places, int) else places:
+            for place in (places,) if isinstance(places, int) else places.tolist():
                 out[place] = length
         return out
 
@@ -119,9 +119,9 @@ class SlotIndex:
         self.count = len(slots)
         self.positions = {1 << slot: position for position, slot in enumerate(slots)}
         self.mask = sum(self.positions)
-        self._places: dict[int, int | list[int]] = {}
+        self._places: dict[int, int | Ints] = {}
 
-    def places(self, bitmap: int) -> int | list[int]:
+    def places(self, bitmap: int) -> int | Ints:
         """Where the pods of a bitmap stand, as an index into arrays. The same sets of pods come again and again."""
         found = self._places.get(bitmap)
         if found is None:
@@ -132,7 +132,8 @@ class SlotIndex:
                 low = rest & -rest
                 positions.append(self.positions[low])
                 rest ^= low
-            found = self._places[bitmap] = positions[0] if len(positions) == 1 else positions
+            found = positions[0] if len(positions) == 1 else np.array(positions)
+            self._places[bitmap] = found
         return found
 
 
@@ -263,7 +264,7 @@ class PrefixIndex:
         if self._log.writer is not None:
             self._log.append(Routed(slot, self._tags[slot], now, chain.block_bytes, packed))
             self._reader.appended()
-        self._note(slot, packed, chain.block_bytes, now)
+        self._note(slot, packed, chain.block_bytes, now, chain.hashes)
 
     def forget(self, slot: int) -> None:
         """Drop everything the view believes of a pod."""
@@ -297,8 +298,8 @@ class PrefixIndex:
                 self._tags[slot] = tag
             self._room[slot] = tokens if tokens > 0 else self._default_tokens
 
-    def _note(self, slot: int, packed: bytes, block_bytes: int, at: float) -> None:
-        """Enter that the pod in row `slot` was sent this prompt."""
+    def _note(self, slot: int, packed: bytes, block_bytes: int, at: float, hashes: list[int] | None = None) -> None:
+        """Enter that the pod in row `slot` was sent this prompt. `hashes` are the packed ones, where they are known."""
         runs, bit = self._runs, 1 << slot
         order = self._orders[slot]
         size = len(packed)
@@ -306,7 +307,7 @@ class PrefixIndex:
         parent: Run | None = None
         path: list[Run] = []
         while byte < size:
-            key = int.from_bytes(packed[byte : byte + 8], "little")
+            key = hashes[byte >> 3] if hashes else int.from_bytes(packed[byte : byte + 8], "little")
             run = runs.get(key)
             if run is None:
                 run = Run(key, parent, byte >> 3, packed[byte:], block_bytes)

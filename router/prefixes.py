@@ -34,7 +34,8 @@ class LookUp:
         """Prompt tokens that each candidate would have to compute."""
         prompt, slots = self.prompt_tokens, self.slots
         common, others = self.match.split(slots)
-        out: Floats = np.full(slots.count, prompt - self._tokens(common))
+        out: Floats = np.empty(slots.count)
+        out.fill(prompt - self._tokens(common))
         for blocks, bitmap in others:
             out[slots.places(bitmap)] = prompt - self._tokens(blocks)
         return out
