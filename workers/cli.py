@@ -94,8 +94,10 @@ def serve(path: Path | None, log_format: str | None, **flags: Any) -> None:
         given["log"] = {"format": log_format}
     config = load_or_exit(path, given)
     from workers.supervisor import serve as run
+    from workers.transport import tls_context
 
     try:
+        tls_context(config.tls)
         code = run(config, lambda: load(path, given))
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)

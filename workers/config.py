@@ -112,6 +112,15 @@ class LogConfig(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class TlsConfig(_Section):
+    """TLS on the workers' addresses. All are PEM files."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+    """Ask for client certificates, signed by one of these."""
+
+
 class EnvoyConfig(_Section):
     """What `pointsman envoy` writes."""
 
@@ -145,6 +154,8 @@ class Config(BaseSettings):
     """The largest gRPC message a worker takes: a request body and its envelope."""
     drain_seconds: Seconds = 30.0
     """How long a stopping worker waits for streams that still need it."""
+    tls: TlsConfig | None = None
+    """Needs transport h2."""
     scrape: ScrapeConfig = ScrapeConfig()
     capacity: CapacityConfig = CapacityConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -175,6 +186,8 @@ class Config(BaseSettings):
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy: {_no_such('strategy', self.strategy, STRATEGIES)}")
         self._check_users()
+        if self.tls is not None and self.transport != "h2":
+            raise ValueError("tls: only transport h2 serves TLS")
         most = self.max_workers
         if most < self.workers:
             raise ValueError(f"capacity.workers is {most}, fewer than the {self.workers} workers to start")

@@ -1,5 +1,6 @@
 """An ext_proc worker: a transport, the methods it serves, and the scheduler behind them."""
 
+import asyncio
 import os
 import random
 import time
@@ -11,13 +12,16 @@ from router.scheduler import Scheduler
 from state.tables import Tables
 from workers.calls import Call, CallError, Metadata, Method, Methods, Reply, Status
 from workers.config import Config
+from workers.h2.limits import Counters
 from workers.health import EXT_PROC_SERVICE, Health
 from workers.process import Stop
-from workers.transport import make_server
+from workers.transport import Meter, make_server, tls_context
 
 PROCESS = f"/{EXT_PROC_SERVICE}/Process"
 STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
 
+COPY_SECONDS = 1.0
+"""Between two copies of the transport's counters into the shared tables."""
 _MOST_PEERS = 256
 
 
@@ -88,11 +92,21 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
     """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
     stop = Stop()
     health = Health()
+    counters = Counters()
     scheduler = Scheduler(tables, config.strategy, time.monotonic)
-    server = make_server(config, methods(scheduler, health, config.max_message_bytes))
-    await server.listen(config.listen)
-    await server.listen(config.worker_address(index))
+    server = make_server(config, methods(scheduler, health, config.max_message_bytes), counters)
+    context = tls_context(config.tls)
+    await server.listen(config.listen, context)
+    await server.listen(config.worker_address(index), context)
     ready()
+    copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series)))
     await stop.wait()
     health.stop()
     await server.stop(config.drain_seconds)
+    copying.cancel()
+
+
+async def _copy_counters(meter: Meter) -> None:
+    while True:
+        meter.copy()
+        await asyncio.sleep(COPY_SECONDS)

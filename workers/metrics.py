@@ -58,6 +58,11 @@ class TablesCollector(Collector):
 
     @staticmethod
     def _gauges(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:
+        levels = GaugeMetricFamily("pointsman_transport_level", "What the transport has open", labels=("what",))
+        for labels, value in merged.items():
+            if labels[0] == "transport_level":
+                levels.add_metric(labels[1:], value)
+        yield levels
         modes = GaugeMetricFamily(
             "pointsman_strategy_mode", "What a strategy bases its choices on", labels=("model", "mode")
         )
