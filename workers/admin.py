@@ -18,7 +18,6 @@ from workers.config import Config
 from workers.metrics import TablesCollector
 from workers.process import Stop
 
-
 _OWN = (
     Entry.REQUESTS, Entry.TOKENS, Entry.PROMISED, Entry.REQUESTS_HELD, Entry.TOKENS_HELD, Entry.CHOSEN,
     Entry.SUCCEEDED, Entry.FAILED,
