@@ -41,7 +41,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="pointsman")
+@click.version_option(package_name="pointsman", prog_name="pointsman")
 def main() -> None:
     """Sends each LLM request to the pod that will answer it soonest: an external processor for Envoy."""
 

