@@ -131,6 +131,11 @@ class EnvoyConfig(_Section):
     destination: Literal["header", "metadata", "override-host"] = "header"
     accounting: Literal["access-log", "stream"] = "access-log"
     body_limit_bytes: int = Field(32 << 20, ge=1024)
+    router_ca: Path | None = None
+    """Where `tls` is set: what Envoy checks the workers' certificate against; none: it is not checked."""
+    client_certificate: Path | None = None
+    client_key: Path | None = None
+    """What Envoy shows where `tls.client_ca` is set."""
 
 
 class Config(BaseSettings):

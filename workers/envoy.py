@@ -224,7 +224,7 @@ def _router_cluster(config: Config) -> Json:
     endpoints = [
         {"endpoint": {"address": _reachable(config.worker_address(number), config)}} for number in range(config.workers)
     ]
-    return {
+    cluster = {
         "name": ROUTER_CLUSTER,
         "type": _cluster_type(endpoints),
         "connect_timeout": "1s",
@@ -260,6 +260,27 @@ def _router_cluster(config: Config) -> Json:
         # With no worker healthy, try them all the same: one may have come up since the last health check.
         "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
         "load_assignment": {"cluster_name": ROUTER_CLUSTER, "endpoints": [{"lb_endpoints": endpoints}]},
+    }
+    if config.tls is not None:
+        cluster["transport_socket"] = _tls(config)
+    return cluster
+
+
+def _tls(config: Config) -> Json:
+    envoy = config.envoy
+    common: Json = {"alpn_protocols": ["h2"]}
+    if envoy.router_ca is not None:
+        common["validation_context"] = {"trusted_ca": {"filename": str(envoy.router_ca)}}
+    if envoy.client_certificate is not None:
+        common["tls_certificates"] = [
+            {
+                "certificate_chain": {"filename": str(envoy.client_certificate)},
+                "private_key": {"filename": str(envoy.client_key)},
+            }
+        ]
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": _typed("extensions.transport_sockets.tls.v3.UpstreamTlsContext", common_tls_context=common),
     }
 
 

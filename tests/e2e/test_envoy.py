@@ -5,6 +5,7 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import aiohttp
 import openai
@@ -156,3 +157,22 @@ async def test_accounting_by_stream(transport: str, session: aiohttp.ClientSessi
             assert sum(in_flight(lab)) == 1
             await answer.read()
         lab.until(lambda: sum(in_flight(lab)) == 0, "the charge to be released")
+
+
+async def test_tls_with_client_certificates_between_envoy_and_the_workers(session: aiohttp.ClientSession) -> None:
+    pem = Path(__file__).parent.parent / "fixtures" / "tls"
+    settings = {
+        "tls": {
+            "certificate": str(pem / "server.pem"),
+            "key": str(pem / "server.key"),
+            "client_ca": str(pem / "ca.pem"),
+        },
+        "envoy": {
+            "router_ca": str(pem / "ca.pem"),
+            "client_certificate": str(pem / "client.pem"),
+            "client_key": str(pem / "client.key"),
+        },
+    }
+    with Lab(pods=1, workers=1, settings=settings) as lab:
+        outcome = await send(session, lab.envoy_url, chat(lab.model, stream=True))
+        assert outcome.ok, outcome
