@@ -25,11 +25,6 @@ class LookUp:
         self.block_tokens = chain.block_bytes * prompt_tokens / text_bytes if text_bytes else 0.0
         """This prompt's tokens in one block of its text."""
 
-    @property
-    def longest_tokens(self) -> float:
-        """What the pod that holds most holds of it."""
-        return self._tokens(self.match.longest)
-
     def uncached(self) -> Floats:
         """Prompt tokens that each candidate would have to compute."""
         prompt, slots = self.prompt_tokens, self.slots

@@ -23,7 +23,8 @@ after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches
 It does not take more: with rates wrong by a factor of 2 (prefill) or 3 (decode) `marginal-delay` decides almost
 as well.
 
-Cost: 110 µs per poll of any of 64 pods; nothing per request.
+Cost: 70 µs per poll of any of 64 pods, paid by the next decision; nothing per request (`bench.decision_cost`, `poll`,
+which counts what else such a decision finds changed).
 """
 
 from dataclasses import dataclass
@@ -69,7 +70,6 @@ class Speeds:
         "decode_per_budget",
         "drain",
         "elsewhere",
-        "fresh",
         "idle_step",
         "output_tokens",
         "polled",
@@ -99,8 +99,6 @@ class Speeds:
         """Candidates with a sample not seen before."""
         self.sampled_at = 0.0
         """The median pod's last poll."""
-        self.fresh = False
-        """Whether that was less than STALE_SECONDS ago when the epoch began."""
 
 
 class _Pod:
@@ -167,7 +165,6 @@ class Rates:
         out.output_tokens = fleet.output_tokens
         out.select = fleet.select
         out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
-        out.fresh = now - out.sampled_at < STALE_SECONDS
         self._elsewhere(out, candidates, sampled, now)
         return out
 

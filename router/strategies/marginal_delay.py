@@ -45,6 +45,8 @@ class MarginalDelay(Scoring):
     shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other
     gateways sent. Source: our own, found by simulation on public traces (docs/routing.md).
 
+    Cost: 20 µs for 64 pods, 25 for 256, beside hashing and look-up (`bench.decision_cost`).
+
     It needs little to work: with old metrics it goes by its own account and the speeds it learnt before; without
     prefix knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
     """
