@@ -104,6 +104,21 @@ class LimitsConfig(_Section):
     """For an answer of Redis, before it counts as out of reach."""
 
 
+class PrefixConfig(_Section):
+    """What the router remembers of the prefixes it sent where."""
+
+    blocks: int = Field(1 << 20, ge=1024, le=1 << 26)
+    """Distinct blocks that each worker's view may hold."""
+    ttl_seconds: Seconds = 1200.0
+    """After which a prefix that was not used again counts as evicted by the engine."""
+    block_bytes: int = Field(0, ge=0, le=65536)
+    """Bytes of text in a block; 0 follows the engines' KV blocks."""
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    """Of the hashes; must be the same in all replicas."""
+    ring_bytes: int = Field(4 << 20, ge=65536)
+    """Room of each worker's log in shared memory."""
+
+
 class LogConfig(_Section):
     """What is written to standard error."""
 
@@ -152,7 +167,7 @@ class Config(BaseSettings):
     workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=256)
     transport: Literal["h2", "grpcio"] = "h2"
     admin: Address = "0.0.0.0:8080"
-    strategy: str = "least-request"
+    strategy: str = "marginal-delay"
     endpoints: OptionalPath = None
     redis: str | None = None
     max_message_bytes: int = Field(64 << 20, ge=4096, le=1 << 30)
@@ -162,6 +177,7 @@ class Config(BaseSettings):
     tls: TlsConfig | None = None
     """Needs transport h2."""
     scrape: ScrapeConfig = ScrapeConfig()
+    prefix: PrefixConfig = PrefixConfig()
     capacity: CapacityConfig = CapacityConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()

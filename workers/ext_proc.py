@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from router.access_log import AccessLog
 from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY, Exchange, MessageError, Peer
+from router.prefixes import Prefixes
 from router.scheduler import Scheduler
 from state.tables import Tables
 from workers.calls import Call, CallError, Metadata, Method, Methods, Reply, Status
@@ -88,12 +89,24 @@ def methods(scheduler: Scheduler, health: Health, max_body_bytes: int) -> Method
     }
 
 
+def prefix_knowledge(config: Config, tables: Tables) -> Prefixes:
+    """This worker's view of the prefixes that all workers of the replica sent somewhere."""
+    prefix = config.prefix
+    return Prefixes.of(
+        tables,
+        seed=prefix.seed,
+        block_bytes=prefix.block_bytes,
+        max_blocks=prefix.blocks,
+        ttl_seconds=prefix.ttl_seconds,
+    )
+
+
 async def run_worker(config: Config, tables: Tables, index: int, ready: Callable[[], None]) -> None:
     """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
     stop = Stop()
     health = Health()
     counters = Counters()
-    scheduler = Scheduler(tables, config.strategy, time.monotonic)
+    scheduler = Scheduler(tables, config.strategy, time.monotonic, prefixes=prefix_knowledge(config, tables))
     server = make_server(config, methods(scheduler, health, config.max_message_bytes), counters)
     context = tls_context(config.tls)
     await server.listen(config.listen, context)
