@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fleet import MODEL, make_fleet, set_row
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.fleet import Candidates, Fleet
@@ -230,6 +230,7 @@ def test_a_pod_without_the_metric_is_neither_shunned_nor_flooded(name: str) -> N
 
 
 @pytest.mark.parametrize("name", [*EQUAL, "random", "round-robin", "least-request", "power-of-two"])
+@settings(max_examples=40)
 @given(st.data())
 def test_any_metrics_give_a_pod(name: str, data: Any) -> None:
     value = st.one_of(st.just(NAN), st.just(0.0), st.floats(0, 1e9), st.just(float("inf")))
