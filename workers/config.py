@@ -296,16 +296,31 @@ def _aibrix_environment() -> dict[str, Any]:
     if env.get("REDIS_HOST"):
         password = f":{quote(env['REDIS_PASSWORD'], safe='')}@" if env.get("REDIS_PASSWORD") else ""
         values["redis"] = f"redis://{password}{env['REDIS_HOST']}:{env.get('REDIS_PORT', '6379')}/0"
-    if env.get("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS"):
-        try:
-            seconds = float(env["AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS"]) / 1000
-        except ValueError:
-            raise ConfigError(
-                "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS: "
-                f"{env['AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS']!r} is no number of milliseconds"
-            ) from None
-        values["scrape"] = {"interval_min_seconds": seconds}
+    interval = _aibrix_number("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS", "milliseconds")
+    if interval is not None:
+        values["scrape"] = {"interval_min_seconds": interval / 1000}
+    prefix = {
+        "blocks": _aibrix_number("AIBRIX_PREFIX_CACHE_BLOCK_NUMBER", "blocks"),
+        "block_bytes": _aibrix_number("AIBRIX_PREFIX_CACHE_BLOCK_SIZE", "bytes"),
+        "seed": _aibrix_number("AIBRIX_PREFIX_CACHE_HASH_SEED", ""),
+        "ttl_seconds": _aibrix_number("AIBRIX_PREFIX_CACHE_EVICTION_DURATION_MINS", "minutes"),
+    }
+    if prefix["ttl_seconds"] is not None:
+        prefix["ttl_seconds"] *= 60
+    given = {name: value for name, value in prefix.items() if value is not None}
+    if given:
+        values["prefix"] = given
     return values
+
+
+def _aibrix_number(name: str, unit: str) -> float | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{name}: {text!r} is no number{' of ' + unit if unit else ''}") from None
 
 
 def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
