@@ -17,7 +17,8 @@ governs limits, not identity: where a key or token is required, one that cannot 
 Keys and the static token are compared as SHA-256 digests in constant time. A fast hash is right for the keys: they
 are 256 random bits, made by us, which no dictionary and no amount of guessing finds; slow hashes protect passwords.
 
-Cost per request of a limited user: 8 µs with shared memory (`pytest tests/router/test_limits.py --benchmark-enable`).
+Cost per request: 0.4 µs where there is nothing to look up, 6 µs for a user in shared memory, 7 µs by API key (`pytest
+tests/router/test_limits_gate.py --benchmark-enable`).
 """
 
 import hmac

@@ -22,7 +22,7 @@ import ssl
 import time
 from collections import deque
 from hashlib import sha1
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 import structlog
@@ -129,10 +129,11 @@ class _Connection(asyncio.Protocol):
         self._suspect: _Call | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
         """Done, with the reason, when the connection has ended."""
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        """Done when its socket is closed, too."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods alone
 
     def use_timeout(self, seconds: float) -> None:
         """From now on, while nothing waits."""
@@ -200,6 +201,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.end(str(exc) if exc else "the server closed it")
+        self.closed.set_result(None)
 
     def end(self, reason: str) -> None:
         """Close, and let everybody know who waits."""
@@ -239,10 +241,13 @@ class RedisLink:
 
     async def close(self) -> None:
         """End the connection; what still waits is LOST."""
+        connection = self._connection
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        if connection is not None:
+            await connection.closed
 
     def call(self, script: Script, *arguments: bytes) -> "asyncio.Future[Any] | None":
         """Run a script. None while there is no connection."""
