@@ -84,7 +84,7 @@ def test_empty_values_and_what_kubernetes_adds_for_a_service_of_our_name_mean_no
     monkeypatch.setenv("POINTSMAN_ENDPOINTS", "")
     monkeypatch.setenv("POINTSMAN_SERVICE_HOST", "10.96.0.7")
     monkeypatch.setenv("POINTSMAN_PORT", "tcp://10.96.0.7:50052")
-    assert load(None).model_dump() == load(None, {"strategy": "least-request"}).model_dump()
+    assert load(None).model_dump() == load(None, {"strategy": "marginal-delay"}).model_dump()
 
 
 def test_files_are_found_beside_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +98,8 @@ def test_files_are_found_beside_the_file_that_names_them(tmp_path: Path, monkeyp
 
 def test_one_load_leaves_nothing_for_the_next(tmp_path: Path) -> None:
     load(write(tmp_path, "strategy: random"))
-    assert load(None).strategy == "least-request"
-    assert Config().strategy == "least-request"
+    assert load(None).strategy == "marginal-delay"
+    assert Config().strategy == "marginal-delay"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
