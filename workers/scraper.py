@@ -88,7 +88,8 @@ class Scraper:
     async def run(self) -> None:
         """Until cancelled."""
         for slot, pod in self._registry.pods.items():
-            self._watch(slot, pod)
+            if slot not in self._pods:
+                self._watch(slot, pod)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._judge_forever())
             group.create_task(self._discover_forever())

@@ -1,0 +1,168 @@
+"""The scraper over real HTTP: pods fail and come back, and a restarted scraper carries on where its predecessor was."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from fleet import make_tables
+
+from state.pods import COLUMN, Health
+from state.tables import SCRAPER, Tables
+from workers.config import Config, load
+from workers.scraper import Scraper
+
+PAGE = (Path(__file__).parent.parent / "fixtures/vllm-0.32/metrics-after-4-requests.txt").read_bytes()
+
+
+class Engine:
+    """A pod's metrics page. `answers` is what it says: 200, 500, or 0 to hang up."""
+
+    def __init__(self) -> None:
+        self.answers = 200
+        self.polls = 0
+        self.address = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                self.polls += 1
+                if not self.answers:
+                    break
+                head = b"HTTP/1.1 %d x\r\ncontent-length: %d\r\n\r\n" % (self.answers, len(PAGE))
+                writer.write(head + PAGE)
+                await writer.drain()
+        writer.close()
+
+
+@pytest.fixture
+async def engines() -> AsyncIterator[list[Engine]]:
+    async with contextlib.AsyncExitStack() as stack:
+        made = []
+        for _ in range(2):
+            engine = Engine()
+            server = await stack.enter_async_context(await asyncio.start_server(engine.serve, "127.0.0.1", 0))
+            engine.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            made.append(engine)
+        yield made
+        await asyncio.sleep(0)
+
+
+def configuration(folder: Path, engines: list[Engine]) -> Config:
+    addresses = ", ".join(f"'{engine.address}'" for engine in engines)
+    (folder / "e.yaml").write_text(f"models: [{{name: m, endpoints: [{addresses}]}}]")
+    scrape = {"interval_min_seconds": 0.02, "interval_max_seconds": 0.03, "timeout_seconds": 0.5, "failures": 3}
+    return load(None, {"endpoints": folder / "e.yaml", "scrape": scrape})
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config, tables: Tables) -> AsyncIterator[Scraper]:
+    scraper = Scraper(config, tables)
+    await scraper.discover()
+    task = asyncio.ensure_future(scraper.run())
+    try:
+        yield scraper
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        for slot in list(scraper._pods):
+            scraper._unwatch(slot)
+        if scraper._timer is not None:
+            scraper._timer.cancel()
+        await asyncio.sleep(0)
+
+
+def states(tables: Tables) -> list[Health]:
+    return [Health(int(row[COLUMN["health"]])) for row in tables.pods.snapshot()[1]]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_pods_become_ready_fail_and_come_back(tmp_path: Path, engines: list[Engine]) -> None:
+    tables = make_tables(writer=SCRAPER)
+    async with running(configuration(tmp_path, engines), tables):
+        await until(lambda: states(tables) == [Health.READY, Health.READY])
+        engines[1].answers = 500
+        await until(lambda: states(tables) == [Health.READY, Health.FAILED])
+        engines[1].answers = 0
+        polls = engines[1].polls
+        await until(lambda: engines[1].polls > polls)
+        assert states(tables) == [Health.READY, Health.FAILED]
+        engines[1].answers = 200
+        await until(lambda: states(tables) == [Health.READY, Health.READY])
+
+
+async def test_a_restarted_scraper_makes_no_failed_pod_ready(tmp_path: Path, engines: list[Engine]) -> None:
+    tables = make_tables(writer=SCRAPER)
+    config = configuration(tmp_path, engines)
+    async with running(config, tables):
+        await until(lambda: states(tables) == [Health.READY, Health.READY])
+        engines[1].answers = 500
+        await until(lambda: states(tables) == [Health.READY, Health.FAILED])
+    before = tables.catalog.read()
+    seen = set()
+    async with running(config, tables):
+        polls = engines[1].polls
+
+        def look() -> bool:
+            seen.add(states(tables)[1])
+            return engines[1].polls >= polls + 3
+
+        await until(look)
+        assert seen == {Health.FAILED}
+        assert tables.catalog.read() == before
+        engines[1].answers = 200
+        await until(lambda: states(tables) == [Health.READY, Health.READY])
+
+
+async def test_a_scraper_that_restarts_onto_a_bad_file_keeps_the_pods(tmp_path: Path, engines: list[Engine]) -> None:
+    tables = make_tables(writer=SCRAPER)
+    config = configuration(tmp_path, engines)
+    async with running(config, tables):
+        await until(lambda: states(tables) == [Health.READY, Health.READY])
+    before = tables.catalog.read()
+    (tmp_path / "e.yaml").write_text("models: [")
+    async with running(config, tables):
+        polls = [engine.polls for engine in engines]
+        await until(lambda: all(engine.polls > was for engine, was in zip(engines, polls, strict=True)))
+        assert tables.catalog.read() == before
+
+
+async def test_failing_answers_eject_a_pod_but_never_the_last_that_could_serve(
+    tmp_path: Path, engines: list[Engine]
+) -> None:
+    tables = make_tables(writer=SCRAPER)
+    worker = Tables.attach(tables.segment.fd, 5)
+
+    def fail(slot: int) -> None:
+        for _ in range(5):
+            charge = worker.ledger.charge(slot, 1, 1, held=True)
+            worker.ledger.outcome(charge, ok=False)
+            worker.ledger.release(charge, held=True)
+
+    async with running(configuration(tmp_path, engines), tables) as scraper:
+        await until(lambda: states(tables) == [Health.READY, Health.READY])
+        fail(0)
+        await until(lambda: states(tables) == [Health.EJECTED, Health.READY])
+        fail(1)
+        await until(lambda: scraper._pods[1].bad == 5)
+        assert states(tables)[1] is Health.READY
+
+
+async def test_nor_one_whose_only_peer_has_failed(tmp_path: Path, engines: list[Engine]) -> None:
+    tables = make_tables(writer=SCRAPER)
+    worker = Tables.attach(tables.segment.fd, 5)
+    async with running(configuration(tmp_path, engines), tables) as scraper:
+        await until(lambda: states(tables) == [Health.READY, Health.READY])
+        engines[1].answers = 500
+        await until(lambda: states(tables) == [Health.READY, Health.FAILED])
+        for _ in range(5):
+            worker.ledger.outcome(worker.ledger.charge(0, 1, 1, held=True), ok=False)
+        await until(lambda: scraper._pods[0].bad == 5)
+        assert states(tables)[0] is Health.READY
