@@ -5,14 +5,14 @@ it some 0.5 ms of CPU, ten times our own transport.
 """
 
 import asyncio
-import contextlib
 import ssl
 from collections.abc import AsyncIterator, Awaitable
+from typing import Any
 
 import grpc
 import structlog
 
-from workers.calls import Call, CallError, Metadata, Method, Methods, Reply
+from workers.calls import Call, CallError, Method, Methods, Reply
 
 log = structlog.get_logger()
 
@@ -25,6 +25,8 @@ class GrpcioServer:
     def __init__(self, methods: Methods, *, max_message_bytes: int) -> None:
         self._methods = methods
         self._servers: list[grpc.aio.Server] = []
+        self.addresses: list[str] = []
+        """Where the server listens, with the ports that the kernel chose for port 0."""
         self._open: set[_Stream] = set()
         self._options = [
             ("grpc.so_reuseport", 1),
@@ -47,6 +49,8 @@ class GrpcioServer:
             raise OSError(f"cannot listen on {address}")
         await server.start()
         self._servers.append(server)
+        is_tcp = not address.startswith("unix:")
+        self.addresses.append(f"{address.rpartition(':')[0]}:{port}" if is_tcp else address)
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no new streams, end with OK those that nobody waits for, give the others `grace_seconds`."""
@@ -95,26 +99,27 @@ class _Stream:
         self._method = method
         self._context = context
         self._call: Call | None = None
-        self._reader: asyncio.Task[object] | None = None
+        self._waiting: asyncio.Task[Any] | None = None
         self._pushed: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1024)
 
     def end_if_idle(self) -> None:
         """For draining: a stream that nobody waits for ends with OK."""
-        if self._call is not None and self._call.idle and self._reader is not None:
-            self._reader.cancel()
+        if self._call is not None and self._call.idle and self._waiting is not None:
+            self._waiting.cancel()
 
     async def run(self) -> None:
         context = self._context
-        metadata: Metadata = {
-            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
-        }
-        call = self._call = self._method.open(metadata)
+        metadata: dict[str, str] = {}
+        for key, value in context.invocation_metadata() or ():
+            if isinstance(value, str):
+                metadata[key] = f"{metadata[key]}, {value}" if key in metadata else value
         pusher: asyncio.Task[None] | None = None
         try:
+            call = self._call = self._method.open(metadata)
             if self._method.pushes:
                 call.start(self._pushed.put_nowait)  # type: ignore[attr-defined]
-                pusher = asyncio.ensure_future(self._push())
-            await self._converse(call)
+                pusher = asyncio.ensure_future(self._push(call))
+            await self._converse(call, pusher)
         except CallError as error:
             await context.abort(_CODES.get(error.code, grpc.StatusCode.UNKNOWN), error.message)
         except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -125,21 +130,16 @@ class _Stream:
         finally:
             if pusher is not None:
                 pusher.cancel()
-            call.close()
+            if self._call is not None:
+                self._call.close()
 
-    async def _converse(self, call: Call) -> None:
+    async def _converse(self, call: Call, pusher: asyncio.Task[None] | None) -> None:
         while not call.finished:
-            self._reader = asyncio.ensure_future(self._context.read())
-            try:
-                message = await self._reader
-            except asyncio.CancelledError:
-                if call.idle and not self._context.cancelled():
-                    return
-                raise
+            message = await self._wait(call, asyncio.ensure_future(self._context.read()))
             if message is grpc.aio.EOF:
                 await self._send(call.half_close())
-                if self._method.pushes:
-                    await asyncio.Event().wait()
+                if pusher is not None:
+                    await self._wait(call, pusher)
                 return
             if not isinstance(message, bytes):
                 return
@@ -148,13 +148,22 @@ class _Stream:
                 answer = await answer
             await self._send(answer)
 
+    async def _wait(self, call: Call, task: asyncio.Task[Any]) -> object:
+        """The task's result; None when draining ended it."""
+        self._waiting = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if call.idle and task.cancelled() and not self._context.cancelled():
+                return None
+            raise
+
     async def _send(self, reply: Reply) -> None:
         if reply is None:
             return
         for message in (reply,) if isinstance(reply, bytes) else reply:
             await self._context.write(message)
 
-    async def _push(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            while True:
-                await self._context.write(await self._pushed.get())
+    async def _push(self, call: Call) -> None:
+        while not (call.finished and self._pushed.empty()):
+            await self._context.write(await self._pushed.get())

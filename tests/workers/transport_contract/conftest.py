@@ -13,11 +13,17 @@ from typing import Any
 import pytest
 import uvloop
 
-from workers.calls import CallError, Metadata, Method, Push, Reply
+from workers.calls import CallError, Metadata, Method, Methods, Push, Reply
+from workers.grpcio_transport import GrpcioServer
 from workers.h2.limits import Limits
 from workers.h2.server import H2Server
 
-TRANSPORTS: dict[str, Callable[..., Any]] = {"h2": H2Server}
+
+def grpcio(methods: Methods, *, limits: Limits) -> GrpcioServer:
+    return GrpcioServer(methods, max_message_bytes=limits.max_message_bytes)
+
+
+TRANSPORTS: dict[str, Callable[..., Any]] = {"h2": H2Server, "grpcio": grpcio}
 
 LIMITS = Limits(max_message_bytes=8 << 20)
 
