@@ -13,14 +13,14 @@ shows in each poll of the pod, and bounds the backlog from both sides: it is no 
 and no more than about twice that, the tokens sent since, and one prompt under way (an engine spreads at most one
 prompt over several steps).
 
-Cost: 5 µs per decision over 64 pods.
+Cost: 3 µs per decision over 64 pods.
 """
 
 import numpy as np
 
 from router.fleet import Candidates
 from router.rates import Rates, Speeds
-from state.pods import Floats, Ints
+from state.pods import Floats
 
 
 class Backlog:
@@ -36,18 +36,18 @@ class Backlog:
         self._seen_at = 0.0
         self._until: Floats = np.zeros(0)
 
-    def follow(self, candidates: Candidates, speeds: Speeds, promised: Ints, now: float) -> Floats:
-        """Tokens still to do on each candidate. `promised` is `candidates.promised()`."""
-        most: Floats | None = candidates.derived.get(Backlog)
-        if most is None:
-            most = candidates.derived[Backlog] = self._hold_against_poll(candidates, speeds, now)
+    def follow(self, candidates: Candidates, speeds: Speeds, now: float) -> Floats:
+        """Tokens still to do on each candidate."""
         until = candidates.busy_until()
         self._seen, self._seen_at, self._until = candidates, now, until
         todo = until - now
+        excess: _Excess | None = candidates.derived.get(Backlog)
+        if excess is None:
+            excess = candidates.derived[Backlog] = self._hold_against_poll(candidates, speeds, until, now)
+        if excess.any:
+            todo -= np.where(excess.since > now, excess.seconds, 0.0)
         todo *= speeds.drain
-        np.minimum(todo, most + promised, out=todo)
-        np.maximum(todo, 0.0, out=todo)
-        return todo
+        return np.maximum(todo, 0.0, out=todo)
 
     def chose(self, candidates: Candidates, index: int, uncached_tokens: int, speeds: Speeds, now: float) -> None:
         """A request is sent to candidate `index` that has so much to compute."""
@@ -58,20 +58,27 @@ class Backlog:
         known[index] = until
         candidates.occupy(index, until)
 
-    def _hold_against_poll(self, candidates: Candidates, speeds: Speeds, now: float) -> Floats:
-        """What engines say is waiting: raise the account where it is too low, and return the bound from above, to
-        which the tokens promised by now are to be added."""
-        mean = self.mean_tokens
+    def _hold_against_poll(self, candidates: Candidates, speeds: Speeds, until: Floats, now: float) -> "_Excess":
+        """What engines say is waiting: raise the account where it is too low, and find where it is too high."""
         waiting = candidates.metric("waiting")
-        if speeds.polled:
-            until = candidates.busy_until()
-            sampled = candidates.metric("sampled_at")
-            for i in speeds.polled:
-                if waiting[i] > 0:
-                    least = sampled[i] + waiting[i] * mean * speeds.prefill_seconds[i]
-                    if least > max(until[i], now):
-                        candidates.occupy(i, float(least))
-        most = 2.0 * waiting * mean + (self.largest_tokens + mean)
-        most -= candidates.metric("own_promised_at_sample")
-        most[np.isnan(most)] = np.inf
-        return most
+        tokens = self.mean_tokens
+        sampled = candidates.metric("sampled_at")
+        for i in speeds.polled:
+            if waiting[i] > 0:
+                least = float(sampled[i] + waiting[i] * tokens * speeds.prefill_seconds[i])
+                if least > max(until[i], now):
+                    candidates.occupy(i, least)
+        most = 2.0 * waiting * tokens + (self.largest_tokens + tokens)
+        most += candidates.promised() - candidates.metric("own_promised_at_sample")
+        return _Excess(until, np.maximum(until - (now + most * speeds.prefill_seconds), 0.0))
+
+
+class _Excess:
+    """By how many seconds the account of each pod is too high, for as long as what was promised by then may last."""
+
+    __slots__ = ("any", "seconds", "since")
+
+    def __init__(self, since: Floats, seconds: Floats) -> None:
+        self.since = since
+        self.seconds = np.nan_to_num(seconds)
+        self.any = bool(self.seconds.any())

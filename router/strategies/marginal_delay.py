@@ -66,7 +66,7 @@ class MarginalDelay(Scoring):
         prior = self._rates.prior
         speeds = self._rates.speeds(candidates, now)
         loads = candidates.loads()
-        todo = self._backlog.follow(candidates, speeds, loads[2], now)
+        todo = self._backlog.follow(candidates, speeds, now)
 
         prompt = float(request.prompt_tokens)
         uncached: Floats | None = None

@@ -32,7 +32,7 @@ class PrefixAware(Scoring):
     def to_prefill(self, candidates: Candidates, now: float) -> Floats:
         """Prompt tokens that each candidate was promised and has not computed yet."""
         speeds = self.rates.speeds(candidates, now)
-        return self.backlog.follow(candidates, speeds, candidates.promised(), now)
+        return self.backlog.follow(candidates, speeds, now)
 
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
         """Remember where the prompt went, and what it has to compute there."""
