@@ -43,7 +43,9 @@ h2spec:
 	@if [ ! -x bin/h2spec ] && command -v go >/dev/null; then \
 	    GOBIN=$(CURDIR)/bin GOFLAGS=-mod=mod go install github.com/summerwind/h2spec/cmd/h2spec@latest || true; fi
 
+# ARGS="--runs 1000000 --corpus FOLDER"
 fuzz: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python -m bench.fuzz $(ARGS)
 
 clean:
