@@ -60,10 +60,16 @@ class Limits(NamedTuple):
     tpm: int
 
 
+class TokenLimits(Limits):
+    """The same of a user whose record says its tokens itself: the chats it streams must tell their usage."""
+
+    __slots__ = ()
+
+
 def effective(rpm: int, tpm: int) -> Limits:
     """The limits that a user record means."""
     rpm = rpm or DEFAULT_RPM
-    return Limits(rpm, tpm or rpm * TOKENS_PER_REQUEST)
+    return TokenLimits(rpm, tpm) if tpm > 0 else Limits(rpm, tpm or rpm * TOKENS_PER_REQUEST)
 
 
 def digest_of(key: str | bytes) -> str:
@@ -110,6 +116,8 @@ class Answer(NamedTuple):
     """Of the user in this minute, the request included."""
     model_window: int = 0
     """The second in which the model's request was counted, for `give_back_model`."""
+    tells_usage: int = 0
+    """1 where the user's record has a limit of tokens, so that the chats it streams must tell their usage."""
 
 
 class Totals(NamedTuple):
@@ -196,7 +204,7 @@ class SharedCounters:
                     return Answer(Outcome.OVER_RPM, user, limits.rpm, wait)
                 return Answer(Outcome.OVER_TPM, user, limits.tpm, wait)
         if model_rps <= 0:
-            return Answer(Outcome.ADMITTED, user, 0, 0, requests, tokens)
+            return Answer(Outcome.ADMITTED, user, 0, 0, requests, tokens, 0, int(isinstance(limits, TokenLimits)))
         try:
             verdict, _, _, window = self._seconds.take(model, now, model_rps)
         except NoRoom:
@@ -205,7 +213,8 @@ class SharedCounters:
         if verdict is not Verdict.TAKEN:
             self._minutes.give_back(user, period)
             return Answer(Outcome.OVER_MODEL_RPS, user, model_rps)
-        return Answer(Outcome.ADMITTED, user, 0, 0, requests, tokens, window)
+        tells_usage = int(isinstance(limits, TokenLimits))
+        return Answer(Outcome.ADMITTED, user, 0, 0, requests, tokens, window, tells_usage)
 
     def add_tokens(self, user: str, tokens: int) -> Totals | None:
         """See `Counters.add_tokens`."""
@@ -232,6 +241,8 @@ class Grant(NamedTuple):
     tokens: int = 0
     model: str = ""
     model_window: int = 0
+    tells_usage: bool = False
+    """Whether the chats it streams must tell their usage."""
 
 
 NOBODY: Final = Grant()
@@ -256,6 +267,8 @@ class Gate:
         self._require_key = require_key
         self._open = on_outage == "open"
         self._policy = on_outage
+        self.needed = bool(token) or require_key or counters.has_users
+        """False where no request without a model's limit can be refused: then nobody need be asked."""
 
     def admit(self, user: bytes, authorization: bytes, model: str = "", model_rps: int = 0) -> Grant | Awaitable[Grant]:
         """Check and count a request by its `user` and `authorization` headers (empty where it has none), and by its
@@ -316,7 +329,8 @@ class Gate:
         if outcome is Outcome.ADMITTED:
             limited = self._counters.has_users and user != ""
             model = ask.model if ask.model_rps > 0 else ""
-            return Grant(user, limited, answer.requests, answer.tokens, model, answer.model_window)
+            tells_usage = bool(answer.tells_usage)
+            return Grant(user, limited, answer.requests, answer.tokens, model, answer.model_window, tells_usage)
         if outcome is Outcome.OVER_RPM:
             raise over_rpm(user, answer.limit, answer.retry_after_seconds)
         if outcome is Outcome.OVER_TPM:

@@ -35,7 +35,7 @@ if key ~= '' then
 elseif user ~= '' and redis.call('EXISTS', 'pointsman-user-keys/' .. user) == 1 then
   return {2, user}
 end
-local requests, tokens, rpm_key = 0, 0, nil
+local requests, tokens, rpm_key, tells_usage = 0, 0, nil, 0
 if user ~= '' then
   local record = redis.call('GET', 'aibrix-users/' .. user)
   if not record then return {1, user} end
@@ -45,6 +45,7 @@ if user ~= '' then
   if rpm == cjson.null then rpm = 0 end
   if tpm == cjson.null then tpm = 0 end
   if type(rpm) ~= 'number' or type(tpm) ~= 'number' then return {6, user} end
+  if tpm > 0 then tells_usage = 1 end
   if rpm == 0 then rpm = 100 end
   if tpm == 0 then tpm = rpm * 1000 end
   local bin = math.floor(now / 60) % 64
@@ -66,7 +67,7 @@ if rpm_key then
   requests = redis.call('INCR', rpm_key)
   redis.call('EXPIRE', rpm_key, 60)
 end
-return {0, user, 0, 0, requests, tokens, second}
+return {0, user, 0, 0, requests, tokens, second, tells_usage}
 """)
 
 ADD_TOKENS: Final = Script("""

@@ -52,7 +52,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_aibrix_records_and_counters_are_used_as_they_are(counters: RedisCounters, client: Any) -> None:
     client.set("aibrix-users/alice", '{"name": "alice", "rpm": 3, "tpm": 50}')
     client.set(f"aibrix:alice_RPM_CURRENT:{BIN}", 1)  # another gateway's
-    assert await ask(counters, "alice") == Answer(Outcome.ADMITTED, "alice", 0, 0, 2, 0, int(NOW))
+    assert await ask(counters, "alice") == Answer(Outcome.ADMITTED, "alice", 0, 0, 2, 0, int(NOW), 1)
     totals = counters.add_tokens("alice", 49)
     assert totals is not None and await totals == Totals(2, 49)
     assert client.get(f"aibrix:alice_TPM_CURRENT:{BIN}") == "49"
