@@ -18,12 +18,19 @@ from protos.ext_proc_pb2 import (
     ProcessingResponse,
 )
 
+Header = tuple[str, bytes]
+
 TARGET_POD = "target-pod"
 """The pod's ip:port in a request (Envoy's ORIGINAL_DST reads it), its name in a response. AIBrix's header."""
 ENDPOINT = "x-gateway-destination-endpoint"
 """The same, as the Gateway API inference extension calls it; also a key of the `envoy.lb` metadata."""
 NAMESPACE = "pointsman"
 """The dynamic metadata that our own Envoy configuration reads."""
+RESPONSE_NAMESPACE = "pointsman-response"
+"""The same, for headers that only some responses get: session, profile, receipt. A namespace of its own, since it is
+added to a template, and merged messages do not merge what lies inside a map."""
+RESPONSE_HEADERS = ("x-session-id", "x-aibrix-config-profile", "x-pointsman-decision")
+"""Those headers, which are also the keys there."""
 
 DESTINATION_HEADERS = (TARGET_POD, ENDPOINT, "model")
 """Headers by which a client could choose where its request goes. Removed before anything else happens."""
@@ -55,6 +62,12 @@ def _set(mutation: HeaderMutation, name: str, value: str | bytes) -> None:
     header.raw_value = value.encode() if isinstance(value, str) else value
 
 
+def _change(common: CommonResponse, pairs: Iterable[Header], remove: Iterable[str]) -> None:
+    for name, value in pairs:
+        _set(common.header_mutation, name, value)
+    common.header_mutation.remove_headers.extend(remove)
+
+
 def _headers_reply() -> ProcessingResponse:
     reply = ProcessingResponse()
     common = reply.request_headers.response
@@ -80,7 +93,27 @@ def _ask_for_body(response_body_mode: ProcessingMode.BodySendMode) -> bytes:
     return reply.SerializeToString()
 
 
+def _watch_response() -> bytes:
+    reply = _headers_reply()
+    reply.mode_override.request_body_mode = ProcessingMode.BUFFERED
+    reply.mode_override.response_header_mode = ProcessingMode.SEND
+    return reply.SerializeToString()
+
+
+def _response_body_mode(mode: ProcessingMode.BodySendMode) -> bytes:
+    reply = ProcessingResponse()
+    reply.mode_override.SetInParent()
+    reply.mode_override.response_body_mode = mode
+    return reply.SerializeToString()
+
+
 REQUEST_HEADERS = _headers_reply().SerializeToString()
+REQUEST_HEADERS_WATCH = _watch_response()
+"""For an Envoy that is set to tell nothing of responses, when this one's usage must be known."""
+RESPONSE_BODY_MODE = {
+    mode: _response_body_mode(mode) for mode in (ProcessingMode.NONE, ProcessingMode.STREAMED, ProcessingMode.BUFFERED)
+}
+"""To be added to a reply to response headers: how the body shall come. Envoy heeds it where it allows overrides."""
 REQUEST_HEADERS_ASK_FOR_BODY = {
     mode: _ask_for_body(mode)
     for mode in (
@@ -102,7 +135,7 @@ RESPONSE_TRAILERS = _empty("response_trailers")
 class RoutedReplies:
     """The replies that send one request to one pod with one strategy: templates, filled in per request."""
 
-    __slots__ = ("_body", "_response")
+    __slots__ = ("_body", "_pairs", "_response")
 
     def __init__(
         self, *, name: str, address: str, strategy: str, destination: Destination, ticket: str | None, duplex: bool
@@ -131,16 +164,15 @@ class RoutedReplies:
                 ours["request-id"] = _REQUEST_ID
         self._body = _Template(reply.SerializeToString(), _REQUEST_ID, _TOKENS)
 
-        response = ProcessingResponse()
-        common = response.response_headers.response
-        common.clear_route_cache = True
-        _set(common.header_mutation, "x-went-into-req-headers", "true")
-        _set(common.header_mutation, "request-id", _REQUEST_ID)
-        _set(common.header_mutation, "routing-strategy", strategy)
-        _set(common.header_mutation, TARGET_POD, name)
-        _set(common.header_mutation, "target-pod-ip", address)
-        _set(common.header_mutation, ":status", _STATUS)
-        self._response = _Template(response.SerializeToString(), _REQUEST_ID, _STATUS)
+        self._pairs = (
+            ("routing-strategy", strategy.encode()),
+            (TARGET_POD, name.encode()),
+            ("target-pod-ip", address.encode()),
+        )
+        reply_to_headers = response_headers(
+            response_pairs(_REQUEST_ID.encode(), _STATUS.encode(), self._pairs), clear_route_cache=True
+        )
+        self._response = _Template(reply_to_headers, _REQUEST_ID, _STATUS)
 
     def request_body(self, request_id: bytes, tokens: int) -> bytes:
         """The reply that routes: to the request body, or in full duplex mode to the headers held back until now.
@@ -150,6 +182,10 @@ class RoutedReplies:
     def response_headers(self, request_id: bytes, status: bytes) -> bytes:
         """The reply to the pod's response headers. `status` has three digits."""
         return self._response.fill(request_id, status)
+
+    def response_pairs(self, request_id: bytes, status: bytes) -> tuple[Header, ...]:
+        """The headers that `response_headers` sets; without a status for an empty one."""
+        return response_pairs(request_id, status, self._pairs)
 
 
 class _Template:
@@ -182,16 +218,81 @@ class _Template:
         return b"".join(pieces)
 
 
-def unrouted_response_headers(request_id: bytes, status: bytes) -> bytes:
-    """The reply to response headers of a request that was not routed: a GET, or an error of Envoy's own."""
+def response_pairs(request_id: bytes, status: bytes, routed: Iterable[Header] = ()) -> tuple[Header, ...]:
+    """What every response gets."""
+    pairs = (("x-went-into-req-headers", b"true"), ("request-id", request_id), *routed)
+    return (*pairs, (":status", status)) if status else pairs
+
+
+def response_headers(pairs: Iterable[Header], *, remove: Iterable[str] = (), clear_route_cache: bool = False) -> bytes:
+    """A reply to response headers, or something to be added to one."""
     reply = ProcessingResponse()
     common = reply.response_headers.response
-    common.clear_route_cache = True
-    _set(common.header_mutation, "x-went-into-req-headers", "true")
-    _set(common.header_mutation, "request-id", request_id)
-    if status:
-        _set(common.header_mutation, ":status", status)
+    common.clear_route_cache = clear_route_cache
+    _change(common, pairs, remove)
     return reply.SerializeToString()
+
+
+def request_body_more(pairs: Iterable[Header], *, duplex: bool = False) -> bytes:
+    """More headers for the pod, to be added to the reply that routes."""
+    reply = ProcessingResponse()
+    _change((reply.request_headers if duplex else reply.request_body).response, pairs, ())
+    return reply.SerializeToString()
+
+
+def response_body(
+    pairs: Iterable[Header] = (), *, body: bytes | None = None, clear: bool = False, remove: Iterable[str] = ()
+) -> bytes:
+    """A reply to a piece of the response's body, that replaces it or takes it away."""
+    reply = ProcessingResponse()
+    common = reply.response_body.response
+    common.SetInParent()
+    _change(common, pairs, remove)
+    if clear:
+        common.body_mutation.clear_body = True
+    elif body is not None:
+        common.body_mutation.body = body
+    return reply.SerializeToString()
+
+
+RESPONSE_BODY_HELD_BACK = response_body(clear=True)
+
+
+def for_the_response(pairs: Iterable[tuple[str, str]]) -> bytes:
+    """Headers of `RESPONSE_HEADERS` for an Envoy that tells nothing of responses: it adds them from its metadata."""
+    reply = ProcessingResponse()
+    fields = reply.dynamic_metadata.get_or_create_struct(RESPONSE_NAMESPACE)
+    for name, value in pairs:
+        fields[name] = value
+    return reply.SerializeToString()
+
+
+def endpoints_in_order(addresses: str, *, duplex: bool = False) -> bytes:
+    """To be added to a reply that routes by override_host: not one address but several, separated by commas, of which
+    Envoy takes the first and for its retries the next."""
+    reply = ProcessingResponse()
+    _change((reply.request_headers if duplex else reply.request_body).response, ((ENDPOINT, addresses.encode()),), ())
+    reply.dynamic_metadata.get_or_create_struct("envoy.lb")[ENDPOINT] = addresses
+    return reply.SerializeToString()
+
+
+def _content_length(digits: int) -> bytes:
+    filler = b"9" * digits
+    return request_body_more((("content-length", filler),)).removesuffix(filler)
+
+
+_CONTENT_LENGTH = tuple(_content_length(digits) for digits in range(12))
+
+
+def content_length(size: int) -> bytes:
+    """`request_body_more` of a content-length, for 0.2 µs."""
+    digits = b"%d" % size
+    return _CONTENT_LENGTH[len(digits)] + digits
+
+
+def unrouted_response_headers(request_id: bytes, status: bytes) -> bytes:
+    """The reply to response headers of a request that was not routed: a GET, or an error of Envoy's own."""
+    return response_headers(response_pairs(request_id, status), clear_route_cache=True)
 
 
 def streamed_body(body: bytes, *, request: bool, end: bool) -> tuple[bytes, ...]:
