@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import io
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ AT_ONCE = 6
 """Requests in flight in the first round."""
 PAUSE_SECONDS = 0.6
 """Between two requests afterwards."""
+PICTURE_WIDTH = 96
 PLAIN_WIDTH = 110
 _CODES = {"ok": 0, "failed": 1, "unusable": 2, "interrupted": 130}
 
@@ -225,6 +227,7 @@ def try_it(console: Console, lab: Lab) -> None:
 @click.option(
     "--destination", type=click.Choice(["header", "metadata", "override-host"]), help="How Envoy learns the pod."
 )
+@click.option("--picture", type=click.Path(dir_okay=False), help="Write the last tables there, as SVG.")
 @click.option("--keep-logs", is_flag=True, help="Leave the folder with logs and configuration behind.")
 @click.argument("pod_options", nargs=-1, type=click.UNPROCESSED)
 def demo(
@@ -234,6 +237,7 @@ def demo(
     once: bool,
     strategy: str | None,
     destination: str | None,
+    picture: str | None,
     keep_logs: bool,
     pod_options: tuple[str, ...],
 ) -> None:
@@ -267,6 +271,10 @@ def demo(
     if board.total.failed:
         click.echo(f"pointsman: {board.total.failed} of {board.total.requests} requests failed", err=True)
         result = "failed"
+    if picture is not None:
+        drawing = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO(), highlight=False)
+        drawing.print(board)
+        drawing.save_svg(picture, title="make demo")
     if keep_logs:
         console.print(f"logs and configuration: {lab.folder}", soft_wrap=True)
     sys.exit(_CODES[result])
