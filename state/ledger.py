@@ -162,7 +162,7 @@ class Ledger:
         tokens = np.where(rows[Entry.HOLDER] == self._generations, rows[Entry.TOKENS_HELD], 0)
         rows[Entry.REQUESTS] -= held
         rows[Entry.TOKENS] -= tokens
-        rows[Entry.REQUESTS_HELD] = rows[Entry.TOKENS_HELD] = 0
+        rows[Entry.REQUESTS_HELD] = rows[Entry.TOKENS_HELD] = rows[Entry.BUSY_UNTIL] = 0
         return int(held.sum())
 
     def settle(self, slot: int, requests: int, tokens: int) -> None:

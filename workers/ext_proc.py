@@ -92,13 +92,15 @@ def methods(scheduler: Scheduler, health: Health, max_body_bytes: int) -> Method
 def prefix_knowledge(config: Config, tables: Tables) -> Prefixes:
     """This worker's view of the prefixes that all workers of the replica sent somewhere."""
     prefix = config.prefix
-    return Prefixes.of(
+    known = Prefixes.of(
         tables,
         seed=prefix.seed,
         block_bytes=prefix.block_bytes,
         max_blocks=prefix.blocks,
         ttl_seconds=prefix.ttl_seconds,
     )
+    known.index.follow(time.monotonic(), limit=1 << 30)  # everything that predecessor and neighbours wrote
+    return known
 
 
 async def run_worker(config: Config, tables: Tables, index: int, ready: Callable[[], None]) -> None:
@@ -106,7 +108,13 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
     stop = Stop()
     health = Health()
     counters = Counters()
-    scheduler = Scheduler(tables, config.strategy, time.monotonic, prefixes=prefix_knowledge(config, tables))
+    scheduler = Scheduler(
+        tables,
+        config.strategy,
+        time.monotonic,
+        prefixes=prefix_knowledge(config, tables),
+        user_tokens=tables.user_tokens,
+    )
     server = make_server(config, methods(scheduler, health, config.max_message_bytes), counters)
     context = tls_context(config.tls)
     await server.listen(config.listen, context)

@@ -263,6 +263,7 @@ class Scraper:
             own, tokens = ledger.load(slot)
         row[COLUMN["own_requests_at_sample"]] = own
         row[COLUMN["own_tokens_at_sample"]] = tokens
+        row[COLUMN["own_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)
         self._write(watched, now)
         busy = own > 0 or sample.running > 0 or sample.waiting > 0
         self._pace.polled(slot, now, busy=busy, ok=True)
