@@ -6,22 +6,30 @@ pick the same pod; what each adds is visible to the other at its next decision.)
 """
 
 from collections.abc import Callable
+from heapq import nsmallest
+from math import isnan
 from typing import Any
 
-from router.errors import bad_strategy, no_pods, unknown_model
-from router.fleet import Fleet, Pod
-from router.replies import MOST_TOKENS, Destination, RoutedReplies
+from router.errors import header_value, model_asleep, no_pods, not_selected, unknown_model
+from router.fleet import Candidates, Fleet, Pod
+from router.receipts import Receipt
+from router.replies import MOST_TOKENS, Destination, RoutedReplies, endpoints_in_order
 from router.request import RoutingRequest
-from router.strategies import STRATEGIES, Context, Strategy
+from router.rules import Rules, awake, filtered, rules_of
+from router.strategies import STRATEGIES, Context, Scoring, Strategy
+from router.strategies.weighted import Strategies
 from state.ledger import Charge
 from state.series import Histogram
 from state.tables import Tables
+
+_MOST_REPLIES = 8192
+"""Templates kept; clients can ask for many combinations of strategies."""
 
 
 class Decision:
     """Where a request goes. Release it exactly once: with `Scheduler.release`, or by handing it to the access log."""
 
-    __slots__ = ("charge", "held", "model", "pod", "replies", "strategy", "tokens")
+    __slots__ = ("charge", "endpoints", "held", "model", "pod", "receipt", "replies", "strategy", "tokens")
 
     def __init__(self, pod: Pod, model: str, strategy: str, charge: Charge, held: bool, replies: RoutedReplies) -> None:
         self.pod = pod
@@ -31,10 +39,14 @@ class Decision:
         self.held = held
         self.tokens = charge.tokens
         self.replies = replies
+        self.endpoints = b""
+        """To be added to the reply: the pods for Envoy's retries, where it takes them from a list."""
+        self.receipt: Receipt | None = None
 
 
 class Scheduler:
-    """One process's decisions. `clock` gives monotonic seconds."""
+    """One process's decisions. `clock` gives monotonic seconds; `default_strategy` may be empty, for requests that
+    Envoy shall balance by itself unless they name a strategy."""
 
     def __init__(
         self,
@@ -43,6 +55,7 @@ class Scheduler:
         clock: Callable[[], float],
         *,
         seed: int | None = None,
+        retry_candidates: int = 2,
         **parts: Any,
     ) -> None:
         self.tables = tables
@@ -51,43 +64,78 @@ class Scheduler:
         self.clock = clock
         self.series = tables.series()
         self._ledger = tables.ledger
-        self._context = Context(seed, **parts)
-        self._strategies: dict[str, Strategy] = {}
+        self._retry_candidates = retry_candidates
+        self._strategies = Strategies(STRATEGIES, Context(seed, **parts))
         self._latency = Histogram(self.series, "decision_seconds")
         self._decision_cells: dict[tuple[str, int, int, str], int] = {}
         self._replies: dict[tuple[int, int, str, Destination, bool, bool], RoutedReplies] = {}
+        self._endpoints: dict[tuple[bool, tuple[int, ...]], bytes] = {}
+        self._rules: dict[str, Rules | None] = {}
         self._catalog_version = -1
 
-    def strategy(self, name: str) -> Strategy:
-        """The strategy of that name. Raises RequestError 400 when there is none."""
-        found = self._strategies.get(name)
-        if found is None:
-            kind = STRATEGIES.get(name)
-            if kind is None:
-                raise bad_strategy(name)
-            found = self._strategies[name] = kind(self._context)
-        return found
+    def strategy(self, value: str) -> Strategy:
+        """The strategy, or the combination of several, for a `routing-strategy`. Raises RequestError 400."""
+        return self._strategies.get(value)
 
-    def decide(
-        self, request: RoutingRequest, strategy_name: str, *, destination: Destination, held: bool, duplex: bool
-    ) -> Decision:
-        """Choose a pod and charge it. Raises RequestError when the model is unknown or nobody can serve it."""
-        started = self.clock()
-        candidates = self.fleet.candidates(request.model)
+    def serving(self, model: str) -> tuple[Candidates, Rules | None]:
+        """The pods that can take a request of this model now, at least one, and the model's rules if it has any.
+        Raises RequestError when the model is unknown, asleep, or nobody can serve it."""
+        candidates = self.fleet.candidates(model)
         if self._catalog_version != self.fleet.version:
             # Pods came, went or changed their names: forget what was made for them.
             self._catalog_version = self.fleet.version
             self._replies.clear()
+            self._endpoints.clear()
             self._decision_cells.clear()
+            self._rules.clear()
         if candidates is None:
-            raise unknown_model(request.model)
-        strategy = self.strategy(strategy_name)
+            raise unknown_model(model)
+        if model in self._rules:
+            rules = self._rules[model]
+        else:
+            rules = self._rules[model] = rules_of(self.fleet.models[model], self.fleet)
+        if rules is not None:
+            if rules.asleep:
+                raise model_asleep(model, rules.asleep)
+            candidates = awake(candidates, rules)
         if not candidates.pods:
-            raise no_pods(request.model)
+            raise no_pods(model)
+        return candidates, rules
+
+    @staticmethod
+    def select(candidates: Candidates, selector: str) -> Candidates:
+        """The candidates whose labels fit. Raises RequestError 503 when there are none, or it is no selector."""
+        found = filtered(candidates, selector)
+        if found is None or not found.pods:
+            raise not_selected()
+        return found
+
+    def decide(
+        self,
+        request: RoutingRequest,
+        strategy_name: str,
+        *,
+        destination: Destination,
+        held: bool,
+        duplex: bool,
+        candidates: Candidates | None = None,
+        started: float | None = None,
+        explain: bool = False,
+    ) -> Decision:
+        """Choose a pod and charge it. `candidates` are those of `serving`, or fewer. Raises RequestError."""
+        if started is None:
+            started = self.clock()
+        if candidates is None:
+            candidates, _ = self.serving(request.model)
+        strategy = self._strategies.get(strategy_name)
         index = strategy.pick(request, candidates, started)
+        label = strategy.name
         if strategy.fallbacks:
-            self.series.add(strategy.fallbacks, "fallbacks", strategy_name)
+            self.series.add(strategy.fallbacks, "fallbacks", label)
             strategy.fallbacks = 0
+        retries = destination is Destination.OVERRIDE_HOST and self._retry_candidates > 0
+        order = self._order(strategy, request, candidates, index, started) if retries and len(candidates) > 1 else ()
+        receipt = Receipt(strategy_name, strategy, request, candidates, index, started) if explain else None
         strategy.chosen(request, candidates, index, started)
         pod = candidates.pods[index]
         # What is charged is what the ticket can say, or the access log would not give all of it back.
@@ -95,9 +143,46 @@ class Scheduler:
         uncached = min(request.uncached_tokens, tokens) if request.uncached_tokens >= 0 else tokens
         charge = self._ledger.charge(pod.slot, tokens, uncached, held=held)
         replies = self._routed_replies(pod, strategy_name, destination, not held, duplex)
-        self._count(request.model, pod, strategy_name)
+        self._count(request.model, pod, label)
         self._latency.observe(self.clock() - started)
-        return Decision(pod, request.model, strategy_name, charge, held, replies)
+        decision = Decision(pod, request.model, strategy_name, charge, held, replies)
+        if order:
+            decision.endpoints = self._in_order(candidates, order, duplex)
+        decision.receipt = receipt
+        return decision
+
+    def explain(self, request: RoutingRequest, strategy_name: str, candidates: Candidates) -> Receipt:
+        """The decision that would be made, without making it."""
+        now = self.clock()
+        strategy = self._strategies.get(strategy_name)
+        index = strategy.pick(request, candidates, now)
+        strategy.fallbacks = 0
+        return Receipt(strategy_name, strategy, request, candidates, index, now)
+
+    def _order(
+        self, strategy: Strategy, request: RoutingRequest, candidates: Candidates, first: int, now: float
+    ) -> tuple[int, ...]:
+        """Indices of the chosen pod and the next best."""
+        loads = candidates.requests().tolist()
+        scores = strategy.scores(request, candidates, now).tolist() if isinstance(strategy, Scoring) else loads
+
+        def worth(index: int) -> tuple[bool, float, int]:
+            score = scores[index]
+            return (True, 0.0, loads[index]) if isnan(score) else (False, score, loads[index])
+
+        others = (index for index in range(len(loads)) if index != first)
+        return (first, *nsmallest(self._retry_candidates, others, key=worth))
+
+    def _in_order(self, candidates: Candidates, order: tuple[int, ...], duplex: bool) -> bytes:
+        pods = [candidates.pods[index] for index in order]
+        key = (duplex, tuple([pod.slot for pod in pods]))
+        found = self._endpoints.get(key)
+        if found is None:
+            if len(self._endpoints) >= _MOST_REPLIES:
+                self._endpoints.clear()
+            found = endpoints_in_order(",".join(pod.address for pod in pods), duplex=duplex)
+            self._endpoints[key] = found
+        return found
 
     def release(self, decision: Decision) -> None:
         """The request is over. Only for held charges: the others are released by the access log."""
@@ -121,10 +206,13 @@ class Scheduler:
         key = (pod.slot, pod.generation, strategy, destination, to_log, duplex)
         found = self._replies.get(key)
         if found is None:
+            if len(self._replies) >= _MOST_REPLIES:
+                self._replies.clear()
+            plain = strategy.isascii() and strategy.isprintable()
             found = self._replies[key] = RoutedReplies(
                 name=pod.name,
                 address=pod.address,
-                strategy=strategy,
+                strategy=strategy if plain else header_value(strategy).decode(),
                 destination=destination,
                 ticket=f"{pod.slot}.{pod.generation}" if to_log else None,
                 duplex=duplex,

@@ -17,6 +17,7 @@ from router.strategies.preble import Preble, PrefixCachePreble
 from router.strategies.prefix_cache import PrefixCache
 from router.strategies.random_choice import Random
 from router.strategies.round_robin import RoundRobin
+from router.strategies.session_affinity import SessionAffinity
 from router.strategies.sglang_cache_aware import SglangCacheAware
 from router.strategies.throughput import Throughput
 from router.strategies.vtc_basic import VtcBasic
@@ -38,6 +39,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         PrefixCache,
         PrefixCachePreble,
         VtcBasic,
+        SessionAffinity,
         AibrixPrefixCache,
         ConsistentHashBounded,
         DynamoKv,

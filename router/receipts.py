@@ -1,0 +1,60 @@
+"""The receipt of a decision: which strategy, what each candidate scored, and why. Made only when a client asks for it
+and the configuration allows that.
+"""
+
+import json
+from math import isfinite
+from typing import Any, Final
+
+from router.fleet import Candidates
+from router.request import RoutingRequest
+from router.strategies.base import Scoring, Strategy
+
+MOST_CANDIDATES: Final = 16
+"""The best so many are listed; a receipt is 2 KB at most, unless pods have long names."""
+LONGEST_TEXT: Final = 128
+
+
+class Receipt:
+    """Taken between `pick` and `chosen`, while the scores are still those that decided."""
+
+    __slots__ = ("document",)
+
+    def __init__(
+        self,
+        value: str,
+        strategy: Strategy,
+        request: RoutingRequest,
+        candidates: Candidates,
+        index: int,
+        now: float,
+    ) -> None:
+        scores: list[float | None] = [None] * len(candidates)
+        if isinstance(strategy, Scoring):
+            scores = [
+                score if isfinite(score) else None for score in strategy.scores(request, candidates, now).tolist()
+            ]
+        requests = candidates.requests().tolist()
+        matched = [round(tokens) for tokens in request.prefix.tokens()] if request.prefix is not None else None
+        listed = sorted(range(len(candidates)), key=lambda i: (i != index, scores[i] is None, scores[i] or 0.0, i))
+        rows: list[dict[str, Any]] = []
+        for i in listed[:MOST_CANDIDATES]:
+            row: dict[str, Any] = {"pod": candidates.pods[i].name[:LONGEST_TEXT], "requests": requests[i]}
+            score = scores[i]
+            if score is not None:
+                row["score"] = float(f"{score:.6g}")
+            if matched is not None:
+                row["matched_tokens"] = matched[i]
+            rows.append(row)
+        self.document: dict[str, Any] = {
+            "strategy": value[:LONGEST_TEXT],
+            "model": request.model[:LONGEST_TEXT],
+            "pod": candidates.pods[index].name[:LONGEST_TEXT],
+            "prompt_tokens": request.prompt_tokens,
+            "candidates": rows,
+            "of": len(candidates),
+        }
+
+    def text(self) -> str:
+        """As JSON in ASCII, fit for a header."""
+        return json.dumps(self.document, separators=(",", ":"))

@@ -1,0 +1,122 @@
+"""What a model's settings say of its requests: routing profiles, whether it is awake, which engine serves it.
+
+Worked out once per version of the catalog and model. Most models have no settings at all; for them there are no rules
+(None), and a request pays one look-up in a dictionary.
+
+A pod that hosts several models of which some sleep carries, as a label, AIBrix's annotation
+`modelclaim.aibrix.ai/<model>`: JSON with a `state`, which is active, activating, sleeping or failed. A model's own
+settings may say `state` instead, for all of its pods.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import orjson
+
+from router.fleet import Candidates, Fleet, Model
+from router.profiles import ProfileError, Profiles, parse_profiles
+from router.selectors import SelectorError, parse_selector
+
+CLAIM_PREFIX: Final = "modelclaim.aibrix.ai/"
+CONFIG: Final = "model.aibrix.ai/config"
+ENGINE: Final = "model.aibrix.ai/engine"
+ACTIVE: Final = "active"
+_STATES: Final = (ACTIVE, "activating", "sleeping", "failed")
+"""Of several pods' claims the first of these is the model's."""
+_MOST_SELECTORS: Final = 64
+
+
+class Rules:
+    """See the head of this file."""
+
+    __slots__ = ("asleep", "engine", "profiles", "sleepers")
+
+    def __init__(self, engine: str, profiles: Profiles | None, asleep: str, sleepers: frozenset[int]) -> None:
+        self.engine = engine
+        """Of the first pod, where its label names one."""
+        self.profiles = profiles
+        self.asleep = asleep
+        """The state of a model that is not active anywhere; else empty."""
+        self.sleepers = sleepers
+        """Slots of the pods on which it is not active, while it is on others."""
+
+
+def rules_of(model: Model, fleet: Fleet) -> Rules | None:
+    """The rules of a model; None where there are none."""
+    engine = next((_engine(pod.record.labels, pod.record.engine) for pod in model.pods), "")
+    states = {pod.slot: _claimed(pod.record.labels.get(CLAIM_PREFIX + model.name)) for pod in model.pods}
+    claimed = {state for state in states.values() if state}
+    asleep = ""
+    if claimed and claimed.issuperset(states.values()) and ACTIVE not in claimed:
+        asleep = min(claimed, key=_STATES.index)
+    stated = _state(model.settings.get("state"))
+    if stated and stated != ACTIVE:
+        asleep = stated
+    sleepers = frozenset(slot for slot, state in states.items() if state not in ("", ACTIVE))
+    profiles = next(_profiles(model, fleet), None)
+    if engine != "xdit" and profiles is None and not asleep and not sleepers:
+        return None
+    return Rules(engine, profiles, asleep, sleepers)
+
+
+def awake(candidates: Candidates, rules: Rules) -> Candidates:
+    """The pods on which the model is not asleep."""
+    if not rules.sleepers:
+        return candidates
+    found: Candidates | None = candidates.derived.get(Rules)
+    if found is None:
+        places = [i for i, pod in enumerate(candidates.pods) if pod.slot not in rules.sleepers]
+        found = candidates.derived[Rules] = candidates.subset(places)
+    return found
+
+
+def filtered(candidates: Candidates, selector: str) -> Candidates | None:
+    """The pods whose labels fit a label selector; None where it is none. The last few answers are kept until the next
+    poll, since what is worked out for candidates is kept with them."""
+    known: dict[str, Candidates] = candidates.derived.setdefault("selected", {})
+    found = known.get(selector)
+    if found is None:
+        try:
+            matches = parse_selector(selector).matches
+        except SelectorError:
+            return None
+        places = [i for i, pod in enumerate(candidates.pods) if matches(pod.record.labels)]
+        if len(known) >= _MOST_SELECTORS:
+            known.clear()
+        found = known[selector] = candidates if len(places) == len(candidates) else candidates.subset(places)
+    return found
+
+
+def _engine(labels: Mapping[str, str], engine: str) -> str:
+    return labels.get(ENGINE) or engine
+
+
+def _claimed(claim: str | None) -> str:
+    """The state in a claim, empty where there is none."""
+    if claim is None:
+        return ""
+    try:
+        document = orjson.loads(claim)
+    except orjson.JSONDecodeError:
+        return _state(claim)
+    return _state(document.get("state")) if isinstance(document, dict) else ""
+
+
+def _state(value: Any) -> str:
+    state = value.strip().lower() if isinstance(value, str) else ""
+    return state if state in _STATES else ""
+
+
+def _profiles(model: Model, fleet: Fleet) -> Iterator[Profiles]:
+    """Those that can be read, the likeliest first: the model's own, then its pods': what a label says, or what the base
+    model of an adapter has."""
+    sources: list[Any] = [model.settings]
+    for pod in model.pods:
+        sources.append(pod.record.labels.get(CONFIG))
+        sources += [fleet.models[name].settings for name in pod.record.models if name in fleet.models]
+    for source in sources:
+        if source:
+            try:
+                yield parse_profiles(source)
+            except ProfileError:
+                continue
