@@ -1,6 +1,7 @@
 """The `pointsman` command."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -111,8 +112,10 @@ def check_config(path: Path | None) -> None:
     """Check the configuration and the endpoints file, and print what is in force."""
     import yaml
 
-    config = load_or_exit(path)
-    click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), nl=False)
+    shown = load_or_exit(path).model_dump(mode="json")
+    if shown["redis"]:
+        shown["redis"] = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", shown["redis"])
+    click.echo(yaml.safe_dump(shown, sort_keys=False), nl=False)
 
 
 @main.command()

@@ -209,6 +209,8 @@ class Config(BaseSettings):
         self._check_users()
         if self.tls is not None and self.transport != "h2":
             raise ValueError("tls: only transport h2 serves TLS")
+        if parse_address(self.listen).kind == "unix" and self.workers > 1:
+            raise ValueError("listen: a unix path serves one worker; with more give a port, or use worker_listen alone")
         most = self.max_workers
         if most < self.workers:
             raise ValueError(f"capacity.workers is {most}, fewer than the {self.workers} workers to start")
