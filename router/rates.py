@@ -42,8 +42,9 @@ STALE_SECONDS = 15.0
 _KEEP = 0.9
 """What is left of the weight of a pod's samples after the next one."""
 FLEET_SAMPLES = 3.0
-_TOGETHER = 0.01
-"""How much the two factors are drawn together, as a share of the evidence for each."""
+_TOGETHER = 0.002
+"""How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
+twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
 _LIMIT = 50.0
 FLEETS_KEPT = 256
 
@@ -242,6 +243,8 @@ _USED = (
     "prefill_mean_seconds",
     "prompt_tokens_mean",
     "generation_tokens_mean",
+    "own_requests_at_sample",
+    "own_tokens_at_sample",
 )
 
 
@@ -254,7 +257,8 @@ def _solve(sums: Floats) -> Floats:
     if not samples > 0:
         return np.ones((2, sums.shape[1]))
     both = (d + p) / (dd + 2.0 * dp + pp)
-    dd_fleet, pp_fleet = dd * (1.0 + _TOGETHER) + 1e-6, pp * (1.0 + _TOGETHER) + 1e-6
+    together = _TOGETHER * (dd + 2.0 * dp + pp)
+    dd_fleet, pp_fleet = dd + together, pp + together
     decode, prefill = _two(dd_fleet, dp, pp_fleet, d + (dd_fleet - dd) * both, p + (pp_fleet - pp) * both)
     # The fleet's equations, at the weight of FLEET_SAMPLES of a pod's own, come to those of each pod.
     own = sums[5]
@@ -293,7 +297,10 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float]) -> None:
     hit = _known(row["hit_ratio"], 0.0)
     computed = _known(row["computed_prompt_tokens_per_second"], row["prompt_tokens_per_second"] * (1.0 - hit))
     computed = max(_known(computed, 0.0), 0.0)
-    context = _known(row["prompt_tokens_mean"], 1000.0) + _known(row["generation_tokens_mean"], 200.0) / 2
+    # The requests in flight are those that are being computed; what has finished may have been others.
+    mine = row["own_requests_at_sample"]
+    prompt = row["own_tokens_at_sample"] / mine if mine > 0 else _known(row["prompt_tokens_mean"], 1000.0)
+    context = prompt + _known(row["generation_tokens_mean"], 200.0) / 2
     per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
     steps = row["steps_per_second"]
     pod.sums = tuple(_KEEP * x for x in pod.sums)  # type: ignore[assignment]

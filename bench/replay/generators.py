@@ -62,16 +62,17 @@ def shared_prefix(requests: int, rate: float, rng: random.Random) -> list[TraceR
 
 
 def multi_turn(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
-    """Chats: one of four system prompts, 6 turns in the mean (geometric, at most 24), 120 tokens a turn in the median,
-    first messages 300 with a long tail, 250 tokens of answer, 15 s of thought. Answers are part of the next prompt."""
-    rate = rate or 8.0
+    """Chats: one of four system prompts, 6 turns in the mean (geometric, at most 24); the first message has 800 tokens
+    in the median with a long tail (documents), the others 120, answers 300; 15 s of thought. Answers are part of the
+    next prompt."""
+    rate = rate or 40.0
 
     def turns(new: _Ids) -> list[tuple[int, int]]:
         count = 1
         while count < TURNS_MOST and rng.random() > 1 / TURNS_MEAN:
             count += 1
-        first = _length(rng, 300, 1.3)
-        return [(_length(rng, 120, 1.0) if i else first, _length(rng, 250, 0.7, 1, 2000)) for i in range(count)]
+        first = _length(rng, 800, 1.4)
+        return [(_length(rng, 120, 1.0) if i else first, _length(rng, 300, 0.7, 1, 2000)) for i in range(count)]
 
     return _sessions(requests, rate / TURNS_MEAN, rng, SYSTEM_PROMPTS, turns, THINK_SECONDS)
 
@@ -79,7 +80,7 @@ def multi_turn(requests: int, rate: float, rng: random.Random) -> list[TraceRequ
 def agents(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
     """Agents with tools: one of three long roots, a task of 800 tokens, then 8 to 40 calls, each answered by 600
     tokens of tool output in the median (long tail); 90 tokens of answer, 2 s for the tool. Deep chains."""
-    rate = rate or 12.0
+    rate = rate or 30.0
 
     def turns(new: _Ids) -> list[tuple[int, int]]:
         count = rng.randint(STEPS_LEAST, STEPS_MOST)
@@ -123,7 +124,7 @@ def _sessions(
 
 def no_prefix(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
     """Prompts with nothing in common: 1200 tokens in the median (long tail), 200 tokens of answer, Poisson."""
-    rate = rate or 20.0
+    rate = rate or 35.0
     new = _Ids()
     out: list[TraceRequest] = []
     at = 0.0
@@ -147,8 +148,8 @@ def burst_distinct(requests: int, rate: float, rng: random.Random) -> list[Trace
 Generator = Callable[[int, float, random.Random], list[TraceRequest]]
 GENERATORS: dict[str, tuple[Generator, int]] = {
     "shared-prefix": (shared_prefix, 6300),
-    "multi-turn": (multi_turn, 6000),
-    "agents": (agents, 6000),
+    "multi-turn": (multi_turn, 12_000),
+    "agents": (agents, 8000),
     "no-prefix": (no_prefix, 6000),
     "burst-identical": (burst_identical, BURST),
     "burst-distinct": (burst_distinct, BURST),

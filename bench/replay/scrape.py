@@ -118,3 +118,4 @@ class Polls:
         ledger = self._tables.ledger
         row[COLUMN["own_requests_at_sample"]] = ledger.total(Entry.REQUESTS, slot)
         row[COLUMN["own_tokens_at_sample"]] = ledger.total(Entry.TOKENS, slot)
+        row[COLUMN["own_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)

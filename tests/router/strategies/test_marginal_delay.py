@@ -162,7 +162,7 @@ def test_speeds_are_learnt_from_counted_steps(lab: Any, decode: float, prefill: 
             fleet.poll(slot, **steps(decode, prefill, 2 + mix, 600 - 50 * mix))
         fleet.scores(NAME, fleet.request(tokens=100))
     speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
-    assert speeds.decode == pytest.approx([decode] * 4, rel=0.2)
+    assert speeds.decode == pytest.approx([decode] * 4, rel=0.25)
     assert speeds.prefill_seconds * 14_000 == pytest.approx([prefill] * 4, rel=0.2)
 
 

@@ -1,0 +1,209 @@
+"""All strategies on all cells, and the tables of docs/routing.md:
+
+    python -m bench.replay.matrix run  --trace conversation=FILE [--minutes 30] [--cells 'agents*'] [--again NAME]
+    python -m bench.replay.matrix show
+
+A cell is a load on a fleet. `run` replays what has no result yet, one process at a time, until the time is up, and
+keeps every result under results/replay/; called again it goes on. `show` prints Markdown.
+"""
+
+import fnmatch
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+
+from bench.replay.report import Report
+
+RESULTS = Path("results/replay")
+OWN = "marginal-delay"
+YARDSTICKS = (
+    "aibrix-prefix-cache",
+    "dynamo-kv",
+    "lmetric",
+    "llm-d-default",
+    "sglang-cache-aware",
+    "preble",
+    "consistent-hash-bounded",
+    "least-request",
+)
+OTHERS = ("prefix-cache", "prefix-cache-preble", "round-robin")
+MIDDLE = ("--blocks", "16384", "--block-tokens", "64")
+SMALL = ("--blocks", "4096", "--block-tokens", "64")
+LARGE = ("--blocks", "65536", "--block-tokens", "64")
+_CONVERSATION = "conversation"
+
+
+def _cells() -> dict[str, tuple[str, ...]]:
+    cells: dict[str, tuple[str, ...]] = {}
+    for speed in ("1", "2", "3"):
+        cells[f"conversation x{speed}"] = (_CONVERSATION, "--speed", speed, *MIDDLE)
+    cells["conversation x2, small KV"] = (_CONVERSATION, "--speed", "2", *SMALL)
+    cells["conversation x2, large KV"] = (_CONVERSATION, "--speed", "2", *LARGE)
+    cells["conversation x0.5, 2 pods"] = (_CONVERSATION, "--speed", "0.5", "--pods", "2", "--limit", "6000", *MIDDLE)
+    cells["conversation x16, 64 pods"] = (_CONVERSATION, "--speed", "16", "--pods", "64", *MIDDLE)
+    cells["conversation x5, H100 8B"] = (_CONVERSATION, "--speed", "5", "--preset", "h100-llama-3.1-8b")
+    cells["conversation x1, A100 14B"] = (_CONVERSATION, "--speed", "1", "--preset", "a100-qwen-2.5-14b")
+    loads = {
+        "shared-prefix": ("12", "28", "0"),
+        "multi-turn": ("15", "40", "70"),
+        "agents": ("10", "30", "60"),
+        "no-prefix": ("15", "35", "50"),
+    }
+    for name, rates in loads.items():
+        for load, rate in zip(("light", "near", "saturated"), rates, strict=True):
+            cells[f"{name} {load}"] = (name, "--rate", rate, *MIDDLE)
+    cells["agents, 2 pods"] = ("agents", "--rate", "8", "--requests", "3000", "--pods", "2", *MIDDLE)
+    cells["shared-prefix, 64 pods"] = ("shared-prefix", "--rate", "224", "--requests", "12000", "--pods", "64", *MIDDLE)
+    cells["multi-turn, small KV"] = ("multi-turn", "--rate", "40", *SMALL)
+    cells["agents, large KV"] = ("agents", "--rate", "30", *LARGE)
+    return cells
+
+
+CELLS = _cells()
+
+
+def _path(cell: str) -> Path:
+    return RESULTS / (cell.replace(" ", "_").replace(",", "") + ".json")
+
+
+def load(cell: str) -> dict[str, Report]:
+    """What is known of a cell, by strategy."""
+    path = _path(cell)
+    found: dict[str, Report] = orjson.loads(path.read_bytes()) if path.exists() else {}
+    return found
+
+
+@click.group()
+def main() -> None:
+    """The cells of docs/routing.md."""
+
+
+@main.command()
+@click.option("--trace", default="", help="conversation=FILE: where that trace lies; its cells are left out without.")
+@click.option("--minutes", default=30.0)
+@click.option("--cells", default="*")
+@click.option("--strategies", default=",".join((OWN, *YARDSTICKS, *OTHERS)))
+@click.option("--again", default="", help="Strategies to replay although there are results.")
+@click.option("--extra", default="", help="Further options for every replay.")
+def run(trace: str, minutes: float, cells: str, strategies: str, again: str, extra: str) -> None:
+    """Replay what is missing."""
+    deadline = time.monotonic() + minutes * 60
+    traces = dict([trace.split("=", 1)]) if trace else {}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for cell, (source, *options) in CELLS.items():
+        if not fnmatch.fnmatch(cell, cells):
+            continue
+        if source == _CONVERSATION:
+            if source not in traces:
+                continue
+            source = traces[source]
+        known = load(cell)
+        for name in strategies.split(","):
+            if name in known and name not in again.split(","):
+                continue
+            left = deadline - time.monotonic()
+            if left <= 0:
+                print("time is up", file=sys.stderr)
+                return
+            command = [sys.executable, "-m", "bench.replay", source, *options, *extra.split()]
+            try:
+                done = subprocess.run(
+                    [*command, "--strategies", name, "--json"], capture_output=True, timeout=left + 60, check=True
+                )
+            except subprocess.TimeoutExpired:
+                print(f"{cell}: {name} took too long", file=sys.stderr)
+                return
+            except subprocess.CalledProcessError as error:
+                print(f"{cell}: {name}: {error.stderr.decode()[-500:]}", file=sys.stderr)
+                continue
+            known[name] = orjson.loads(done.stdout)[0]
+            _path(cell).write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2))
+        print(_line(cell, known), flush=True)
+
+
+def best(known: dict[str, Report], key: str) -> tuple[str, float]:
+    """The yardstick with the lowest figure, and the figure."""
+    name = min((name for name in YARDSTICKS if name in known), key=lambda name: known[name][key])
+    return name, known[name][key]
+
+
+def _line(cell: str, known: dict[str, Report]) -> str:
+    if OWN not in known or not any(name in known for name in YARDSTICKS):
+        return cell
+    own = known[OWN]
+    parts = [f"{cell:28}"]
+    for key in ("ttft_mean_ms", "ttft_p99_ms", "e2e_mean_ms"):
+        name, figure = best(known, key)
+        parts.append(f"{key[:-3]} {own[key]:8.0f} / {figure:8.0f} = {own[key] / figure:.3f} ({name})")
+    return " | ".join(parts)
+
+
+def _geometric(values: Iterable[float]) -> float:
+    logs = [log(value) for value in values]
+    return exp(sum(logs) / len(logs))
+
+
+@main.command()
+@click.option("--brief", is_flag=True, help="Only the ratios.")
+def show(brief: bool) -> None:
+    """The tables, as Markdown."""
+    results = {cell: load(cell) for cell in CELLS}
+    results = {cell: known for cell, known in results.items() if OWN in known}
+    print(_ratios(results))
+    if not brief:
+        for cell, known in results.items():
+            print(f"\n{_details(cell, known)}")
+
+
+def _ratios(results: dict[str, dict[str, Report]]) -> str:
+    keys = ("ttft_mean_ms", "ttft_p99_ms", "e2e_mean_ms")
+    lines = [
+        "| cell | TTFT mean ms | best yardstick | ratio | p99 ratio | end-to-end mean ms | best yardstick | ratio |",
+        "|---|---:|---|---:|---:|---:|---|---:|",
+    ]
+    ratios: dict[str, list[float]] = {key: [] for key in keys}
+    for cell, known in results.items():
+        own: Any = known[OWN]
+        found = {key: best(known, key) for key in keys}
+        for key in keys:
+            ratios[key].append(own[key] / found[key][1])
+        (ttft_name, ttft), _, (e2e_name, e2e) = (found[key] for key in keys)
+        lines.append(
+            f"| {cell} | {own['ttft_mean_ms']:.0f} | {ttft_name} {ttft:.0f} | {ratios[keys[0]][-1]:.3f} "
+            f"| {ratios[keys[1]][-1]:.2f} | {own['e2e_mean_ms']:.0f} | {e2e_name} {e2e:.0f} "
+            f"| {ratios[keys[2]][-1]:.3f} |"
+        )
+    if ratios[keys[0]]:
+        means, worst = ([round(of(ratios[key]), 3) for key in keys] for of in (_geometric, max))
+        lines.append(f"| geometric mean | | | **{means[0]}** | {means[1]} | | | **{means[2]}** |")
+        lines.append(f"| worst | | | {worst[0]} | {worst[1]} | | | {worst[2]} |")
+    return "\n".join(lines)
+
+
+def _details(cell: str, known: dict[str, Report]) -> str:
+    lines = [
+        f"#### {cell}: `{' '.join(CELLS[cell])}`",
+        "",
+        "| strategy | hit ratio | TTFT mean | p50 | p90 | p99 | TPOT | end-to-end mean | goodput/s | imbalance |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in (OWN, *YARDSTICKS, *OTHERS):
+        if name in known:
+            row = known[name]
+            times = " | ".join(f"{row[f'ttft_{key}_ms']:.0f}" for key in ("mean", "p50", "p90", "p99"))
+            lines.append(
+                f"| {name} | {row['hit_ratio']:.3f} | {times} | {row['tpot_mean_ms']:.1f} | {row['e2e_mean_ms']:.0f} "
+                f"| {row['goodput']:.2f} | {row['imbalance']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
