@@ -142,7 +142,7 @@ def strategies(rig: Rig) -> list[Figure]:
     for name in LOAD_STRATEGIES:
         rig.progress(name)
         # Errors raise, so a figure here means that there was none.
-        load = rig.load(server, "-size", 1024, "-c", 16, "-strategy", name, seconds=rig.seconds / 3, warm=0.2)
+        load = rig.load(server, "-size", 1024, "-c", 16, "-strategy", name, seconds=rig.seconds / 3)
         counts = [load.targets.get(pod, 0) for pod in pods]
         unused += counts.count(0)
         even = mean(counts)

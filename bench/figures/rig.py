@@ -158,10 +158,21 @@ class Rig:
 
     # Loads
 
-    def load(self, server: Server, *options: object, seconds: float | None = None, warm: float = WARM_SECONDS) -> Load:
+    def load(self, server: Server, *options: object, seconds: float | None = None) -> Load:
         """Drive a server for `seconds`, by default one round of a cell. Raises BenchError if a stream fails."""
         duration = self.seconds / self.rounds if seconds is None else seconds
-        command = [generator(), "load", "-json", "-addr", server.address, "-d", f"{duration:.3f}s", "-warm", f"{warm}s"]
+        warm = min(WARM_SECONDS, duration)
+        command = [
+            generator(),
+            "load",
+            "-json",
+            "-addr",
+            server.address,
+            "-d",
+            f"{duration:.3f}s",
+            "-warm",
+            f"{warm:.3f}s",
+        ]
         command += ["-pids", ",".join(map(str, server.pids)), *(str(option) for option in options)]
         done = run(command, timeout=duration + 60)
         found = json.loads(done)
