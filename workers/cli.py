@@ -88,8 +88,24 @@ def load_or_exit(path: Path | None, flags: dict[str, Any] | None = None) -> Conf
 @click.option("--strategy", help="Default routing strategy; see `pointsman strategies`.")
 @click.option("--endpoints", type=click.Path(), help="AIBrix endpoints file.")
 @click.option("--log-format", type=click.Choice(["auto", "console", "json"]), help="Log lines.")
-def serve(path: Path | None, log_format: str | None, **flags: Any) -> None:
-    """Run the router."""
+@click.option("--grpc-bind-address", hidden=True)
+@click.option("--http-bind-address", "--metrics-bind-address", "http_bind_address", hidden=True)
+@click.option("--endpoints-config", hidden=True)
+@click.option("--standalone", is_flag=True, hidden=True)
+def serve(
+    path: Path | None,
+    log_format: str | None,
+    grpc_bind_address: str | None,
+    http_bind_address: str | None,
+    endpoints_config: str | None,
+    standalone: bool,
+    **flags: Any,
+) -> None:
+    """Run the router. AIBrix's flags are taken too: --grpc-bind-address, --http-bind-address, --metrics-bind-address,
+    --endpoints-config, --standalone."""
+    flags["listen"] = flags["listen"] or _bind_address(grpc_bind_address)
+    flags["admin"] = flags["admin"] or _bind_address(http_bind_address)
+    flags["endpoints"] = flags["endpoints"] or endpoints_config
     given = {name: value for name, value in flags.items() if value is not None}
     if log_format:
         given["log"] = {"format": log_format}
@@ -104,6 +120,11 @@ def serve(path: Path | None, log_format: str | None, **flags: Any) -> None:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(_CONFIG_ERROR)
     sys.exit(code)
+
+
+def _bind_address(value: str | None) -> str | None:
+    """Go writes ":50052" for every address of the host."""
+    return f"0.0.0.0{value}" if value is not None and value.startswith(":") else value
 
 
 @main.command("check-config")

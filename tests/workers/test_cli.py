@@ -169,3 +169,14 @@ def test_a_command_of_a_package_that_is_not_installed_says_so(monkeypatch: pytes
     result = run("extra")
     assert result.exit_code == 1
     assert "extra needs the Python package 'matplotlib'" in result.stderr
+
+
+def test_serve_takes_aibrix_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoints = tmp_path / "endpoints.yaml"
+    endpoints.write_text("models: []")
+    seen = []
+    monkeypatch.setattr("workers.supervisor.serve", lambda config, reload: seen.append(config) or 0)
+    flags = ["--grpc-bind-address=:50152", "--metrics-bind-address=127.0.0.1:8180", "--standalone"]
+    done = CliRunner().invoke(main, ["serve", *flags, f"--endpoints-config={endpoints}"])
+    assert done.exit_code == 0, done.output
+    assert (seen[0].listen, seen[0].admin, seen[0].endpoints) == ("0.0.0.0:50152", "127.0.0.1:8180", endpoints)
