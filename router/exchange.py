@@ -1,105 +1,68 @@
 """One ext_proc stream, that is one HTTP request, as a state machine without I/O: message bytes in, reply bytes out.
 
-    request headers   remember path, strategy and the like; take away every header that names a destination
+    request headers   who is it, may they? remember path, strategy and the like; take away every header that names a
+                      destination
     request body      parse, decide, charge; the reply carries the pod
-    response headers  say which pod answered, count the outcome
-    response body     pass; with the last one the request is over
+    response          `router/response.py`
 
 Envoy wants one reply of the matching type per message, in order. Which messages come depends on how Envoy is set up
-(the first message says so), and the exchange takes any: headers only, body only, response messages without a
-request body (Envoy's own error replies), empty last chunks, full duplex, where nothing is said before the whole body
-is there and the body is then given back.
+(the first message says so, `router/modes.py`), and the exchange takes any: headers only, body only, response messages
+without a request body (Envoy's own error replies), empty last chunks, full duplex, where nothing is said before the
+whole body is there and the body is then given back.
 
 How the end of the request is known depends on the Envoy too. *By stream*: the stream stays open until the response
 is over and its end releases the charge. *By access log*: Envoy (ours says so in the gRPC metadata of the stream) will
 report each finished request to the access log service, so the stream is ended right after the decision: an open
-stream costs memory at both ends, and if this process died Envoy would cut the client's answer.
+stream costs memory at both ends, and if this process died Envoy would cut the client's answer. Only for a user whose
+tokens are limited the response is asked for, since the log does not tell what was used.
+
+Whoever counts limits may have to be waited for (Redis): then `receive` gives an awaitable of the reply.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
-from protos.ext_proc_pb2 import HttpHeaders, ProcessingMode, ProcessingRequest
+from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import replies, wire
-from router.bodies import known_path, read_body, strip_query
-from router.errors import RequestError, body_too_large, unknown_path
-from router.replies import Destination
+from router.bodies import Body, known_path, read_body, strip_query, upstream_path
+from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, unknown_path
+from router.fleet import Candidates
+from router.limits import Grant
+from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, UNKNOWN_MODES, Modes, Peer
+from router.policy import NO_POLICY, Policy
+from router.profiles import effective_strategy
+from router.replies import Header
 from router.request import RoutingRequest
+from router.response import Response, Served
+from router.rules import Rules
 from router.scheduler import Decision, Scheduler
+from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
 
 Reply = bytes | tuple[bytes, ...] | None
+Awaited = TypeVar("Awaited")
 
-ACCOUNTING_KEY = "x-pointsman-accounting"
-DESTINATION_KEY = "x-pointsman-destination"
-"""gRPC metadata by which an Envoy says what it does. Set in Envoy's configuration, so no client can."""
-
-_FULL_DUPLEX = ProcessingMode.FULL_DUPLEX_STREAMED
-_BUFFERED = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
-
+CHAT = "/v1/chat/completions"
+EXPLAIN = "x-pointsman-explain"
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
-_MOST_KNOWN = 64
-_LONGEST_KNOWN = 256
+_WITHOUT_USAGE = frozenset({"media", "audio"})
 
 
 class MessageError(Exception):
     """The peer sent something that is no ext_proc message."""
 
 
-class Modes:
-    """How an Envoy is set up, as the `protocol_config` of a stream's first message says."""
-
-    __slots__ = ("ask_for_body", "buffered", "duplex_request", "duplex_response")
-
-    def __init__(self, request: ProcessingRequest) -> None:
-        config = request.protocol_config
-        mode = config.request_body_mode
-        self.duplex_request: bool = mode == _FULL_DUPLEX
-        self.duplex_response: bool = config.response_body_mode == _FULL_DUPLEX
-        self.buffered: bool = mode in _BUFFERED
-        self.ask_for_body: bytes | None = None
-        if mode == ProcessingMode.NONE and request.HasField("protocol_config"):
-            self.buffered = True
-            self.ask_for_body = replies.REQUEST_HEADERS_ASK_FOR_BODY.get(config.response_body_mode)
-
-
-class Peer:
-    """What is the same for every stream of one Envoy listener."""
-
-    __slots__ = ("by_log", "destination", "modes")
-
-    def __init__(self, accounting: str = "stream", destination: str = "header") -> None:
-        self.by_log = accounting == "access-log"
-        try:
-            self.destination = Destination(destination)
-        except ValueError:
-            self.destination = Destination.HEADER
-        self.modes: dict[bytes, Modes] = {}
-        """By what follows the phase in a message: a few constants in a well-behaved Envoy's life."""
-
-    def remember(self, request: ProcessingRequest, modes: Modes) -> None:
-        """Know this message's modes by its bytes from now on, if they are all that follows the phase."""
-        if request.attributes or len(request.metadata_context.filter_metadata) or len(self.modes) >= _MOST_KNOWN:
-            return
-        rest = ProcessingRequest()
-        rest.CopyFrom(request)
-        rest.ClearField(request.WhichOneof("request") or "observability_mode")
-        remainder = rest.SerializeToString()
-        if len(remainder) <= _LONGEST_KNOWN:
-            self.modes[remainder] = modes
-
-
-_UNKNOWN_MODES = Modes(ProcessingRequest())
-
-
 class Exchange:
     """See the head of this file. `max_body_bytes` bounds what is collected of a body that comes in pieces."""
 
     __slots__ = (
-        "_answered",
         "_body",
         "_body_bytes",
+        "_closed",
         "_decision",
+        "_grant",
         "_headers",
         "_held_back",
         "_max_body_bytes",
@@ -107,34 +70,48 @@ class Exchange:
         "_new_request_id",
         "_over",
         "_peer",
+        "_policy",
+        "_refused",
         "_request_done",
         "_request_id",
+        "_response",
         "_scheduler",
+        "_served",
         "finished",
         "idle",
     )
 
     def __init__(
-        self, scheduler: Scheduler, peer: Peer, new_request_id: Callable[[], bytes], max_body_bytes: int
+        self,
+        scheduler: Scheduler,
+        peer: Peer,
+        new_request_id: Callable[[], bytes],
+        max_body_bytes: int,
+        policy: Policy = NO_POLICY,
     ) -> None:
         self._scheduler = scheduler
         self._peer = peer
         self._new_request_id = new_request_id
         self._max_body_bytes = max_body_bytes
+        self._policy = policy
         self._headers: dict[str, bytes] | None = None
         self._request_id = b""
+        self._grant: Grant | None = None
         self._body: list[bytes] | None = None
         self._body_bytes = 0
         self._decision: Decision | None = None
+        self._served: Served | None = None
+        self._response: Response | None = None
         self._request_done = False
-        self._modes = _UNKNOWN_MODES
+        self._refused = False
+        self._modes = UNKNOWN_MODES
         self._held_back = False
-        self._answered = False
         self._over = False
+        self._closed = False
         self.finished = False
         self.idle = False
 
-    def receive(self, message: bytes) -> Reply:
+    def receive(self, message: bytes) -> Reply | Awaitable[Reply]:
         """Take one ProcessingRequest, serialised. Raises MessageError when it is none."""
         try:
             part = wire.phase_part(message)
@@ -159,7 +136,7 @@ class Exchange:
         except RequestError as error:
             return self._refuse(error)
 
-    def _receive_any(self, message: bytes) -> Reply:
+    def _receive_any(self, message: bytes) -> Reply | Awaitable[Reply]:
         """The same by the general parser, for whatever `wire` does not know at sight."""
         try:
             request = ProcessingRequest.FromString(message)
@@ -189,7 +166,14 @@ class Exchange:
 
     def close(self) -> None:
         """The stream is over, whatever the reason. Releases what this stream still holds."""
-        self._release()
+        self._closed = True
+        if self._over or self._served is None:
+            return
+        response = self._response
+        if response is not None and response.complete_if_cut:
+            self._end(response.status)
+        else:
+            self._end(0 if self._policy.draining else 499)
 
     # -- phases, in the order in which Envoy goes through them
 
@@ -215,10 +199,34 @@ class Exchange:
             if "request.path" in fields:
                 self._headers[":path"] = fields["request.path"].string_value.encode()
 
-    def _on_request_headers(self, found: dict[str, bytes], over: bool) -> Reply:
+    def _on_request_headers(self, found: dict[str, bytes], over: bool) -> Reply | Awaitable[Reply]:
         seen = self._headers
         assert seen is not None
         seen.update(found)
+        gate = self._policy.gate
+        if ((gate is not None and gate.needed) or "user" in found) and self._grant is None and not self._request_done:
+            return self._admit(partial(self._after_admission, over))
+        return self._after_admission(over)
+
+    def _admit(self, then: Callable[[], Reply | Awaitable[Reply]]) -> Reply | Awaitable[Reply]:
+        """Ask who this is and whether they may, then go on."""
+        gate, headers = self._policy.gate, self._headers
+        assert headers is not None
+        user = headers.get("user", b"")
+        if gate is None:
+            self._grant = Grant(user.decode("utf-8", "replace"))
+            return then()
+        answer = gate.admit(user, headers.get("authorization", b""))
+        if not isinstance(answer, Grant):
+            return self._later(answer, partial(self._admitted, then))
+        self._grant = answer
+        return then()
+
+    def _admitted(self, then: Callable[[], Reply | Awaitable[Reply]], grant: Grant) -> Reply | Awaitable[Reply]:
+        self._grant = grant
+        return then()
+
+    def _after_admission(self, over: bool) -> Reply:
         modes = self._modes
         if over:
             # No body, nothing to route: it passes as it is, but without a destination of the client's choosing.
@@ -229,9 +237,17 @@ class Exchange:
         if modes.duplex_request and not self._request_done:
             self._held_back = True
             return None
+        if self._grant is not None and self._watches and modes.buffered:
+            return replies.REQUEST_HEADERS_WATCH
         return modes.ask_for_body or replies.REQUEST_HEADERS
 
-    def _on_request_body(self, piece: bytes, over: bool) -> Reply:
+    @property
+    def _watches(self) -> bool:
+        """Whether the response of a request that ends by access log must be seen all the same."""
+        grant = self._grant
+        return self._peer.by_log and (self._policy.usage_metrics or (grant is not None and grant.limited))
+
+    def _on_request_body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
         modes = self._modes
         if self._request_done:
             if modes.duplex_request:
@@ -251,7 +267,7 @@ class Exchange:
             return self._route(b"".join(self._body), end=over)
         return None if modes.duplex_request else replies.REQUEST_BODY
 
-    def _on_request_trailers(self) -> Reply:
+    def _on_request_trailers(self) -> Reply | Awaitable[Reply]:
         if self._request_done:
             return replies.REQUEST_TRAILERS
         body = self._body
@@ -262,13 +278,19 @@ class Exchange:
             self.idle = True
             return (replies.REQUEST_HEADERS, replies.REQUEST_TRAILERS) if self._held_back else replies.REQUEST_TRAILERS
         routed = self._route(b"".join(body), end=False)
-        assert isinstance(routed, tuple)
-        return (*routed, replies.REQUEST_TRAILERS)
+        return _with_trailers(routed) if isinstance(routed, bytes | tuple | None) else _trailers_later(routed)
 
-    def _route(self, body: bytes, *, end: bool = True) -> Reply:
-        """The whole body is here: decide."""
+    def _route(self, body: bytes, *, end: bool = True) -> Reply | Awaitable[Reply]:
+        """The whole body is here: read it."""
         self._request_done = True
         self._body = None
+        gate = self._policy.gate
+        if self._grant is None and gate is not None and gate.needed:
+            # An Envoy that sends no headers: nobody in particular, if that will do.
+            return self._admit(partial(self._read, body, end))
+        return self._read(body, end)
+
+    def _read(self, body: bytes, end: bool) -> Reply | Awaitable[Reply]:
         if len(body) > self._max_body_bytes:
             raise body_too_large(self._max_body_bytes)
         headers = self._headers
@@ -277,27 +299,152 @@ class Exchange:
         if not known_path(path):
             raise unknown_path()
         parsed = read_body(path, headers.get("content-type", b"").decode("latin-1"), body)
+        grant = self._grant
+        if grant is not None and grant.tells_usage and parsed.stream and not parsed.include_usage and path == CHAT:
+            raise include_usage_not_set()
+        scheduler = self._scheduler
+        started = scheduler.clock()
+        candidates, rules = scheduler.serving(parsed.model)
         strategy = headers.get("routing-strategy", b"").decode("utf-8", "replace").strip()
+        if rules is not None:
+            return self._by_rules(rules, path, strategy, parsed, candidates, body, end)
+        strategy = strategy or scheduler.default_strategy
+        return self._choose(strategy, parsed, candidates, started, self._length_of(body), body, end)
+
+    def _by_rules(
+        self, rules: Rules, path: str, strategy: str, parsed: Body, candidates: Candidates, body: bytes, end: bool
+    ) -> Reply | Awaitable[Reply]:
+        """Of a model that has rules: its profile, strategy and engine, and its requests per second."""
+        headers = self._headers
+        assert headers is not None
+        scheduler = self._scheduler
+        profile_name = ""
+        per_second = 0
+        if rules.profiles is None:
+            strategy = strategy or scheduler.default_strategy
+        else:
+            requested = headers.get("config-profile", b"").decode("utf-8", "replace")
+            resolved = rules.profiles.resolve(requested, parsed.counted_tokens, parsed.max_tokens)
+            profile = resolved.profile
+            strategy = effective_strategy(resolved.locked_strategy, strategy, profile, scheduler.default_strategy)
+            profile_name = header_value(resolved.chosen_by_auto).decode()
+            per_second = profile.requests_per_second if profile is not None else 0
+        if strategy:
+            scheduler.strategy(strategy)
+        more = self._length_of(body)
+        new_path = upstream_path(path, rules.engine)
+        if new_path is not None:
+            more += replies.request_body_more(((":path", new_path.encode()),), duplex=self._held_back)
+        gate = self._policy.gate
+        choose = partial(self._choose, strategy, parsed, candidates, None, more, body, end, profile_name)
+        if gate is None or per_second <= 0:
+            return choose()
+        answer = gate.admit_model(parsed.model, per_second)
+        if isinstance(answer, Grant):
+            return self._choose_or_give_back(choose, answer)
+        return self._later(answer, partial(self._choose_or_give_back, choose))
+
+    def _choose_or_give_back(self, choose: Callable[[], Reply], model_grant: Grant) -> Reply:
+        try:
+            return choose()
+        except RequestError:
+            gate = self._policy.gate
+            if gate is not None:
+                gate.give_back_model(model_grant)
+            raise
+
+    def _choose(
+        self,
+        strategy: str,
+        parsed: Body,
+        candidates: Candidates,
+        started: float | None,
+        more: bytes,
+        body: bytes,
+        end: bool,
+        profile_name: str = "",
+    ) -> Reply:
+        """Decide, and say so."""
+        if self._closed:
+            return None  # while somebody was waited for
+        headers = self._headers
+        assert headers is not None
+        modes, peer, scheduler = self._modes, self._peer, self._scheduler
+        by_log = peer.by_log
+        duplex = self._held_back
+        grant = self._grant
         request = RoutingRequest(
             model=parsed.model,
             prompt_tokens=parsed.approximate_tokens,
             max_tokens=parsed.max_tokens,
             read_text=parsed.routing_text,
+            user="" if grant is None else grant.user,
+            session_key=headers["x-aibrix-session-key"].decode("utf-8", "surrogateescape")
+            if "x-aibrix-session-key" in headers
+            else "",
         )
-        by_log = self._peer.by_log
-        scheduler = self._scheduler
+        if "x-session-id" in headers:
+            request.notes = {SESSION_ID: headers["x-session-id"].decode("latin-1")}
+        if not strategy:
+            return self._leave_to_envoy(parsed, more, body, end, profile_name)
+        if "external-filter" in headers:
+            candidates = scheduler.select(candidates, headers["external-filter"].decode("utf-8", "replace"))
+        explain = EXPLAIN in headers and self._policy.explain
+        if explain and headers[EXPLAIN].strip().lower() == b"only":
+            return self._explained(scheduler.explain(request, strategy, candidates).text())
         decision = self._decision = scheduler.decide(
             request,
-            strategy or scheduler.default_strategy,
-            destination=self._peer.destination,
+            strategy,
+            destination=peer.destination,
             held=not by_log,
-            duplex=self._held_back,
+            duplex=duplex,
+            candidates=candidates,
+            started=started,
+            explain=explain,
         )
-        modes = self._modes
         self.idle = not modes.duplex_request
-        self.finished = by_log and not modes.duplex_response
-        reply = decision.replies.request_body(self._request_id, decision.tokens)
-        if not modes.duplex_request:
+        extra = None
+        notes = request.notes
+        if profile_name or decision.receipt is not None or (notes is not None and NEW_SESSION_ID in notes):
+            extra = _extra_headers(profile_name, notes, decision)
+        watches = by_log and self._watches
+        if by_log:
+            if extra:
+                more += replies.for_the_response(extra)
+            self.finished = not modes.duplex_response and not watches
+        if not by_log or watches or modes.duplex_response:
+            self._serve(parsed, () if by_log else extra or ())
+        reply = decision.replies.request_body(self._request_id, decision.tokens) + decision.endpoints + more
+        return self._with_body(reply, body, end)
+
+    def _serve(self, parsed: Body, extra: tuple[tuple[str, str], ...]) -> None:
+        """The response will be seen: note what must be known of the request then."""
+        served = self._served = Served(parsed.model, parsed.stream, parsed.kind not in _WITHOUT_USAGE, self._grant)
+        if extra:
+            served.extra = tuple([(name, value.encode("latin-1", "replace")) for name, value in extra])
+        if parsed.stream and parsed.json is not None:
+            served.choices = parsed.json.get("n")
+            options = parsed.json.get("stream_options")
+            served.continuous = type(options) is dict and options.get("continuous_usage_stats") is True
+
+    def _leave_to_envoy(self, parsed: Body, more: bytes, body: bytes, end: bool, profile_name: str) -> Reply:
+        """Nobody has named a strategy: Envoy finds the model's service by the `model` header."""
+        duplex = self._held_back
+        self.idle = not self._modes.duplex_request
+        self.finished = self._peer.by_log and not self._modes.duplex_response
+        self._serve(parsed, (("x-aibrix-config-profile", profile_name),) if profile_name else ())
+        reply = replies.request_body_more((("model", parsed.model.encode()),), duplex=duplex)
+        if duplex:
+            reply = replies.REQUEST_HEADERS + reply
+        return self._with_body(reply, body, end)
+
+    def _length_of(self, body: bytes) -> bytes:
+        """The content-length that AIBrix sets. An Envoy that says how it is set up does not need it: the body is not
+        changed."""
+        return b"" if self._modes.known or self._body_bytes else replies.content_length(len(body))
+
+    def _with_body(self, reply: bytes, body: bytes, end: bool) -> Reply:
+        if not self._modes.duplex_request:
             return reply
         pieces = replies.streamed_body(body, request=True, end=end)
         if self._held_back:
@@ -307,52 +454,123 @@ class Exchange:
         return (reply + pieces[0], *pieces[1:])
 
     def _on_response_headers(self, found: dict[str, bytes], over: bool) -> Reply:
-        status = found.get(":status", b"")
-        decision = self._decision
-        if decision is None:
+        response = self._response
+        if response is None:
             # Also when Envoy answered by itself before the request's body was complete.
             self._request_done = True
             self._body = None
-            self.finished = not self._modes.duplex_response
-            return replies.unrouted_response_headers(self._request_id, status)
-        if over:
-            self._release()
-            self.finished = True
-        if len(status) != 3:
-            # Envoy was told to forward no `:status`. What is not known must not be set.
-            return replies.unrouted_response_headers(self._request_id, b"")
-        if not self._answered:
-            self._answered = True
-            self._scheduler.outcome(decision.charge, ok=not status.startswith(b"5"))
-        return decision.replies.response_headers(self._request_id, status)
+            response = self._response = Response(
+                self._scheduler,
+                self._policy,
+                self._modes,
+                self._request_id,
+                self._decision,
+                self._served,
+                refused=self._refused,
+            )
+        reply = response.headers(found, over)
+        self._look_at(response)
+        return reply
 
-    def _on_response_body(self, piece: bytes, over: bool) -> Reply:
-        if over:
-            self._release()
-            self.finished = True
-        if self._modes.duplex_response:
-            return replies.streamed_body(piece, request=False, end=over)
-        return replies.RESPONSE_BODY
+    def _on_response_body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
+        response = self._response
+        if response is None:
+            if over:
+                self._end(0)
+                self.finished = True
+            if self._modes.duplex_response:
+                return replies.streamed_body(piece, request=False, end=over)
+            return replies.RESPONSE_BODY
+        reply = response.body(piece, over)
+        if isinstance(reply, bytes | tuple) or reply is None:
+            if response.over:
+                self._look_at(response)
+            return reply
+        return self._later(reply, partial(self._counted, response))
+
+    def _counted(self, response: Response, reply: Reply) -> Reply:
+        self._look_at(response)
+        return reply
 
     def _on_response_trailers(self) -> Reply:
-        self._release()
+        response = self._response
         self.finished = True
-        return replies.RESPONSE_TRAILERS
+        if response is None:
+            self._end(0)
+            return replies.RESPONSE_TRAILERS
+        reply = response.trailers()
+        self._look_at(response)
+        return reply
 
     # -- ends
 
+    async def _later(self, awaited: Awaitable[Awaited], then: Callable[[Awaited], Reply | Awaitable[Reply]]) -> Reply:
+        """Wait, then go on. What is refused on the way is answered as anywhere else."""
+        try:
+            reply = then(await awaited)
+            return reply if isinstance(reply, bytes | tuple) or reply is None else await reply
+        except RequestError as error:
+            return self._refuse(error)
+
+    def _look_at(self, response: Response) -> None:
+        """Has the response come to its end?"""
+        if response.over:
+            self._end(response.status)
+        if response.finished:
+            self.finished = True
+
+    def _explained(self, text: str) -> bytes:
+        """The receipt is all that was asked for."""
+        self._refused = True
+        self.idle = True
+        return replies.immediate(200, (), text.encode(), "explained")
+
     def _refuse(self, error: RequestError) -> bytes:
         self._request_done = True
+        self._refused = True
         self._body = None
         self.idle = True
         self._scheduler.series.add(1.0, "refused", str(error.status), error.code or "none")
         return replies.immediate(error.status, error.headers, error.body())
 
-    def _release(self) -> None:
+    def _end(self, status: int) -> None:
+        """The request is over: give its charge back and count it, once. Status 0 is not known. Where Envoy's access
+        log tells of it, that does both."""
+        if self._over:
+            return
+        self._over = True
         decision = self._decision
-        if decision is not None and not self._over:
-            self._over = True
+        if decision is None:
+            if self._served is not None and status:
+                self._scheduler.series.add(1.0, "finished", "", str(status))
+        elif decision.held:
             self._scheduler.release(decision)
+            if status:
+                self._scheduler.finished(decision.pod, status)
+
+
+def _extra_headers(
+    profile_name: str, notes: dict[str, object] | None, decision: Decision
+) -> tuple[tuple[str, str], ...]:
+    """Headers for this response alone, in the order of `replies.RESPONSE_HEADERS`."""
+    extra = []
+    if notes is not None and NEW_SESSION_ID in notes:
+        extra.append(("x-session-id", str(notes[NEW_SESSION_ID])))
+    if profile_name:
+        extra.append(("x-aibrix-config-profile", profile_name))
+    if decision.receipt is not None:
+        extra.append(("x-pointsman-decision", decision.receipt.text()))
+    return tuple(extra)
+
+
+def _with_trailers(routed: Reply) -> Reply:
+    if routed is None:
+        return None
+    return (*((routed,) if isinstance(routed, bytes) else routed), replies.REQUEST_TRAILERS)
+
+
+async def _trailers_later(routed: Awaitable[Reply]) -> Reply:
+    return _with_trailers(await routed)
 
 
 def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], bool]:
@@ -360,3 +578,6 @@ def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], b
     wanted = names.wanted
     found = {h.key: h.raw_value or h.value.encode() for h in headers.headers.headers if h.key in wanted}
     return found, headers.end_of_stream
+
+
+__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "Exchange", "Header", "MessageError", "Modes", "Peer"]

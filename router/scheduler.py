@@ -193,6 +193,10 @@ class Scheduler:
         """How a request ended, for passive health."""
         self._ledger.outcome(charge, ok=ok)
 
+    def finished(self, pod: Pod, status: int) -> None:
+        """Count a request that has ended."""
+        self.series.add(1.0, "finished", pod.name, str(status))
+
     def _count(self, model: str, pod: Pod, strategy: str) -> None:
         key = (model, pod.slot, pod.generation, strategy)
         cell = self._decision_cells.get(key)

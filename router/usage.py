@@ -50,13 +50,17 @@ class Usage:
 class SseUsage:
     """The usage of one event stream. `feed` it every chunk, `finish` it at the end, read `usage` at any time."""
 
-    __slots__ = ("_limit", "_skipping", "_tail", "done", "malformed", "overflowed", "usage")
+    __slots__ = ("_limit", "_skipping", "_tail", "complete", "done", "malformed", "overflowed", "said", "usage")
 
     def __init__(self, limit: int = MOST_EVENT_BYTES) -> None:
         self.usage: Usage | None = None
         """The latest; with continuous usage it grows until the stream is done."""
         self.done = False
         """The last event was seen (`[DONE]`, `message_stop`, `response.completed`): nothing after it counts."""
+        self.said = False
+        """A chunk of OpenAI's form told a usage, which may grow if the request asked for continuous usage."""
+        self.complete = False
+        """It was the last to do so: a chunk without choices, or one whose only choice has finished."""
         self.malformed = False
         """An event that speaks of usage was no JSON."""
         self.overflowed = False
@@ -157,10 +161,23 @@ class SseUsage:
         document = orjson.loads(data)
         if type(document) is not dict:
             return
-        self.usage = usage_of(document, self.usage)
+        before = self.usage
+        self.usage = usage_of(document, before)
         kind = document.get("type")
         if type(kind) is str and kind in _LAST_EVENTS:
             self.done = True
+        elif self.usage is not before and kind is None:
+            self.said = True
+            self.complete = _is_last(document.get("choices"))
+
+
+def _is_last(choices: Any) -> bool:
+    """Whether nothing can follow a chunk with these choices and a usage, if one completion was asked for."""
+    if not choices:
+        return True
+    if type(choices) is not list or len(choices) > 1 or type(choices[0]) is not dict:
+        return False
+    return choices[0].get("finish_reason") is not None
 
 
 def usage_of(document: dict[str, Any], before: Usage | None = None) -> Usage | None:
@@ -211,6 +228,11 @@ def read_reply(body: bytes) -> tuple[Usage | None, dict[str, Any] | None]:
     if type(document) is not dict:
         return None, None
     return usage_of(document), document
+
+
+def read_end(end: bytes) -> Usage | None:
+    """The usage of a JSON reply of which only the end was kept."""
+    return _usage_at_end(end)
 
 
 def _usage_at_end(body: bytes, before: Usage | None = None) -> Usage | None:

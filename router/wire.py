@@ -34,7 +34,7 @@ REQUEST = (
 )
 """Request headers that anybody here reads."""
 
-RESPONSE = (":status", "content-type")
+RESPONSE = (":status", "content-type", "content-length", "content-encoding")
 """Response headers that anybody here reads."""
 
 

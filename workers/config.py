@@ -25,11 +25,15 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from router.strategies import STRATEGIES
+from router.errors import RequestError
+from router.strategies import STRATEGIES, Scoring
+from router.strategies.weighted import parse_strategy
 from state.tables import FIRST_WORKER, Capacity
 from workers.address import parse_address
 from workers.documents import NotYaml, read_yaml
 from workers.redis_link import parse_redis_url
+
+NO_STRATEGY = "none"
 
 
 class ConfigError(Exception):
@@ -168,6 +172,15 @@ class Config(BaseSettings):
     transport: Literal["h2", "grpcio"] = "h2"
     admin: Address = "0.0.0.0:8080"
     strategy: str = "marginal-delay"
+    """For requests that name none. "none": as in AIBrix, they get a `model` header and Envoy finds a pod by itself."""
+    explain: bool = False
+    """Clients may ask for the receipt of a decision (`x-pointsman-explain: 1`): pod names, loads and scores."""
+    usage_metrics: bool = False
+    """Read the usage of every request and count tokens per model. Responses then pass through the router."""
+    retry_candidates: int = Field(2, ge=0, le=16)
+    """With destination override-host: how many pods Envoy may try after the first."""
+    session_secret: SecretStr = SecretStr("")
+    """Makes session ids. Set the same in all replicas; empty: new with each start of the router."""
     endpoints: OptionalPath = None
     redis: str | None = None
     max_message_bytes: int = Field(64 << 20, ge=4096, le=1 << 30)
@@ -204,8 +217,8 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _whole(self) -> "Config":
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy: {_no_such('strategy', self.strategy, STRATEGIES)}")
+        if self.strategy != NO_STRATEGY:
+            _check_strategy(self.strategy)
         self._check_users()
         if self.tls is not None and self.transport != "h2":
             raise ValueError("tls: only transport h2 serves TLS")
@@ -240,6 +253,11 @@ class Config(BaseSettings):
             raise ValueError("limits.require_key: there are no users to have keys; set limits.users_file or redis")
 
     @property
+    def default_strategy(self) -> str:
+        """As the scheduler takes it: empty for none."""
+        return "" if self.strategy == NO_STRATEGY else self.strategy
+
+    @property
     def max_workers(self) -> int:
         """The most workers that may run at the same time, not counting predecessors that drain."""
         return self.capacity.workers or self.workers + 4
@@ -262,6 +280,24 @@ class Config(BaseSettings):
             limited_users=self.capacity.limited_users,
             limited_models=self.capacity.limited_models,
         )
+
+
+def _check_strategy(value: str) -> None:
+    """Raises ValueError for what a `routing-strategy` header could not say."""
+    if "," not in value and ":" not in value:
+        if value not in STRATEGIES:
+            raise ValueError(f"strategy: {_no_such('strategy', value, STRATEGIES)}")
+        return
+    try:
+        names = [name for name, _ in parse_strategy(value, STRATEGIES)]
+    except RequestError:
+        raise ValueError(
+            f"strategy: {value!r} is no combination of strategies: write name:weight,name:weight with names that "
+            "`pointsman strategies` lists"
+        ) from None
+    alone = [name for name in names if len(names) > 1 and not issubclass(STRATEGIES[name], Scoring)]
+    if alone:
+        raise ValueError(f"strategy: {alone[0]} has no scores and cannot be combined with others")
 
 
 def _overlap(host: str, other: str) -> bool:

@@ -4,10 +4,14 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from secrets import token_bytes
 
 from router.access_log import AccessLog
-from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY, Exchange, MessageError, Peer
+from router.exchange import Exchange, MessageError
+from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Peer
+from router.policy import NO_POLICY, Policy
 from router.prefixes import Prefixes
 from router.scheduler import Scheduler
 from state.tables import Tables
@@ -15,6 +19,7 @@ from workers.calls import Call, CallError, Metadata, Method, Methods, Reply, Sta
 from workers.config import Config
 from workers.h2.limits import Counters
 from workers.health import EXT_PROC_SERVICE, Health
+from workers.limits import open_gate
 from workers.process import Stop
 from workers.transport import Meter, make_server, tls_context
 
@@ -24,6 +29,8 @@ STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessL
 COPY_SECONDS = 1.0
 """Between two copies of the transport's counters into the shared tables."""
 _MOST_PEERS = 256
+_SECRET = token_bytes(32)
+"""Made when this module is loaded, which the supervisor does before it forks: all workers have the same."""
 
 
 class ProcessCall(Exchange):
@@ -31,7 +38,7 @@ class ProcessCall(Exchange):
 
     __slots__ = ()
 
-    def receive(self, message: bytes) -> Reply:
+    def receive(self, message: bytes) -> Reply | Awaitable[Reply]:
         """See `Exchange.receive`."""
         try:
             return super().receive(message)
@@ -63,7 +70,7 @@ def request_ids() -> Callable[[], bytes]:
     return new
 
 
-def process_method(scheduler: Scheduler, max_body_bytes: int) -> Method:
+def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = NO_POLICY) -> Method:
     """The ext_proc Process stream."""
     peers: dict[tuple[str, str], Peer] = {}
     new_request_id = request_ids()
@@ -75,15 +82,15 @@ def process_method(scheduler: Scheduler, max_body_bytes: int) -> Method:
             peer = Peer(*key)
             if len(peers) < _MOST_PEERS:
                 peers[key] = peer
-        return ProcessCall(scheduler, peer, new_request_id, max_body_bytes)
+        return ProcessCall(scheduler, peer, new_request_id, max_body_bytes, policy)
 
     return Method(open_exchange)
 
 
-def methods(scheduler: Scheduler, health: Health, max_body_bytes: int) -> Methods:
+def methods(scheduler: Scheduler, health: Health, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:
     """Everything a worker answers."""
     return {
-        PROCESS: process_method(scheduler, max_body_bytes),
+        PROCESS: process_method(scheduler, max_body_bytes, policy),
         STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLogCall(scheduler)),
         **health.methods(),
     }
@@ -110,21 +117,32 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
     counters = Counters()
     scheduler = Scheduler(
         tables,
-        config.strategy,
+        config.default_strategy,
         time.monotonic,
+        retry_candidates=config.retry_candidates,
         prefixes=prefix_knowledge(config, tables),
         user_tokens=tables.user_tokens,
+        session_secret=session_secret(config),
     )
-    server = make_server(config, methods(scheduler, health, config.max_message_bytes), counters)
-    context = tls_context(config.tls)
-    await server.listen(config.listen, context)
-    await server.listen(config.worker_address(index), context)
-    ready()
-    copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series)))
-    await stop.wait()
-    health.stop()
-    await server.stop(config.drain_seconds)
-    copying.cancel()
+    async with open_gate(config, tables) as gate:
+        policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
+        server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)
+        context = tls_context(config.tls)
+        await server.listen(config.listen, context)
+        await server.listen(config.worker_address(index), context)
+        ready()
+        copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series)))
+        await stop.wait()
+        health.stop()
+        policy.draining = True
+        await server.stop(config.drain_seconds)
+        copying.cancel()
+
+
+def session_secret(config: Config) -> bytes:
+    """What session ids are made with: the configured secret, or one that lasts as long as the supervisor."""
+    configured = config.session_secret.get_secret_value()
+    return sha256(configured.encode()).digest() if configured else _SECRET
 
 
 async def _copy_counters(meter: Meter) -> None:

@@ -18,6 +18,8 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "decisions": ("pointsman_decisions", "Requests routed", ("model", "pod", "strategy")),
     "refused": ("pointsman_refused", "Requests answered by the router itself", ("status", "code")),
     "finished": ("pointsman_finished", "Requests that ended, by the status the client got", ("pod", "status")),
+    "used_tokens": ("pointsman_used_tokens", "Tokens of answered requests, by their own usage", ("model", "kind")),
+    "limits_outage": ("pointsman_limits_outage", "Requests whose limits could not be checked", ("policy",)),
     "fallbacks": ("pointsman_strategy_fallbacks", "Decisions a strategy could not base on its metric", ("strategy",)),
     "polls": ("pointsman_scrapes", "Polls of the pods' metrics", ("pod", "result")),
     "page_cpu_seconds": ("pointsman_scrape_cpu_seconds", "CPU time spent reading metrics pages", ()),

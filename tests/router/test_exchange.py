@@ -251,6 +251,9 @@ def test_an_answer_of_envoys_own_comes_before_the_body() -> None:
     stream.send(request_headers(modes=(BUFFERED, STREAMED)))
     reply = stream.one(response_headers("413"))
     assert set_headers(reply)[":status"] == "413"
+    reply = stream.one(response_body(b"payload too large", eos=True))
+    error = orjson.loads(reply.response_body.response.body_mutation.body)["error"]
+    assert error["message"] == "payload too large"
     assert stream.exchange.finished
     assert stream.outcomes == (0, 0)
 
@@ -363,12 +366,25 @@ def test_the_response_says_who_answered() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("status", ["", "20", "2000"])
-def test_a_status_that_is_not_known_is_not_set(status: str) -> None:
+def test_a_status_that_is_not_told_is_not_set() -> None:
     stream = Stream()
     stream.kinds(request_headers(), request_body(chat()))
-    assert ":status" not in set_headers(stream.one(response_headers(status)))
+    headers = set_headers(stream.one(response_headers("")))
+    assert ":status" not in headers
+    assert headers["target-pod"] == "pod-0"
     assert stream.outcomes == (0, 0)
+
+
+@pytest.mark.parametrize("status", ["20", "2000", "abc", "9" * 5000, "099", "600"])
+def test_a_status_that_is_none_is_a_500(status: str) -> None:
+    stream = Stream()
+    stream.kinds(request_headers(), request_body(chat()))
+    reply = stream.one(response_headers(status))
+    assert immediate(reply) == (
+        500,
+        {"message": "Internal server error", "type": "api_error", "code": None, "param": None},
+    )
+    assert (stream.in_flight, stream.outcomes) == (0, (0, 0))
 
 
 def test_header_values_may_come_in_either_field_and_the_last_of_a_repeated_one_counts() -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from router.fleet import Candidates, Pod
 from router.request import RoutingRequest
-from router.strategies.session_affinity import ID_LENGTH, NEW_SESSION_ID, SECRET, SESSION_ID, SessionAffinity, fnv1a
 from router.strategies.base import Context
+from router.strategies.session_affinity import ID_LENGTH, NEW_SESSION_ID, SECRET, SESSION_ID, SessionAffinity, fnv1a
 from state.catalog import PodRecord
 from state.pods import FIELDS
 from state.tables import Capacity, Tables

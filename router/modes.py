@@ -1,0 +1,78 @@
+"""What an Envoy says of itself: how it is set up to send messages (`protocol_config` of a stream's first one), and in
+the gRPC metadata of our own configuration, how requests end and where their destination is read.
+"""
+
+from protos.ext_proc_pb2 import ProcessingMode, ProcessingRequest
+from router import replies
+from router.replies import Destination
+
+ACCOUNTING_KEY = "x-pointsman-accounting"
+DESTINATION_KEY = "x-pointsman-destination"
+"""gRPC metadata by which an Envoy says what it does. Set in Envoy's configuration, so no client can."""
+
+_FULL_DUPLEX = ProcessingMode.FULL_DUPLEX_STREAMED
+_BUFFERED = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
+
+_MOST_KNOWN = 64
+_LONGEST_KNOWN = 256
+
+
+class Modes:
+    """How an Envoy is set up, as the `protocol_config` of a stream's first message says."""
+
+    __slots__ = (
+        "ask_for_body",
+        "buffered",
+        "duplex_request",
+        "duplex_response",
+        "known",
+        "response_body_comes",
+        "response_flows",
+        "response_mode",
+    )
+
+    def __init__(self, request: ProcessingRequest) -> None:
+        config = request.protocol_config
+        mode = config.request_body_mode
+        self.known: bool = request.HasField("protocol_config")
+        """False for an Envoy before 1.33, and for what is none."""
+        self.response_mode = config.response_body_mode
+        self.duplex_request: bool = mode == _FULL_DUPLEX
+        self.duplex_response: bool = self.response_mode == _FULL_DUPLEX
+        self.response_body_comes: bool = not self.known or self.response_mode != ProcessingMode.NONE
+        self.response_flows: bool = self.response_mode in (ProcessingMode.STREAMED, _FULL_DUPLEX)
+        """Response headers have been sent on when the body comes."""
+        self.buffered: bool = mode in _BUFFERED
+        self.ask_for_body: bytes | None = None
+        if mode == ProcessingMode.NONE and self.known:
+            self.buffered = True
+            self.ask_for_body = replies.REQUEST_HEADERS_ASK_FOR_BODY.get(self.response_mode)
+
+
+class Peer:
+    """What is the same for every stream of one Envoy listener."""
+
+    __slots__ = ("by_log", "destination", "modes")
+
+    def __init__(self, accounting: str = "stream", destination: str = "header") -> None:
+        self.by_log = accounting == "access-log"
+        try:
+            self.destination = Destination(destination)
+        except ValueError:
+            self.destination = Destination.HEADER
+        self.modes: dict[bytes, Modes] = {}
+        """By what follows the phase in a message: a few constants in a well-behaved Envoy's life."""
+
+    def remember(self, request: ProcessingRequest, modes: Modes) -> None:
+        """Know this message's modes by its bytes from now on, if they are all that follows the phase."""
+        if request.attributes or len(request.metadata_context.filter_metadata) or len(self.modes) >= _MOST_KNOWN:
+            return
+        rest = ProcessingRequest()
+        rest.CopyFrom(request)
+        rest.ClearField(request.WhichOneof("request") or "observability_mode")
+        remainder = rest.SerializeToString()
+        if len(remainder) <= _LONGEST_KNOWN:
+            self.modes[remainder] = modes
+
+
+UNKNOWN_MODES = Modes(ProcessingRequest())
