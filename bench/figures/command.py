@@ -28,7 +28,7 @@ _DOCUMENT = click.Path(dir_okay=False, path_type=Path)
 
 
 def measure(section: Section, seconds: float, rounds: int, console: Console) -> Outcome:
-    """Run one section; what is missing on this machine is part of the outcome. Raises BenchError, LabError."""
+    """Run one section. What is missing on this machine, and what failed, is part of the outcome."""
     outcome, began = Outcome(section), time.monotonic()
     with console.status(section.title) as status:
 
@@ -40,6 +40,8 @@ def measure(section: Section, seconds: float, rounds: int, console: Console) -> 
                 outcome.figures = section.run(rig)
         except Missing as error:
             outcome.missing = str(error)
+        except (BenchError, LabError) as error:
+            outcome.failed = str(error)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -50,27 +52,33 @@ def _run(
     console = Console(stderr=True)
     about = document.machine()
     outcomes = []
-    try:
-        for section in sections:
-            outcome = measure(section, seconds, rounds, console)
-            outcomes.append(outcome)
-            if not as_json:
-                Console(width=max(100, console.width)).print(table(outcome), "")
-    except (BenchError, LabError) as error:
-        console.print(f"[red]pointsman bench {section.name}:[/red] {error}", markup=True, highlight=False)
-        sys.exit(_FAILED)
+    for section in sections:
+        outcome = measure(section, seconds, rounds, console)
+        outcomes.append(outcome)
+        if not as_json:
+            Console(width=max(100, console.width)).print(table(outcome), "")
     if as_json:
         print(json.dumps(_document(outcomes, about, seconds, rounds), indent=2, ensure_ascii=False))
     if path is not None:
-        try:
-            document.write(path, outcomes, about, seconds, rounds)
-        except (document.NoMarkers, OSError) as error:
-            raise click.ClickException(str(error)) from None
-        for outcome in outcomes:
-            if outcome.section.name == "streams" and outcome.figures:
-                plot.draw(plot.bars(outcome.figures), path.with_suffix(".svg"))
+        _write(path, [outcome for outcome in outcomes if not outcome.failed], about, seconds, rounds)
+    failed = [outcome for outcome in outcomes if outcome.failed]
+    for outcome in failed:
+        click.echo(f"pointsman bench {outcome.section.name}: {outcome.failed}", err=True)
+    if failed:
+        sys.exit(_FAILED)
     if check and any(figure.met is False for outcome in outcomes for figure in outcome.figures):
         sys.exit(_MISSED)
+
+
+def _write(path: Path, outcomes: Sequence[Outcome], about: dict[str, str], seconds: float, rounds: int) -> None:
+    """The document, and the picture beside it."""
+    try:
+        document.write(path, outcomes, about, seconds, rounds)
+    except (document.NoMarkers, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    for outcome in outcomes:
+        if outcome.section.name == "streams" and outcome.figures:
+            plot.draw(plot.bars(outcome.figures), path.with_suffix(".svg"))
 
 
 def _document(outcomes: Sequence[Outcome], about: dict[str, str], seconds: float, rounds: int) -> dict[str, Any]:
@@ -83,6 +91,7 @@ def _document(outcomes: Sequence[Outcome], about: dict[str, str], seconds: float
                 "title": outcome.section.title,
                 "took_seconds": round(outcome.seconds, 1),
                 "missing": outcome.missing,
+                "failed": outcome.failed,
                 "figures": [figure.as_json() for figure in outcome.figures],
             }
             for outcome in outcomes

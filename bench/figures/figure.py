@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from bench.figures.bars import BARS, NO_BAR, Bar
@@ -77,6 +78,9 @@ class Outcome:
     section: Section
     figures: list[Figure] = field(default_factory=list)
     missing: str = ""
+    """What this machine lacks."""
+    failed: str = ""
+    """What went wrong: the document keeps what it had."""
     seconds: float = 0.0
 
 
@@ -101,8 +105,11 @@ def table(outcome: Outcome) -> Table:
     for figure in outcome.figures:
         verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure.met]
         shown.add_row(*figure.cells(), verdict)
-    if outcome.missing:
-        shown.add_row(f"[yellow]not measured: {outcome.missing}[/yellow]")
+    if outcome.missing or outcome.failed:
+        shown.add_row(f"[yellow]not measured: {escape(outcome.missing or outcome.failed)}[/yellow]")
+    if any(figure.bar.peers for figure in outcome.figures):
+        shown.caption = "others: measured on the same kind of machine, see docs/benchmarks.md"
+        shown.caption_justify = "left"
     return shown
 
 

@@ -26,7 +26,7 @@ def draw(named: Mapping[str, Sequence[float]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "pointsman"
+    matplotlib.rcParams |= {"svg.hashsalt": "pointsman", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(BODY_KILOBYTES), figsize=(13, 3.6), sharey=True, layout="constrained")

@@ -136,7 +136,7 @@ def scrape(rig: Rig) -> list[Figure]:
 def strategies(rig: Rig) -> list[Figure]:
     """How evenly the load strategies use pods that are all alike."""
     pods = rig.pods(16)
-    lab = rig.router(pods, workers=2)
+    lab = rig.router(pods, scrape_seconds=1.0, workers=2)
     server = Server(",".join(lab.worker_addresses), ())
     figures, unused = [], 0
     for name in LOAD_STRATEGIES:

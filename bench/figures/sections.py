@@ -70,7 +70,7 @@ SECTIONS: dict[str, Section] = {
         Section(
             "strategies",
             "Ten strategies",
-            "16 pods that all show the same metrics, 2 workers, 16 streams at once.",
+            "16 pods that all show the same metrics, polled every second, 2 workers, 16 streams at once.",
             processes.strategies,
         ),
         Section(
