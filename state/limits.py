@@ -32,8 +32,8 @@ calls) are 4.6 µs on that machine, and could block.
 """
 
 import fcntl
-import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -51,7 +51,8 @@ _MOST: Final = _ONE_PERIOD - 1
 _WINDOWS: Final = 2
 _COLUMNS: Final = 2
 _ATTEMPTS: Final = 16
-_LOCK_ATTEMPTS: Final = 2000
+_LOCK_ATTEMPTS: Final = 100
+_LOCK_PAUSE_SECONDS: Final = 0.0005
 
 
 class NoRoom(Exception):
@@ -250,9 +251,9 @@ class Windows:
                 fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._lock_byte)
                 break
             except OSError:
-                if attempt == _LOCK_ATTEMPTS - 1:  # the holder was stopped in these few microseconds
+                if attempt == _LOCK_ATTEMPTS - 1:  # the holder was stopped (SIGSTOP) in these few microseconds
                     raise NoRoom from None
-                os.sched_yield()
+                time.sleep(_LOCK_PAUSE_SECONDS)
         try:
             yield
         finally:
