@@ -309,7 +309,7 @@ class Exchange:
         if rules is not None:
             return self._by_rules(rules, path, strategy, parsed, candidates, body, end)
         strategy = strategy or scheduler.default_strategy
-        return self._choose(strategy, parsed, candidates, started, self._length_of(body), body, end)
+        return self._choose(strategy, parsed, candidates, started, b"", body, end)
 
     def _by_rules(
         self, rules: Rules, path: str, strategy: str, parsed: Body, candidates: Candidates, body: bytes, end: bool
@@ -331,10 +331,10 @@ class Exchange:
             per_second = profile.requests_per_second if profile is not None else 0
         if strategy:
             scheduler.strategy(strategy)
-        more = self._length_of(body)
+        more = b""
         new_path = upstream_path(path, rules.engine)
         if new_path is not None:
-            more += replies.request_body_more(((":path", new_path.encode()),), duplex=self._held_back)
+            more = replies.request_body_more(((":path", new_path.encode()),), duplex=self._held_back)
         gate = self._policy.gate
         choose = partial(self._choose, strategy, parsed, candidates, None, more, body, end, profile_name)
         if gate is None or per_second <= 0:
@@ -414,8 +414,11 @@ class Exchange:
             self.finished = not modes.duplex_response and not watches
         if not by_log or watches or modes.duplex_response:
             self._serve(parsed, () if by_log else extra or ())
-        reply = decision.replies.request_body(self._request_id, decision.tokens) + decision.endpoints + more
-        return self._with_body(reply, body, end)
+        reply = decision.replies.request_body(self._request_id, decision.tokens)
+        if not modes.known and not self._body_bytes:
+            # AIBrix sets it. An Envoy that says how it is set up does not need it: the body is not changed.
+            reply += replies.content_length(len(body))
+        return self._with_body(reply + decision.endpoints + more, body, end)
 
     def _serve(self, parsed: Body, extra: tuple[tuple[str, str], ...]) -> None:
         """The response will be seen: note what must be known of the request then."""
@@ -436,12 +439,7 @@ class Exchange:
         reply = replies.request_body_more((("model", parsed.model.encode()),), duplex=duplex)
         if duplex:
             reply = replies.REQUEST_HEADERS + reply
-        return self._with_body(reply, body, end)
-
-    def _length_of(self, body: bytes) -> bytes:
-        """The content-length that AIBrix sets. An Envoy that says how it is set up does not need it: the body is not
-        changed."""
-        return b"" if self._modes.known or self._body_bytes else replies.content_length(len(body))
+        return self._with_body(reply + more, body, end)
 
     def _with_body(self, reply: bytes, body: bytes, end: bool) -> Reply:
         if not self._modes.duplex_request:
