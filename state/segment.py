@@ -12,6 +12,7 @@ a memfd, so it has no name to leak: the kernel frees it when the last process th
 
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 
 import orjson
@@ -32,10 +33,14 @@ def _up_to_page(size: int) -> int:
 class Segment:
     """A mapped segment. `fd` stays open as long as the object, to be passed to children."""
 
-    def __init__(self, fd: int, memory: mmap.mmap, directory: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, fd: int, memory: mmap.mmap, directory: Mapping[str, tuple[int, int]], *, made_here: bool = False
+    ) -> None:
         self.fd = fd
         self._memory = memory
         self._directory = directory
+        if made_here:
+            weakref.finalize(self, os.close, fd)
 
     @classmethod
     def create(cls, sizes: Mapping[str, int]) -> "Segment":
@@ -52,7 +57,7 @@ class Segment:
         memory[DIRECTORY_OFFSET : DIRECTORY_OFFSET + len(listing)] = listing
         memory[8:16] = len(listing).to_bytes(8, "little")
         memory[0:8] = MAGIC
-        return cls(fd, memory, directory)
+        return cls(fd, memory, directory, made_here=True)
 
     @classmethod
     def attach(cls, fd: int) -> "Segment":
