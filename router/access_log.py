@@ -3,15 +3,22 @@
 The reply that routed a request put a ticket into Envoy's dynamic metadata, `slot.generation.tokens`; the log entry
 brings it back with the response code and the timings, to whichever worker Envoy's log stream is connected to. Clients
 cannot write dynamic metadata, so a ticket is always our own. Each entry releases its charge once.
+
+Where Envoy may retry on another pod it was given several addresses in order. The entry names the one that answered:
+those before it have failed. (Until then the request counts as the first one's load; a retry comes within milliseconds
+of a refused connection, and the first pod is not likely to be chosen meanwhile.)
 """
 
 from google.protobuf.message import DecodeError
 
 from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
 from router.exchange import MessageError
-from router.replies import NAMESPACE
+from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.scheduler import Scheduler
 from state.ledger import Charge
+
+MOST_ENDPOINTS = 17
+"""The longest list that a configuration can ask for."""
 
 
 class AccessLog:
@@ -47,10 +54,35 @@ class AccessLog:
         code = entry.response.response_code.value
         flags = common.response_flags
         client_left = code == 0 or flags.downstream_connection_termination
+        pod = fields["pod"].string_value if "pod" in fields else ""
+        answered = self._after_retries(entry, charge) if ENVOY_LB in metadata else None
+        if answered is not None:
+            charge, pod = answered
         if not client_left:
             scheduler.outcome(charge, ok=code < 500)
-        pod = fields["pod"].string_value if "pod" in fields else ""
         scheduler.series.add(1.0, "finished", pod, "499" if client_left else str(code))
+
+    def _after_retries(self, entry: HTTPAccessLogEntry, charge: Charge) -> tuple[Charge, str] | None:
+        """The pod that answered, where that is not the one first chosen; those tried before it get a failure."""
+        common = entry.common_properties
+        upstream = common.upstream_remote_address.socket_address
+        fields = common.metadata.filter_metadata[ENVOY_LB].fields
+        if not upstream.address or ENDPOINT not in fields:
+            return None
+        host = f"[{upstream.address}]" if ":" in upstream.address else upstream.address
+        address = f"{host}:{upstream.port_value}"
+        tried = fields[ENDPOINT].string_value.split(",")[:MOST_ENDPOINTS]
+        if address == tried[0] or address not in tried:
+            return None
+        scheduler = self._scheduler
+        scheduler.outcome(charge, ok=False)
+        for other in tried[1 : tried.index(address)]:
+            failed = scheduler.fleet.by_address(other)
+            if failed is not None:
+                scheduler.outcome(Charge(failed.slot, failed.generation, 0), ok=False)
+        pod = scheduler.fleet.by_address(address)
+        scheduler.series.add(1.0, "retried", pod.name if pod is not None else "")
+        return None if pod is None else (Charge(pod.slot, pod.generation, 0), pod.name)
 
     def half_close(self) -> bytes | None:
         """Envoy is done: one empty StreamAccessLogsResponse."""

@@ -167,6 +167,15 @@ class Fleet:
             for model in self.models.values():
                 model.candidates = None
 
+    def by_address(self, address: str) -> Pod | None:
+        """The pod with this address. Looked up by going through all of them: for what happens rarely."""
+        self.refresh()
+        for model in self.models.values():
+            for pod in model.pods:
+                if pod.address == address:
+                    return pod
+        return None
+
     def candidates(self, name: str) -> Candidates | None:
         """The pods that may take a request for model `name` now: the READY ones, or where there are none those that
         no poll has reached yet. Pods that only prefill take no whole request, unless the model has no others. Empty

@@ -24,6 +24,8 @@ TARGET_POD = "target-pod"
 """The pod's ip:port in a request (Envoy's ORIGINAL_DST reads it), its name in a response. AIBrix's header."""
 ENDPOINT = "x-gateway-destination-endpoint"
 """The same, as the Gateway API inference extension calls it; also a key of the `envoy.lb` metadata."""
+ENVOY_LB = "envoy.lb"
+"""The dynamic metadata that Envoy's load balancers read."""
 NAMESPACE = "pointsman"
 """The dynamic metadata that our own Envoy configuration reads."""
 RESPONSE_NAMESPACE = "pointsman-response"
@@ -148,7 +150,7 @@ class RoutedReplies:
             _set(mutation, TARGET_POD, address)
         if destination is Destination.OVERRIDE_HOST or duplex:
             _set(mutation, ENDPOINT, address)
-            reply.dynamic_metadata.get_or_create_struct("envoy.lb")[ENDPOINT] = address
+            reply.dynamic_metadata.get_or_create_struct(ENVOY_LB)[ENDPOINT] = address
         _set(mutation, "x-request-id", _REQUEST_ID)
         # Once more, for an Envoy that sends the body alone.
         ours_now = {header.header.key for header in mutation.set_headers}
@@ -272,7 +274,7 @@ def endpoints_in_order(addresses: str, *, duplex: bool = False) -> bytes:
     Envoy takes the first and for its retries the next."""
     reply = ProcessingResponse()
     _change((reply.request_headers if duplex else reply.request_body).response, ((ENDPOINT, addresses.encode()),), ())
-    reply.dynamic_metadata.get_or_create_struct("envoy.lb")[ENDPOINT] = addresses
+    reply.dynamic_metadata.get_or_create_struct(ENVOY_LB)[ENDPOINT] = addresses
     return reply.SerializeToString()
 
 

@@ -12,8 +12,16 @@ is then added by Envoy from dynamic metadata.
 
 from typing import Any
 
-from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY
-from router.replies import DESTINATION_HEADERS, ENDPOINT, NAMESPACE, TARGET_POD
+from router.modes import ACCOUNTING_KEY, DESTINATION_KEY
+from router.replies import (
+    DESTINATION_HEADERS,
+    ENDPOINT,
+    ENVOY_LB,
+    NAMESPACE,
+    RESPONSE_HEADERS,
+    RESPONSE_NAMESPACE,
+    TARGET_POD,
+)
 from workers.address import parse_address
 from workers.config import Config, ConfigError
 from workers.discovery.endpoints_file import read_endpoints
@@ -111,20 +119,21 @@ def _routes(config: Config) -> list[Json]:
     if config.envoy.destination == "override-host":
         pods["route"]["retry_policy"] = {
             "retry_on": "connect-failure,refused-stream,reset-before-request",
-            "num_retries": 2,
+            "num_retries": max(config.retry_candidates, 1),
         }
     if config.envoy.accounting == "access-log":
         pods["response_headers_to_add"] = [
             {
-                "header": {"key": key, "value": f"%DYNAMIC_METADATA({NAMESPACE}:{field})%"},
+                "header": {"key": key, "value": f"%DYNAMIC_METADATA({namespace}:{field})%"},
                 "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
                 "keep_empty_value": False,
             }
-            for key, field in (
-                (TARGET_POD, "pod"),
-                ("target-pod-ip", "target"),
-                ("request-id", "request-id"),
-                ("routing-strategy", "strategy"),
+            for key, namespace, field in (
+                (TARGET_POD, NAMESPACE, "pod"),
+                ("target-pod-ip", NAMESPACE, "target"),
+                ("request-id", NAMESPACE, "request-id"),
+                ("routing-strategy", NAMESPACE, "strategy"),
+                *((name, RESPONSE_NAMESPACE, name) for name in RESPONSE_HEADERS),
             )
         ]
     return [
@@ -194,7 +203,7 @@ def _ext_proc(config: Config) -> Json:
         message_timeout="60s",
         max_message_timeout="600s",
         mutation_rules={"allow_all_routing": False},
-        metadata_options={"receiving_namespaces": {"untyped": [NAMESPACE, "envoy.lb"]}},
+        metadata_options={"receiving_namespaces": {"untyped": [NAMESPACE, RESPONSE_NAMESPACE, ENVOY_LB]}},
     )
 
 
@@ -340,7 +349,7 @@ def _override_host(config: Config) -> Json:
                         "name": "envoy.load_balancing_policies.override_host",
                         "typed_config": _typed(
                             "extensions.load_balancing_policies.override_host.v3.OverrideHost",
-                            override_host_sources=[{"metadata": {"key": "envoy.lb", "path": [{"key": ENDPOINT}]}}],
+                            override_host_sources=[{"metadata": {"key": ENVOY_LB, "path": [{"key": ENDPOINT}]}}],
                             fallback_policy={"policies": [round_robin]},
                         ),
                     }

@@ -2,7 +2,7 @@
 
     models:
       - name: llama-3-8b
-        engine: vllm                      # vllm (default), sglang, trtllm, xllm
+        engine: vllm                      # vllm (default), sglang, trtllm, xllm, xdit
         endpoints: ["10.0.0.1:8000", "vllm-1.example:8000"]
       - name: qwen
         rolesets:
@@ -85,7 +85,7 @@ class ModelEntry(_Strict):
     """One model and its pods."""
 
     name: Name
-    engine: Literal["vllm", "sglang", "trtllm", "xllm"] = "vllm"
+    engine: Literal["vllm", "sglang", "trtllm", "xllm", "xdit"] = "vllm"
     endpoints: tuple[Endpoint, ...] = ()
     rolesets: tuple[Roleset, ...] = ()
     metrics_port: Port | None = None

@@ -269,6 +269,7 @@ ENGINES: Mapping[str, Engine] = {
     "trt-llm": TRTLLM,
     "tensorrt-llm": TRTLLM,
     "xllm": XLLM,
+    "xdit": VLLM,  # publishes little; what it does has vLLM's names
 }
 """Engines by the name that a pod's label or a configuration file gives."""
 
