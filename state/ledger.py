@@ -100,7 +100,7 @@ class Ledger:
         """Let readers see row `writer`. Called by the supervisor, before it starts the writer."""
         self._header[0] = max(self._header[0], writer + 1)
 
-    def totals(self, entry: Entry, high: int) -> Ints:
+    def totals(self, entry: int, high: int) -> Ints:
         """Sum over all writers for pods 0..high-1."""
         total: Ints = _sum(self._view(entry, high), 0)
         return total
