@@ -1,12 +1,13 @@
 """The `pointsman` command."""
 
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # One thread is all that a child of a fork can rely on.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -159,6 +160,39 @@ def envoy(path: Path | None, validate: bool) -> None:
         sys.exit(_CONFIG_ERROR)
     click.echo("# Written by `pointsman envoy`; docs/envoy.md explains it.")
     click.echo(yaml.safe_dump(document, sort_keys=False, width=110), nl=False)
+
+
+@main.command()
+@click.argument("file", type=click.File("rb"))
+@config_option
+@click.option("--address", help="The router's ext_proc address; by default that of the configuration.")
+@click.option("--path", "request_path", help="Of the request; by default told by the document's fields.")
+@click.option("--header", "-H", "headers", multiple=True, metavar="NAME:VALUE", help="A request header; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON.")
+def explain(
+    file: BinaryIO,
+    path: Path | None,
+    address: str | None,
+    request_path: str | None,
+    headers: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show where a running router would send the request in FILE, a JSON body (- for standard input), and why.
+
+    Nothing is sent to a pod, and nothing counted. The router must be configured with `explain: true`.
+    """
+    from workers.explain import ExplainError, ask, parse_headers, router_address, show
+
+    try:
+        where = address or router_address(load_or_exit(path))
+        receipt = ask(where, file.read(), request_path, parse_headers(headers))
+    except ExplainError as error:
+        click.echo(f"pointsman: {error}", err=True)
+        sys.exit(1)
+    if as_json:
+        click.echo(json.dumps(receipt))
+    else:
+        show(receipt)
 
 
 @main.command()

@@ -1,0 +1,57 @@
+"""`pointsman explain` against a running router."""
+
+import json
+import subprocess
+import sys
+
+from bench.lab import Lab
+
+MODEL_CHAT = {"messages": [{"role": "user", "content": "word " * 500}]}
+
+
+def explain(lab: Lab, body: object, *arguments: str) -> tuple[int, str, str]:
+    run = subprocess.run(
+        [sys.executable, "-m", "workers.cli", "explain", "-", "--config", str(lab.config_path), *arguments],
+        input=json.dumps(body), capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_explain_shows_the_decision_and_makes_none() -> None:
+    with Lab(pods=3, workers=1, with_envoy=False, strategy="prefix-cache", settings={"explain": True}) as lab:
+        body = {"model": lab.model, **MODEL_CHAT}
+        code, out, _ = explain(lab, body, "--json")
+        receipt = json.loads(out)
+        assert code == 0
+        assert receipt["strategy"] == "prefix-cache"
+        assert {row["pod"] for row in receipt["candidates"]} == {"pod-0", "pod-1", "pod-2"}
+        assert all(row["matched_tokens"] == 0 and "score" in row for row in receipt["candidates"])
+        code, out, _ = explain(lab, body, "-H", "routing-strategy: least-request")
+        assert code == 0
+        assert "by least-request" in out and "pod-2" in out
+        assert [pod["own"]["chosen"] for pod in lab.believed_pods()] == [0, 0, 0]
+        code, out, error = explain(lab, {"model": "gpt-9", "prompt": "x"})
+        assert (code, out) == (1, "")
+        assert error == "pointsman: the router refuses this request with 400: model gpt-9 does not exist\n"
+        code, _, error = explain(lab, {"model": lab.model}, "--path", "/v1/chat/completions")
+        assert "no messages in the request body" in error
+        assert "cannot tell what kind of request" in explain(lab, {"model": lab.model})[2]
+
+
+def test_explain_says_when_it_is_not_allowed() -> None:
+    with Lab(pods=1, workers=1, with_envoy=False) as lab:
+        code, _, error = explain(lab, {"model": lab.model, **MODEL_CHAT})
+        assert (code, error) == (
+            1,
+            "pointsman: the router gives no receipts: set `explain: true` in its configuration\n",
+        )
+        lab.until(lambda: [pod["own"]["requests"] for pod in lab.believed_pods()] == [0], "the charge to be released")
+
+
+def test_explain_says_when_nobody_answers() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "workers.cli", "explain", "-", "--address", "127.0.0.1:1"],
+        input='{"model":"m","prompt":"x"}', capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.startswith("pointsman: no answer from the router at 127.0.0.1:1")
