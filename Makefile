@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 ARGS ?=
 
-.PHONY: install demo test check bench protos fuzz h2spec clean
+.PHONY: install demo test check bench protos fuzz ghz h2spec clean
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ protos: install
 
 bench: install
 	$(BIN)/pointsman bench all $(ARGS)
+
+# The load generator of the bundled ghz scripts (bench/ghz); the benchmarks also use Debian's wrk and nghttp2-client.
+ghz:
+	GOBIN=$(CURDIR)/bin GOFLAGS=-mod=mod go install github.com/bojand/ghz/cmd/ghz@v0.121.0
 
 # h2spec is the conformance test of HTTP/2 servers; without Go its test is skipped.
 h2spec:
