@@ -1,9 +1,8 @@
 """One ext_proc stream, that is one HTTP request, as a state machine without I/O: message bytes in, reply bytes out.
 
-    request headers   who is it, may they? remember path, strategy and the like; take away every header that names a
-                      destination
-    request body      parse, decide, charge; the reply carries the pod
-    response          `router/response.py`
+    request headers   who is it, may they? take away every header that names a destination    router/request_phase.py
+    request body      parse, decide, charge; the reply carries the pod                         router/request_phase.py
+    response          which pod it was, errors in one shape, what was used, the end            router/response.py
 
 Envoy wants one reply of the matching type per message, in order. Which messages come depends on how Envoy is set up
 (the first message says so, `router/modes.py`), and the exchange takes any: headers only, body only, response messages
@@ -21,65 +20,29 @@ Whoever counts limits may have to be waited for (Redis): then `receive` gives an
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
 from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import replies, wire
-from router.bodies import Body, known_path, read_body, strip_query, upstream_path
-from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, unknown_path
-from router.fleet import Candidates
-from router.limits import Grant
-from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, UNKNOWN_MODES, Modes, Peer
+from router.errors import RequestError
+from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
 from router.policy import NO_POLICY, Policy
-from router.profiles import effective_strategy
-from router.replies import Header
-from router.request import RoutingRequest
-from router.response import Response, Served
-from router.rules import Rules
-from router.scheduler import Decision, Scheduler
-from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
+from router.request_phase import Reply, RequestPhase
+from router.response import Response
+from router.scheduler import Scheduler
 
-Reply = bytes | tuple[bytes, ...] | None
-Awaited = TypeVar("Awaited")
-
-CHAT = "/v1/chat/completions"
-EXPLAIN = "x-pointsman-explain"
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
-_WITHOUT_USAGE = frozenset({"media", "audio"})
 
 
 class MessageError(Exception):
     """The peer sent something that is no ext_proc message."""
 
 
-class Exchange:
-    """See the head of this file. `max_body_bytes` bounds what is collected of a body that comes in pieces."""
+class Exchange(RequestPhase):
+    """See the head of this file."""
 
-    __slots__ = (
-        "_body",
-        "_body_bytes",
-        "_closed",
-        "_decision",
-        "_grant",
-        "_headers",
-        "_held_back",
-        "_max_body_bytes",
-        "_modes",
-        "_new_request_id",
-        "_over",
-        "_peer",
-        "_policy",
-        "_refused",
-        "_request_done",
-        "_request_id",
-        "_response",
-        "_scheduler",
-        "_served",
-        "finished",
-        "idle",
-    )
+    __slots__ = ("_over", "_response")
 
     def __init__(
         self,
@@ -89,27 +52,9 @@ class Exchange:
         max_body_bytes: int,
         policy: Policy = NO_POLICY,
     ) -> None:
-        self._scheduler = scheduler
-        self._peer = peer
-        self._new_request_id = new_request_id
-        self._max_body_bytes = max_body_bytes
-        self._policy = policy
-        self._headers: dict[str, bytes] | None = None
-        self._request_id = b""
-        self._grant: Grant | None = None
-        self._body: list[bytes] | None = None
-        self._body_bytes = 0
-        self._decision: Decision | None = None
-        self._served: Served | None = None
+        super().__init__(scheduler, peer, new_request_id, max_body_bytes, policy)
         self._response: Response | None = None
-        self._request_done = False
-        self._refused = False
-        self._modes = UNKNOWN_MODES
-        self._held_back = False
         self._over = False
-        self._closed = False
-        self.finished = False
-        self.idle = False
 
     def receive(self, message: bytes) -> Reply | Awaitable[Reply]:
         """Take one ProcessingRequest, serialised. Raises MessageError when it is none."""
@@ -199,258 +144,6 @@ class Exchange:
             if "request.path" in fields:
                 self._headers[":path"] = fields["request.path"].string_value.encode()
 
-    def _on_request_headers(self, found: dict[str, bytes], over: bool) -> Reply | Awaitable[Reply]:
-        seen = self._headers
-        assert seen is not None
-        seen.update(found)
-        gate = self._policy.gate
-        if ((gate is not None and gate.needed) or "user" in found) and self._grant is None and not self._request_done:
-            return self._admit(partial(self._after_admission, over))
-        return self._after_admission(over)
-
-    def _admit(self, then: Callable[[], Reply | Awaitable[Reply]]) -> Reply | Awaitable[Reply]:
-        """Ask who this is and whether they may, then go on."""
-        gate, headers = self._policy.gate, self._headers
-        assert headers is not None
-        user = headers.get("user", b"")
-        if gate is None:
-            self._grant = Grant(user.decode("utf-8", "replace"))
-            return then()
-        answer = gate.admit(user, headers.get("authorization", b""))
-        if not isinstance(answer, Grant):
-            return self._later(answer, partial(self._admitted, then))
-        self._grant = answer
-        return then()
-
-    def _admitted(self, then: Callable[[], Reply | Awaitable[Reply]], grant: Grant) -> Reply | Awaitable[Reply]:
-        self._grant = grant
-        return then()
-
-    def _after_admission(self, over: bool) -> Reply:
-        modes = self._modes
-        if over:
-            # No body, nothing to route: it passes as it is, but without a destination of the client's choosing.
-            self._request_done = True
-            self.idle = True
-            self.finished = self._peer.by_log and not modes.duplex_response
-            return replies.REQUEST_HEADERS
-        if modes.duplex_request and not self._request_done:
-            self._held_back = True
-            return None
-        if self._grant is not None and self._watches and modes.buffered:
-            return replies.REQUEST_HEADERS_WATCH
-        return modes.ask_for_body or replies.REQUEST_HEADERS
-
-    @property
-    def _watches(self) -> bool:
-        """Whether the response of a request that ends by access log must be seen all the same."""
-        grant = self._grant
-        return self._peer.by_log and (self._policy.usage_metrics or (grant is not None and grant.limited))
-
-    def _on_request_body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
-        modes = self._modes
-        if self._request_done:
-            if modes.duplex_request:
-                return replies.streamed_body(piece, request=True, end=over)
-            return replies.REQUEST_BODY
-        # What Envoy buffers it sends once. When trailers follow that is not marked as the end.
-        end = over or modes.buffered
-        if end and self._body is None:
-            return self._route(piece, end=over)
-        self._body_bytes += len(piece)
-        if self._body_bytes > self._max_body_bytes:
-            raise body_too_large(self._max_body_bytes)
-        if self._body is None:
-            self._body = []
-        self._body.append(piece)
-        if end:
-            return self._route(b"".join(self._body), end=over)
-        return None if modes.duplex_request else replies.REQUEST_BODY
-
-    def _on_request_trailers(self) -> Reply | Awaitable[Reply]:
-        if self._request_done:
-            return replies.REQUEST_TRAILERS
-        body = self._body
-        if body is None or not self._modes.duplex_request:
-            # Either nothing to route by, or a body that was streamed to the pod already.
-            self._request_done = True
-            self._body = None
-            self.idle = True
-            return (replies.REQUEST_HEADERS, replies.REQUEST_TRAILERS) if self._held_back else replies.REQUEST_TRAILERS
-        routed = self._route(b"".join(body), end=False)
-        return _with_trailers(routed) if isinstance(routed, bytes | tuple | None) else _trailers_later(routed)
-
-    def _route(self, body: bytes, *, end: bool = True) -> Reply | Awaitable[Reply]:
-        """The whole body is here: read it."""
-        self._request_done = True
-        self._body = None
-        gate = self._policy.gate
-        if self._grant is None and gate is not None and gate.needed:
-            # An Envoy that sends no headers: nobody in particular, if that will do.
-            return self._admit(partial(self._read, body, end))
-        return self._read(body, end)
-
-    def _read(self, body: bytes, end: bool) -> Reply | Awaitable[Reply]:
-        if len(body) > self._max_body_bytes:
-            raise body_too_large(self._max_body_bytes)
-        headers = self._headers
-        assert headers is not None
-        path = strip_query(headers.get(":path", b"").decode("utf-8", "replace"))
-        if not known_path(path):
-            raise unknown_path()
-        parsed = read_body(path, headers.get("content-type", b"").decode("latin-1"), body)
-        grant = self._grant
-        if grant is not None and grant.tells_usage and parsed.stream and not parsed.include_usage and path == CHAT:
-            raise include_usage_not_set()
-        scheduler = self._scheduler
-        started = scheduler.clock()
-        candidates, rules = scheduler.serving(parsed.model)
-        strategy = headers.get("routing-strategy", b"").decode("utf-8", "replace").strip()
-        if rules is not None:
-            return self._by_rules(rules, path, strategy, parsed, candidates, body, end)
-        strategy = strategy or scheduler.default_strategy
-        return self._choose(strategy, parsed, candidates, started, b"", body, end)
-
-    def _by_rules(
-        self, rules: Rules, path: str, strategy: str, parsed: Body, candidates: Candidates, body: bytes, end: bool
-    ) -> Reply | Awaitable[Reply]:
-        """Of a model that has rules: its profile, strategy and engine, and its requests per second."""
-        headers = self._headers
-        assert headers is not None
-        scheduler = self._scheduler
-        profile_name = ""
-        per_second = 0
-        if rules.profiles is None:
-            strategy = strategy or scheduler.default_strategy
-        else:
-            requested = headers.get("config-profile", b"").decode("utf-8", "replace")
-            resolved = rules.profiles.resolve(requested, parsed.counted_tokens, parsed.max_tokens)
-            profile = resolved.profile
-            strategy = effective_strategy(resolved.locked_strategy, strategy, profile, scheduler.default_strategy)
-            profile_name = header_value(resolved.chosen_by_auto).decode()
-            per_second = profile.requests_per_second if profile is not None else 0
-        if strategy:
-            scheduler.strategy(strategy)
-        more = b""
-        new_path = upstream_path(path, rules.engine)
-        if new_path is not None:
-            more = replies.request_body_more(((":path", new_path.encode()),), duplex=self._held_back)
-        gate = self._policy.gate
-        choose = partial(self._choose, strategy, parsed, candidates, None, more, body, end, profile_name)
-        if gate is None or per_second <= 0:
-            return choose()
-        answer = gate.admit_model(parsed.model, per_second)
-        if isinstance(answer, Grant):
-            return self._choose_or_give_back(choose, answer)
-        return self._later(answer, partial(self._choose_or_give_back, choose))
-
-    def _choose_or_give_back(self, choose: Callable[[], Reply], model_grant: Grant) -> Reply:
-        try:
-            return choose()
-        except RequestError:
-            gate = self._policy.gate
-            if gate is not None:
-                gate.give_back_model(model_grant)
-            raise
-
-    def _choose(
-        self,
-        strategy: str,
-        parsed: Body,
-        candidates: Candidates,
-        started: float | None,
-        more: bytes,
-        body: bytes,
-        end: bool,
-        profile_name: str = "",
-    ) -> Reply:
-        """Decide, and say so."""
-        if self._closed:
-            return None  # while somebody was waited for
-        headers = self._headers
-        assert headers is not None
-        modes, peer, scheduler = self._modes, self._peer, self._scheduler
-        by_log = peer.by_log
-        duplex = self._held_back
-        grant = self._grant
-        request = RoutingRequest(
-            model=parsed.model,
-            prompt_tokens=parsed.approximate_tokens,
-            max_tokens=parsed.max_tokens,
-            read_text=parsed.routing_text,
-            user="" if grant is None else grant.user,
-            session_key=headers["x-aibrix-session-key"].decode("utf-8", "surrogateescape")
-            if "x-aibrix-session-key" in headers
-            else "",
-        )
-        if "x-session-id" in headers:
-            request.notes = {SESSION_ID: headers["x-session-id"].decode("latin-1")}
-        if not strategy:
-            return self._leave_to_envoy(parsed, more, body, end, profile_name)
-        if "external-filter" in headers:
-            candidates = scheduler.select(candidates, headers["external-filter"].decode("utf-8", "replace"))
-        explain = EXPLAIN in headers and self._policy.explain
-        if explain and headers[EXPLAIN].strip().lower() == b"only":
-            return self._explained(scheduler.explain(request, strategy, candidates).text())
-        decision = self._decision = scheduler.decide(
-            request,
-            strategy,
-            destination=peer.destination,
-            held=not by_log,
-            duplex=duplex,
-            candidates=candidates,
-            started=started,
-            explain=explain,
-        )
-        self.idle = not modes.duplex_request
-        extra = None
-        notes = request.notes
-        if profile_name or decision.receipt is not None or (notes is not None and NEW_SESSION_ID in notes):
-            extra = _extra_headers(profile_name, notes, decision)
-        watches = by_log and self._watches
-        if by_log:
-            if extra:
-                more += replies.for_the_response(extra)
-            self.finished = not modes.duplex_response and not watches
-        if not by_log or watches or modes.duplex_response:
-            self._serve(parsed, () if by_log else extra or ())
-        reply = decision.replies.request_body(self._request_id, decision.tokens)
-        if not modes.known and not self._body_bytes:
-            # AIBrix sets it. An Envoy that says how it is set up does not need it: the body is not changed.
-            reply += replies.content_length(len(body))
-        return self._with_body(reply + decision.endpoints + more, body, end)
-
-    def _serve(self, parsed: Body, extra: tuple[tuple[str, str], ...]) -> None:
-        """The response will be seen: note what must be known of the request then."""
-        served = self._served = Served(parsed.model, parsed.stream, parsed.kind not in _WITHOUT_USAGE, self._grant)
-        if extra:
-            served.extra = tuple([(name, value.encode("latin-1", "replace")) for name, value in extra])
-        if parsed.stream and parsed.json is not None:
-            served.choices = parsed.json.get("n")
-            options = parsed.json.get("stream_options")
-            served.continuous = type(options) is dict and options.get("continuous_usage_stats") is True
-
-    def _leave_to_envoy(self, parsed: Body, more: bytes, body: bytes, end: bool, profile_name: str) -> Reply:
-        """Nobody has named a strategy: Envoy finds the model's service by the `model` header."""
-        duplex = self._held_back
-        self.idle = not self._modes.duplex_request
-        self.finished = self._peer.by_log and not self._modes.duplex_response
-        self._serve(parsed, (("x-aibrix-config-profile", profile_name),) if profile_name else ())
-        reply = replies.request_body_more((("model", parsed.model.encode()),), duplex=duplex)
-        if duplex:
-            reply = replies.REQUEST_HEADERS + reply
-        return self._with_body(reply + more, body, end)
-
-    def _with_body(self, reply: bytes, body: bytes, end: bool) -> Reply:
-        if not self._modes.duplex_request:
-            return reply
-        pieces = replies.streamed_body(body, request=True, end=end)
-        if self._held_back:
-            return (reply, *pieces)
-        # An Envoy that sends no headers: the mutation goes with the first piece (two messages after each other are
-        # one with the fields of both).
-        return (reply + pieces[0], *pieces[1:])
-
     def _on_response_headers(self, found: dict[str, bytes], over: bool) -> Reply:
         response = self._response
         if response is None:
@@ -502,34 +195,12 @@ class Exchange:
 
     # -- ends
 
-    async def _later(self, awaited: Awaitable[Awaited], then: Callable[[Awaited], Reply | Awaitable[Reply]]) -> Reply:
-        """Wait, then go on. What is refused on the way is answered as anywhere else."""
-        try:
-            reply = then(await awaited)
-            return reply if isinstance(reply, bytes | tuple) or reply is None else await reply
-        except RequestError as error:
-            return self._refuse(error)
-
     def _look_at(self, response: Response) -> None:
         """Has the response come to its end?"""
         if response.over:
             self._end(response.status)
         if response.finished:
             self.finished = True
-
-    def _explained(self, text: str) -> bytes:
-        """The receipt is all that was asked for."""
-        self._refused = True
-        self.idle = True
-        return replies.immediate(200, (), text.encode(), "explained")
-
-    def _refuse(self, error: RequestError) -> bytes:
-        self._request_done = True
-        self._refused = True
-        self._body = None
-        self.idle = True
-        self._scheduler.series.add(1.0, "refused", str(error.status), error.code or "none")
-        return replies.immediate(error.status, error.headers, error.body())
 
     def _end(self, status: int) -> None:
         """The request is over: give its charge back and count it, once. Status 0 is not known. Where Envoy's access
@@ -547,30 +218,6 @@ class Exchange:
                 self._scheduler.finished(decision.pod, status)
 
 
-def _extra_headers(
-    profile_name: str, notes: dict[str, object] | None, decision: Decision
-) -> tuple[tuple[str, str], ...]:
-    """Headers for this response alone, in the order of `replies.RESPONSE_HEADERS`."""
-    extra = []
-    if notes is not None and NEW_SESSION_ID in notes:
-        extra.append(("x-session-id", str(notes[NEW_SESSION_ID])))
-    if profile_name:
-        extra.append(("x-aibrix-config-profile", profile_name))
-    if decision.receipt is not None:
-        extra.append(("x-pointsman-decision", decision.receipt.text()))
-    return tuple(extra)
-
-
-def _with_trailers(routed: Reply) -> Reply:
-    if routed is None:
-        return None
-    return (*((routed,) if isinstance(routed, bytes) else routed), replies.REQUEST_TRAILERS)
-
-
-async def _trailers_later(routed: Awaitable[Reply]) -> Reply:
-    return _with_trailers(await routed)
-
-
 def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], bool]:
     """What `wire.read_headers` gives, from a parsed message."""
     wanted = names.wanted
@@ -578,4 +225,4 @@ def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], b
     return found, headers.end_of_stream
 
 
-__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "Exchange", "Header", "MessageError", "Modes", "Peer"]
+__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "Exchange", "MessageError", "Peer"]

@@ -44,7 +44,7 @@ MOST_TOKENS = 99_999_999
 """The largest number of tokens that a ticket can say."""
 
 # Stand for the values while a template is made: private code points, which no pod name or address contains.
-_REQUEST_ID = "\ue000" * 12  # 36 bytes, as a UUID
+_REQUEST_IDS = {36: "\ue000" * 12, 32: "\U000f0001" * 8}  # by length in bytes: a UUID, a trace id
 _TOKENS = "\U000f0000" * 2  # 8 bytes
 _STATUS = "\ue001"  # 3 bytes
 
@@ -140,8 +140,17 @@ class RoutedReplies:
     __slots__ = ("_body", "_pairs", "_response")
 
     def __init__(
-        self, *, name: str, address: str, strategy: str, destination: Destination, ticket: str | None, duplex: bool
+        self,
+        *,
+        name: str,
+        address: str,
+        strategy: str,
+        destination: Destination,
+        ticket: str | None,
+        duplex: bool,
+        id_bytes: int = 36,
     ) -> None:
+        request_id = _REQUEST_IDS[id_bytes]
         reply = _headers_reply() if duplex else ProcessingResponse()
         common = (reply.request_headers if duplex else reply.request_body).response
         mutation = common.header_mutation
@@ -151,7 +160,7 @@ class RoutedReplies:
         if destination is Destination.OVERRIDE_HOST or duplex:
             _set(mutation, ENDPOINT, address)
             reply.dynamic_metadata.get_or_create_struct(ENVOY_LB)[ENDPOINT] = address
-        _set(mutation, "x-request-id", _REQUEST_ID)
+        _set(mutation, "x-request-id", request_id)
         # Once more, for an Envoy that sends the body alone.
         ours_now = {header.header.key for header in mutation.set_headers}
         del mutation.remove_headers[:]
@@ -163,8 +172,8 @@ class RoutedReplies:
                 ours["ticket"] = f"{ticket}.{_TOKENS}"
                 ours["pod"] = name
                 ours["strategy"] = strategy
-                ours["request-id"] = _REQUEST_ID
-        self._body = _Template(reply.SerializeToString(), _REQUEST_ID, _TOKENS)
+                ours["request-id"] = request_id
+        self._body = _Template(reply.SerializeToString(), request_id, _TOKENS)
 
         self._pairs = (
             ("routing-strategy", strategy.encode()),
@@ -172,9 +181,9 @@ class RoutedReplies:
             ("target-pod-ip", address.encode()),
         )
         reply_to_headers = response_headers(
-            response_pairs(_REQUEST_ID.encode(), _STATUS.encode(), self._pairs), clear_route_cache=True
+            response_pairs(request_id.encode(), _STATUS.encode(), self._pairs), clear_route_cache=True
         )
-        self._response = _Template(reply_to_headers, _REQUEST_ID, _STATUS)
+        self._response = _Template(reply_to_headers, request_id, _STATUS)
 
     def request_body(self, request_id: bytes, tokens: int) -> bytes:
         """The reply that routes: to the request body, or in full duplex mode to the headers held back until now.

@@ -68,7 +68,7 @@ class Scheduler:
         self._strategies = Strategies(STRATEGIES, Context(seed, **parts))
         self._latency = Histogram(self.series, "decision_seconds")
         self._decision_cells: dict[tuple[str, int, int, str], int] = {}
-        self._replies: dict[tuple[int, int, str, Destination, bool, bool], RoutedReplies] = {}
+        self._replies: dict[tuple[int, int, str, Destination, bool, bool, int], RoutedReplies] = {}
         self._endpoints: dict[tuple[bool, tuple[int, ...]], bytes] = {}
         self._rules: dict[str, Rules | None] = {}
         self._catalog_version = -1
@@ -121,8 +121,10 @@ class Scheduler:
         candidates: Candidates | None = None,
         started: float | None = None,
         explain: bool = False,
+        id_bytes: int = 36,
     ) -> Decision:
-        """Choose a pod and charge it. `candidates` are those of `serving`, or fewer. Raises RequestError."""
+        """Choose a pod and charge it. `candidates` are those of `serving`, or fewer; `id_bytes` is the length of the
+        request's id, 36 or 32. Raises RequestError."""
         if started is None:
             started = self.clock()
         if candidates is None:
@@ -142,7 +144,7 @@ class Scheduler:
         tokens = min(request.prompt_tokens, MOST_TOKENS)
         uncached = min(request.uncached_tokens, tokens) if request.uncached_tokens >= 0 else tokens
         charge = self._ledger.charge(pod.slot, tokens, uncached, held=held)
-        replies = self._routed_replies(pod, strategy_name, destination, not held, duplex)
+        replies = self._routed_replies(pod, strategy_name, destination, not held, duplex, id_bytes)
         self._count(request.model, pod, label)
         self._latency.observe(self.clock() - started)
         decision = Decision(pod, request.model, strategy_name, charge, held, replies)
@@ -205,9 +207,9 @@ class Scheduler:
         self.series.values[cell] += 1.0
 
     def _routed_replies(
-        self, pod: Pod, strategy: str, destination: Destination, to_log: bool, duplex: bool
+        self, pod: Pod, strategy: str, destination: Destination, to_log: bool, duplex: bool, id_bytes: int
     ) -> RoutedReplies:
-        key = (pod.slot, pod.generation, strategy, destination, to_log, duplex)
+        key = (pod.slot, pod.generation, strategy, destination, to_log, duplex, id_bytes)
         found = self._replies.get(key)
         if found is None:
             if len(self._replies) >= _MOST_REPLIES:
@@ -220,5 +222,6 @@ class Scheduler:
                 destination=destination,
                 ticket=f"{pod.slot}.{pod.generation}" if to_log else None,
                 duplex=duplex,
+                id_bytes=id_bytes,
             )
         return found

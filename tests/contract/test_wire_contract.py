@@ -36,6 +36,23 @@ def test_a_routed_request() -> None:
     assert not said.common.clear_route_cache
 
 
+@pytest.mark.parametrize("strategy", ["", "random"])
+def test_a_trace_id_is_the_requests_id(strategy: str) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    stream = Contract(strategy=strategy).routed(traceparent=f"00-{trace}-00f067aa0ba902b7-01")
+    if strategy:
+        assert stream.last.headers["x-request-id"] == trace
+    assert stream.send(response_with()).headers["request-id"] == trace
+    assert stream.send(response_body(completion(), eos=True)).headers["request-id"] == trace
+
+
+@pytest.mark.parametrize(
+    "value", ["00-abc-def-01", "00-" + "x" * 32 + "-0-1", "4bf92f3577b34da6a3ce929d0e0e4736", "-\n" * 9]
+)
+def test_what_is_no_trace_id_is_not_repeated(value: str) -> None:
+    assert Contract().routed(traceparent=value).last.headers["x-request-id"] == REQUEST_ID
+
+
 def test_a_request_that_names_no_strategy_where_none_is_configured() -> None:
     contract = Contract(strategy="")
     body = chat()
