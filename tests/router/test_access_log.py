@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from protos.access_log_pb2 import StreamAccessLogsMessage
 from router.access_log import AccessLog
-from router.exchange import Exchange, MessageError, Peer
-from router.replies import NAMESPACE
+from router.exchange import Exchange, MessageError
+from router.modes import Peer
+from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.scheduler import Scheduler
 from state.ledger import Entry
 from state.tables import Tables
@@ -125,3 +126,46 @@ def test_any_bytes_are_a_batch_or_a_message_error(message: bytes) -> None:
 
 _TABLES = fleet.make_fleet(1)
 _LOG = AccessLog(scheduler(_TABLES))
+
+
+def retried(metadata: dict[str, str], order: list[str], answered: str, code: int = 200) -> bytes:
+    """An entry of a request that Envoy had a list of pods for."""
+    message = StreamAccessLogsMessage.FromString(entries((metadata, code)))
+    common = message.http_logs.log_entry[0].common_properties
+    common.metadata.filter_metadata[ENVOY_LB].fields[ENDPOINT].string_value = ",".join(order)
+    host, _, port = answered.rpartition(":")
+    common.upstream_remote_address.socket_address.address = host.strip("[]")
+    common.upstream_remote_address.socket_address.port_value = int(port)
+    return message.SerializeToString()
+
+
+@pytest.mark.parametrize("last", ["10.0.0.9:8000", "[fd00::9]:8000"])
+def test_an_answer_after_retries_counts_for_the_pod_that_gave_it(last: str) -> None:
+    addresses = ["10.0.0.1:8000", "10.0.0.2:8000", last]
+    records = [fleet.make_record(slot, address=address) for slot, address in enumerate(addresses)]
+    tables = fleet.make_fleet(records=records)
+    by = scheduler(tables)
+    while (first := route(by))["target"] == last:
+        AccessLog(by).receive(entries((first, 0)))
+    before = loads(tables, Entry.SUCCEEDED)
+    assert before == [0] * 16
+    order = [first["target"], *(r.address for r in records if r.address not in (first["target"], last)), last]
+    AccessLog(by).receive(retried(first, order, last))
+    slots = {record.address: record.slot for record in records}
+    good, bad = loads(tables, Entry.SUCCEEDED), loads(tables, Entry.FAILED)
+    assert [good[slots[address]] for address in order] == [0, 0, 1]
+    assert [bad[slots[address]] for address in order] == [1, 1, 0]
+    assert loads(tables) == [0] * 16
+    finished = {labels[1:]: value for labels, value in by.series.items() if labels[0] == "finished"}
+    assert finished[f"pod-{slots[last]}", "200"] == 1.0
+
+
+@pytest.mark.parametrize("answered", ["first", "10.9.9.9:1"])
+def test_an_answer_of_the_first_or_of_nobody_known_is_the_firsts(answered: str) -> None:
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    first = route(by)
+    target = first["target"]
+    AccessLog(by).receive(retried(first, [target, "10.0.0.2:8000"], target if answered == "first" else answered))
+    assert sum(loads(tables, Entry.SUCCEEDED)) == 1
+    assert sum(loads(tables, Entry.FAILED)) == 0
