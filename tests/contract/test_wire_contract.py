@@ -463,6 +463,12 @@ def test_a_session_stays_with_its_pod() -> None:
     assert "x-session-id" not in contract.routed().send(response_with()).headers
 
 
+def test_no_strategy_is_left_out_where_one_pod_is_left() -> None:
+    contract = Contract(1)
+    stream = contract.routed(routing_strategy="session-affinity")
+    assert len(stream.send(response_with()).headers["x-session-id"]) == 22
+
+
 def test_an_adapter_is_a_model_of_the_pods_that_hold_it() -> None:
     records = [make_record(0), make_record(1, models=("llama", "adapter"))]
     contract = Contract(records=records)
