@@ -22,6 +22,9 @@ from router.fleet import Candidates
 from router.rates import Rates, Speeds
 from state.pods import Floats
 
+FIRST_STEPS = 1.5
+"""A prompt that finds none before it waits for half a step, and its own takes as long as the decoding in it besides."""
+
 
 class Backlog:
     """One process's view, for all models."""
@@ -49,12 +52,24 @@ class Backlog:
         todo *= speeds.drain
         return np.maximum(todo, 0.0, out=todo)
 
-    def chose(self, candidates: Candidates, index: int, uncached_tokens: int, speeds: Speeds, now: float) -> None:
-        """A request is sent to candidate `index` that has so much to compute."""
+    def chose(
+        self,
+        candidates: Candidates,
+        index: int,
+        uncached_tokens: int,
+        speeds: Speeds,
+        now: float,
+        step_seconds: float = 0.0,
+    ) -> None:
+        """A request is sent to candidate `index` that has so much to compute. `step_seconds`: what a step of the pod
+        takes without any prompt."""
         self.mean_tokens += 0.02 * (uncached_tokens - self.mean_tokens)
         self.largest_tokens = max(self.largest_tokens * 0.999, uncached_tokens)
         known = self._until if self._seen is candidates and self._seen_at == now else candidates.busy_until()
-        until = max(float(known[index]), now) + uncached_tokens * float(speeds.prefill_seconds[index])
+        until = float(known[index])
+        if until <= now:
+            until = now + FIRST_STEPS * step_seconds
+        until += uncached_tokens * (float(speeds.prefill_seconds[index]) + step_seconds / self.rates.prior.step_tokens)
         known[index] = until
         candidates.occupy(index, until)
 

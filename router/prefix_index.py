@@ -22,6 +22,7 @@ anything since the last time, 3 µs per record when somebody has.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from math import exp
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,8 @@ _BLOCK_SIZE = COLUMN["block_size"]
 RECORDS_PER_DRAIN = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
 BLOCKS_PER_PAIR = 8
+DEMAND_SECONDS = 10.0
+"""Uses of a run count for this long, on average, as demand for it."""
 PLACES_KEPT = 1024
 
 
@@ -55,7 +58,7 @@ class PodRows(Protocol):
 class Run:
     """Consecutive blocks held by the same pods."""
 
-    __slots__ = ("block_bytes", "blocks", "hashes", "holders", "key", "parent", "start")
+    __slots__ = ("block_bytes", "blocks", "hashes", "holders", "key", "parent", "start", "used_at", "uses")
 
     def __init__(self, key: int, parent: "Run | None", start: int, hashes: bytes, block_bytes: int) -> None:
         self.key = key
@@ -65,17 +68,22 @@ class Run:
         self.blocks = len(hashes) >> 3
         self.block_bytes = block_bytes
         self.holders = 0
+        self.uses = 0.0
+        """How often it was routed of late, as of `used_at`: fading over DEMAND_SECONDS."""
+        self.used_at = 0.0
 
 
 class Match:
     """What a look-up found. `groups` holds (blocks matched, bitmap of slots) with the bitmaps disjoint and the
-    lengths rising; pods in none of them have no block."""
+    lengths rising; pods in none of them have no block. `runs` are those that some pod holds, with the blocks matched
+    up to the end of each."""
 
-    __slots__ = ("chain", "groups")
+    __slots__ = ("chain", "groups", "runs")
 
-    def __init__(self, chain: Chain, groups: list[tuple[int, int]]) -> None:
+    def __init__(self, chain: Chain, groups: list[tuple[int, int]], runs: list[tuple[int, Run]]) -> None:
         self.chain = chain
         self.groups = groups
+        self.runs = runs
 
     def split(self, slots: "SlotIndex") -> tuple[int, list[tuple[int, int]]]:
         """The length that most candidates have, and the groups that have another one."""
@@ -162,6 +170,8 @@ class PrefixIndex:
         self._tags: list[int] = []
         self._swept = 0
         self._sweep_at = 0.0
+        self._uses = 0.0
+        self._used_at = 0.0
         self.blocks = 0
         """Distinct blocks in the view."""
         self.pairs = 0
@@ -223,6 +233,7 @@ class PrefixIndex:
     def match(self, chain: Chain, mask: int) -> Match:
         """How much of the prompt each pod of the bitmap `mask` holds."""
         groups: list[tuple[int, int]] = []
+        runs: list[tuple[int, Run]] = []
         hashes, packed = chain.hashes, chain.packed
         n = len(hashes)
         place = 0
@@ -240,12 +251,18 @@ class PrefixIndex:
                     break
             if packed.startswith(run.hashes, place << 3):
                 place += run.blocks
+                runs.append((place, run))
             else:
                 place += _common_blocks(run.hashes, packed, place)
+                runs.append((place, run))
                 break
         if left and place:
             groups.append((place, left))
-        return Match(chain, groups)
+        return Match(chain, groups, runs)
+
+    def demand(self, run: Run, now: float) -> float:
+        """The share of the prompts of late that had this run."""
+        return min(_faded(run.uses, run.used_at, now) / max(_faded(self._uses, self._used_at, now), 1.0), 1.0)
 
     def remember(self, chain: Chain, slot: int, now: float) -> None:
         """The prompt goes to the pod in row `slot`: tell everybody."""
@@ -328,6 +345,10 @@ class PrefixIndex:
         for run in reversed(path):
             order[run] = at
             order.move_to_end(run)
+            run.uses = _faded(run.uses, run.used_at, at) + 1.0
+            run.used_at = at
+        self._uses = _faded(self._uses, self._used_at, at) + 1.0
+        self._used_at = at
         while self._used[slot] > self._room[slot] * self._bytes_per_token and order:
             self._drop_or_cut(slot, order)
         if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
@@ -338,6 +359,8 @@ class PrefixIndex:
         comes after it refers to it."""
         head = Run(run.key, run.parent, run.start, run.hashes[: blocks << 3], run.block_bytes)
         head.holders = run.holders
+        head.uses = run.uses
+        head.used_at = run.used_at
         run.hashes = run.hashes[blocks << 3 :]
         run.blocks -= blocks
         run.start += blocks
@@ -414,6 +437,10 @@ class PrefixIndex:
                 return
             del order[run]
             self._drop(slot, run)
+
+
+def _faded(uses: float, since: float, now: float) -> float:
+    return uses * exp((since - now) / DEMAND_SECONDS) if since < now else uses
 
 
 def _common_blocks(run: bytes, packed: bytes, place: int) -> int:

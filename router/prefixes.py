@@ -11,6 +11,9 @@ from router.request import RoutingRequest
 from state.pods import Floats
 from state.tables import Tables
 
+SPARE = 2.0
+"""Copies for each pod's worth of demand: with one, the pods that hold a run could not be chosen among."""
+
 
 class LookUp:
     """What the candidates hold of one prompt."""
@@ -33,6 +36,30 @@ class LookUp:
         out.fill(prompt - self._tokens(common))
         for blocks, bitmap in others:
             out[slots.places(bitmap)] = prompt - self._tokens(blocks)
+        return out
+
+    def scarce(self, index: PrefixIndex, now: float) -> Floats:
+        """The same, but tokens of which there are too few copies for their demand count less.
+
+        A run that a share f of all prompts has wants to be on SPARE * f * (candidates) pods at least. While it is on
+        fewer, k, to compute it once more is no waste but an investment, and it counts (k / wanted)^2.
+        """
+        slots, block_tokens = self.slots, self.block_tokens
+        worth = {0: 0.0}
+        before, total = 0, 0.0
+        for place, run in self.match.runs:
+            copies = (run.holders & slots.mask).bit_count()
+            wanted = SPARE * slots.count * index.demand(run, now)
+            scarcity = min(copies / wanted, 1.0) ** 2 if wanted > 0 else 1.0
+            total += (place - before) * block_tokens * scarcity
+            worth[place] = total
+            before = place
+        total += max(self.prompt_tokens - before * block_tokens, 0.0)
+        common, others = self.match.split(slots)
+        out: Floats = np.empty(slots.count)
+        out.fill(max(total - worth[common], 0.0))
+        for blocks, bitmap in others:
+            out[slots.places(bitmap)] = max(total - worth[blocks], 0.0)
         return out
 
     def tokens(self) -> list[float]:

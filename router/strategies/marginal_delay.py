@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from router.backlog import FIRST_STEPS
 from router.fleet import Candidates
 from router.rates import STALE_SECONDS
 from router.request import RoutingRequest
@@ -14,7 +15,7 @@ from state.pods import Floats
 class _Space:
     """Room for one epoch's arithmetic, so that it allocates little: `weights` times `loads` gives `terms`."""
 
-    __slots__ = ("added", "loads", "ones", "price", "requests", "step", "terms", "weights")
+    __slots__ = ("added", "half", "loads", "ones", "price", "requests", "seats", "step", "terms", "weights")
 
     def __init__(self, n: int) -> None:
         self.weights = np.zeros((3, 3))
@@ -23,25 +24,38 @@ class _Space:
         self.requests = self.loads[0]
         self.step, self.added, self.price = self.terms
         self.ones = np.ones(n)
+        self.half = np.zeros(n)
+        self.seats: Floats | None = None
 
+
+WAIT_SHARE = 2.0 / 3.0
+"""Of half the pod's requests, how many the wait is taken to concern."""
 
 MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 """What a decision could be made from, best first; `MarginalDelay.modes` says which, per model."""
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + N + w) * C + n * M * d. [seconds of delay, summed over all requests]
+    """score = TTFT + M * s + (1 + (N + n) / 2 + w) * C' + n / 3 * W + n * M * d. [seconds]
 
+    W     prefill seconds promised to the pod and not yet done (`router.backlog`); where requests wait for room in its
+          KV cache, at least the time until that comes to this one
     C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
-    TTFT  time to its first token there: prefill seconds promised to the pod and not yet done (`router.backlog`),
-          plus C, plus the engine steps this takes (token budget 8192 each) at s
+    TTFT  W + C, plus the share of decoding in the engine steps this takes (token budget 8192 each) at s; half a step
+          more where no prompt is under way, since steps are not interrupted
     s     the pod's step now: a0 + n * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
-    N     mean requests in flight per pod: those that a second of needless prefill delays sooner or later
-    w     requests waiting for prefill on the pod: those that it delays at once
-    n     requests in flight on the pod, d seconds that this request adds to each of its steps
+    C'    the same as C, but what has too few copies for its demand counts less (`LookUp.scarce`)
+    n, N  requests in flight on the pod, and their mean over the pods: those whose answers a second of prefill
+          interrupts at once, and those that it takes capacity from sooner or later; half of each
+    w     requests waiting for prefill on the pod: those that wait for it
+    d     seconds that this request adds to each of the pod's steps
 
-    Every term is a delay in seconds and has weight one. Speeds are learnt per pod (`router.rates`), load is the
+    All terms are delays, this request's or others', and have weight one, but for the wait: it counts more the more
+    requests the pod has. That a request waits costs nobody else a second, and yet a pod where one waits has no slack
+    for what comes next; without it, means of whole answers are as good and first tokens later.
+
+    Speeds are learnt per pod (`router.rates`), load is the
     shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other
     gateways sent. Source: our own, found by simulation on public traces (docs/routing.md).
 
@@ -75,11 +89,12 @@ class MarginalDelay(Scoring):
             found = self._prefixes.look_up(request, candidates, now)
             prompt = found.prompt_tokens
             uncached = found.uncached()
+            scarce = found.scarce(self._prefixes.index, now) if found.match.runs else uncached
             if not found.chain.hashes:
                 mode = "no-prefix"
         else:
             mode = "no-prefix"
-            uncached = np.full(len(candidates.pods), prompt)
+            uncached = scarce = np.full(len(candidates.pods), prompt)
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode
@@ -91,6 +106,7 @@ class MarginalDelay(Scoring):
         space = candidates.derived.get(_Space)
         if space is None:
             space = candidates.derived[_Space] = _Space(len(candidates.pods))
+            space.seats = _seats(candidates)
         requests = space.requests
         np.add(loads[0], speeds.elsewhere, requests)
         space.loads[1] = loads[1]
@@ -99,23 +115,36 @@ class MarginalDelay(Scoring):
         # Steps at factor 1; a running request has made half of its output, on average.
         weights[0, 0] = prior.decode_request_seconds + 0.5 * speeds.output_tokens * kv
         weights[0, 1] = kv
-        weights[1, 0] = budget * output * (prior.decode_request_seconds + prompt * kv)
+        weights[1, 0] = output * (prior.decode_request_seconds + prompt * kv)
         weights[2, 2] = 1.0 / max(self._backlog.mean_tokens, 1.0)
         np.dot(weights, space.loads, space.terms)
-        step, added, price = space.step, space.added, space.price
+        step, added, price, half = space.step, space.added, space.price, space.half
         step += speeds.idle_step
-        work = todo + uncached
-        steps = np.maximum(work, budget)
-        steps += output * budget
-        step *= steps  # budget times: own steps to the first token, and M, at s each
-        step += added  # n * M * d
-        step *= speeds.decode_per_budget
+        step *= speeds.decode
+        added *= speeds.decode  # n * M * d
         np.minimum(price, requests, out=price)  # w
-        price += 1.0 + float(requests.dot(space.ones)) / space.ones.size
-        price *= uncached
-        price += work
+        np.multiply(requests, 0.5, out=half)
+        price += half
+        price += 1.0 + float(half.dot(space.ones)) / space.ones.size
+        price *= scarce
+        price += uncached
         price *= speeds.prefill_seconds
-        price += step
+        wait = todo * speeds.prefill_seconds
+        if space.seats is not None:
+            queue = (requests + 1.0) * space.seats - 1.0
+            queue *= speeds.output_tokens
+            queue *= step
+            np.maximum(wait, queue, out=wait)
+        price += wait
+        wait *= half
+        wait *= WAIT_SHARE
+        price += wait
+        steps = np.where(todo > 0.0, 0.0, FIRST_STEPS)
+        steps += uncached / budget
+        steps += output
+        steps *= step  # own steps to the first token, and M, at s each
+        price += steps
+        price += added
         return price
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
@@ -135,4 +164,19 @@ class MarginalDelay(Scoring):
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
         speeds = self._rates.speeds(candidates, now)
-        self._backlog.chose(candidates, index, request.uncached_tokens, speeds, now)
+        space = candidates.derived.get(_Space)
+        step = float(space.step[index]) if space is not None else 0.0
+        self._backlog.chose(candidates, index, request.uncached_tokens, speeds, now, step)
+
+
+def _seats(candidates: Candidates) -> Floats | None:
+    """1 / (requests that fit the KV cache) for each pod. Where requests wait and the next of mean length would not fit,
+    as many fit as run there; anywhere else 0, and None if it is so everywhere."""
+    waiting = candidates.metric("waiting")
+    if not (waiting > 0.0).any():
+        return None
+    running = candidates.metric("running")
+    capacity = candidates.metric("num_gpu_blocks") * candidates.metric("block_size")
+    full = candidates.metric("kv_usage") + candidates.metric("prompt_tokens_mean") / capacity > 1.0
+    full &= (waiting > 0.0) & (running > 0.0)
+    return np.where(full, 1.0 / np.maximum(running, 1.0), 0.0) if full.any() else None
