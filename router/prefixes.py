@@ -38,8 +38,9 @@ class LookUp:
             out[slots.places(bitmap)] = prompt - self._tokens(blocks)
         return out
 
-    def scarce(self, index: PrefixIndex, now: float) -> Floats:
-        """The same, but tokens of which there are too few copies for their demand count less.
+    def scarce(self, index: PrefixIndex, now: float, uncached: Floats) -> Floats:
+        """The same, but tokens of which there are too few copies for their demand count less. Returns `uncached`
+        itself where there are none of these.
 
         A run that a share f of all prompts has wants to be on SPARE * f * (candidates) pods at least. While it is on
         fewer, k, to compute it once more is no waste but an investment, and it counts (k / wanted)^2.
@@ -47,13 +48,19 @@ class LookUp:
         slots, block_tokens = self.slots, self.block_tokens
         worth = {0: 0.0}
         before, total = 0, 0.0
+        any_scarce = False
         for place, run in self.match.runs:
             copies = (run.holders & slots.mask).bit_count()
             wanted = SPARE * slots.count * index.demand(run, now)
-            scarcity = min(copies / wanted, 1.0) ** 2 if wanted > 0 else 1.0
-            total += (place - before) * block_tokens * scarcity
+            tokens = (place - before) * block_tokens
+            if copies < wanted:
+                any_scarce = True
+                tokens *= (copies / wanted) ** 2
+            total += tokens
             worth[place] = total
             before = place
+        if not any_scarce:
+            return uncached
         total += max(self.prompt_tokens - before * block_tokens, 0.0)
         common, others = self.match.split(slots)
         out: Floats = np.empty(slots.count)

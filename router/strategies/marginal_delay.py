@@ -89,7 +89,7 @@ class MarginalDelay(Scoring):
             found = self._prefixes.look_up(request, candidates, now)
             prompt = found.prompt_tokens
             uncached = found.uncached()
-            scarce = found.scarce(self._prefixes.index, now) if found.match.runs else uncached
+            scarce = found.scarce(self._prefixes.index, now, uncached)
             if not found.chain.hashes:
                 mode = "no-prefix"
         else:
