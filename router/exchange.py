@@ -160,12 +160,15 @@ class Exchange(RequestPhase):
                 refused=self._refused,
             )
         reply = response.headers(found, over)
+        self.idle = not response.holds_back
         self._look_at(response)
         return reply
 
     def _on_response_body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
         response = self._response
         if response is None:
+            self._request_done = True  # too late to decide
+            self._body = None
             if over:
                 self._end(0)
                 self.finished = True
@@ -173,6 +176,7 @@ class Exchange(RequestPhase):
                 return replies.streamed_body(piece, request=False, end=over)
             return replies.RESPONSE_BODY
         reply = response.body(piece, over)
+        self.idle = not response.holds_back
         if isinstance(reply, bytes | tuple) or reply is None:
             if response.over:
                 self._look_at(response)
@@ -187,6 +191,8 @@ class Exchange(RequestPhase):
         response = self._response
         self.finished = True
         if response is None:
+            self._request_done = True
+            self._body = None
             self._end(0)
             return replies.RESPONSE_TRAILERS
         reply = response.trailers()

@@ -297,7 +297,7 @@ class RequestPhase:
             explain=explain,
             id_bytes=len(self._request_id),
         )
-        self.idle = not modes.duplex_request
+        self.idle = not (modes.duplex_request or modes.duplex_response)
         extra = None
         notes = request.notes
         if profile_name or decision.receipt is not None or (notes is not None and NEW_SESSION_ID in notes):
@@ -328,7 +328,7 @@ class RequestPhase:
     def _leave_to_envoy(self, parsed: Body, more: bytes, body: bytes, end: bool, profile_name: str) -> Reply:
         """Nobody has named a strategy: Envoy finds the model's service by the `model` header."""
         duplex = self._held_back
-        self.idle = not self._modes.duplex_request
+        self.idle = not (self._modes.duplex_request or self._modes.duplex_response)
         self.finished = self._peer.by_log and not self._modes.duplex_response
         self._serve(parsed, (("x-aibrix-config-profile", profile_name),) if profile_name else ())
         reply = replies.request_body_more((("model", parsed.model.encode()),), duplex=duplex)

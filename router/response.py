@@ -16,7 +16,8 @@ answered as AIBrix answers.
 A buffered answer can be given headers with its body (`x-update-tpm`), but one larger than Envoy's buffer becomes a
 500, so buffering is asked for only where the pod has announced a small body.
 
-Cost: 0.3 µs a chunk where nobody needs it, 0.9 µs where usage is read.
+Cost of a message, with the exchange around it: 1.0 µs for a chunk that nobody needs, 1.6 µs for one whose usage is
+read, 5.5 µs for response headers (`pytest tests/router/test_responses.py --benchmark-enable`).
 """
 
 from collections.abc import Awaitable
@@ -125,6 +126,11 @@ class Response:
     def complete_if_cut(self) -> bool:
         """Whether the stream may end now without anything missing: no message is due that would tell the end."""
         return self.status > 0 and not self._expects_body
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the client would miss something if the stream ended now."""
+        return bool(self._held) or (self._modes.duplex_response and not self.over)
 
     # -- headers
 

@@ -521,6 +521,17 @@ def test_a_repeated_body_is_charged_once() -> None:
     assert stream.in_flight == 1
 
 
+@pytest.mark.parametrize(
+    "early", [response_body(eos=True), response_body(b"x"), trailers("response"), response_headers()]
+)
+def test_a_body_behind_the_response_charges_nobody(early: bytes) -> None:
+    """Out of order, which no Envoy is; then it is too late to choose a pod."""
+    stream = Stream()
+    stream.kinds(request_headers(modes=(BUFFERED, STREAMED)), early)
+    assert stream.kinds(request_body(chat())) == [["request_body"]]
+    assert stream.in_flight == 0
+
+
 def test_tokens_that_a_ticket_cannot_say_are_not_charged() -> None:
     """Each image counts 512 tokens, so a body of some megabytes can claim billions."""
     stream = Stream("access-log", pods=1)

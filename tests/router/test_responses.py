@@ -150,6 +150,17 @@ def test_an_error_of_envoys_own_before_the_body_is_put_into_shape() -> None:
     assert (contract.outcomes, contract.counted("finished")) == ((0, 0), {})
 
 
+@pytest.mark.parametrize(("mode", "idle"), [(STREAMED, True), (DUPLEX, False)])
+def test_a_draining_process_waits_for_what_it_holds_back(mode: int, idle: bool) -> None:
+    stream = routed(Contract(), mode)
+    assert stream.exchange.idle is idle
+    stream.all(response_with("400"))
+    stream.all(response_body(b"one of "))
+    assert not stream.exchange.idle
+    stream.all(response_body(b"two", eos=True))
+    assert stream.exchange.idle
+
+
 # -- the cheapest mode
 
 
@@ -498,3 +509,30 @@ def test_no_header_and_no_body_does_harm(
             assert requests == 0
     assert len(list(_ROUTER.scheduler.series.items())) < 100, "labels are bounded"
     assert len(_ROUTER.scheduler._strategies._combined) <= 256
+
+
+# -- what it costs (pytest tests/router/test_responses.py --benchmark-enable)
+
+
+@pytest.mark.parametrize("user", ["", "ann"])
+def test_cost_of_a_chunk(benchmark: Any, user: str) -> None:
+    """Nobody's, and one whose usage is read."""
+    stream = routed(Contract(users=ANN), STREAMED, body=chat(stream=True), user=user)
+    stream.send(response_with(content_type="text/event-stream"))
+    message = response_body(chunk())
+    stream.send(message)
+    assert benchmark(stream.exchange.receive, message)
+
+
+@pytest.mark.parametrize("status", ["200", "400"])
+def test_cost_of_response_headers(benchmark: Any, status: str) -> None:
+    """A good one, and one whose body will be held back."""
+    contract = Contract()
+    stream = routed(contract, STREAMED)
+    message = response_with(status, content_type="application/json", content_length="100")
+
+    def headers() -> None:
+        stream.exchange._response = None
+        stream.exchange.receive(message)
+
+    benchmark(headers)
