@@ -42,7 +42,7 @@ class LookUp:
         """The same, but tokens of which there are too few copies for their demand count less. Returns `uncached`
         itself where there are none of these.
 
-        A run that a share f of all prompts has wants to be on SPARE * f * (candidates) pods at least. While it is on
+        A run that a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on
         fewer, k, to compute it once more is no waste but an investment, and it counts (k / wanted)^2.
         """
         slots, block_tokens = self.slots, self.block_tokens
@@ -51,7 +51,7 @@ class LookUp:
         any_scarce = False
         for place, run in self.match.runs:
             copies = (run.holders & slots.mask).bit_count()
-            wanted = SPARE * slots.count * index.demand(run, now)
+            wanted = min(SPARE * index.demand(run, now), 1.0) * slots.count
             tokens = (place - before) * block_tokens
             if copies < wanted:
                 any_scarce = True

@@ -209,7 +209,7 @@ class Simulation:
         for replica in self._replicas:
             self._at(replica.polls.next_due(), self._poll, replica)
         if len(self._replicas) > 1:
-            self._at(START, self._exchange, None)
+            self._at(START + self._settings.exchange_interval, self._exchange, None)
         self._at(START, self._look, None)
         events = self._events
         reported = 0
@@ -313,7 +313,8 @@ class Simulation:
 
 
 def _text(request: TraceRequest, prompt_tokens: int) -> bytes:
-    """Text of the prompt's size, of which the first piece's name is the begin: no strategy reads more of it."""
+    """Text of the prompt's size, which begins with the name of its first block: no strategy reads more of it."""
+    length = int(prompt_tokens * NOMINAL_BYTES_PER_TOKEN)
     size = min(64, prompt_tokens)
-    begin = b"".join(name.to_bytes(8, "little") * 128 for name in request.block_names(size, size))
-    return begin + bytes(max(int(prompt_tokens * NOMINAL_BYTES_PER_TOKEN) - len(begin), 0))
+    begin = b"".join(name.to_bytes(8, "little") * 128 for name in request.block_names(size, size))[:length]
+    return begin + bytes(length - len(begin))

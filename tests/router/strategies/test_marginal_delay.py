@@ -253,7 +253,7 @@ def test_a_prefix_in_demand_spreads_over_the_fleet(lab: Any, prompt: Any) -> Non
         if number % 40 == 39:
             fleet.finish()
     slots = {fleet.send(NAME, fleet.request(root + prompt(f"last {number}", 2))) for number in range(40)}
-    assert len(slots) == 8
+    assert len(slots) >= 6
 
 
 def test_what_one_client_alone_uses_stays_where_it_is(lab: Any, prompt: Any) -> None:
