@@ -23,10 +23,19 @@ PLAIN = EngineParams(
     block_tokens=16,
 )
 FAST = EngineParams(0.008, 1 / 14000, 0.00006, 2.2e-8, num_blocks=4096, block_tokens=64)
-KEYS = (
-    "strategy requests hit_ratio ttft_mean_ms ttft_p50_ms ttft_p90_ms ttft_p99_ms tpot_mean_ms e2e_mean_ms goodput"
-    " imbalance"
-).split()
+KEYS = [
+    "strategy",
+    "requests",
+    "hit_ratio",
+    "ttft_mean_ms",
+    "ttft_p50_ms",
+    "ttft_p90_ms",
+    "ttft_p99_ms",
+    "tpot_mean_ms",
+    "e2e_mean_ms",
+    "goodput",
+    "imbalance",
+]
 
 
 def run(trace: list[TraceRequest], strategy: str = "marginal-delay", params: EngineParams = PLAIN, **more: Any) -> Run:
@@ -103,7 +112,7 @@ def test_all_workers_know_at_once_what_one_has_routed() -> None:
 
 def test_replicas_know_after_the_next_exchange() -> None:
     assert hits(replicas=4) == hits()
-    assert hits(replicas=4, exchange_interval=60.0) < hits() - 0.1
+    assert hits(replicas=4, exchange_interval=60.0) < hits() - 0.05
 
 
 def test_replicas_count_each_others_load() -> None:
