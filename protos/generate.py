@@ -14,7 +14,9 @@ def generate(out: Path) -> None:
 
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     sources = sorted(f"protos/{path.name}" for path in HERE.glob("*.proto"))
-    code = protoc.main(["protoc", f"-I{HERE.parent}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", *sources])
+    code = protoc.main(
+        ["protoc", f"-I{HERE.parent}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", *sources]
+    )
     if code:
         raise SystemExit(code)
 
