@@ -36,7 +36,7 @@ MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + (N + n) / 2 + w) * C' + n / 3 * W + n * M * d. [seconds]
+    """score = TTFT + M * s + (1 + N + n / 2 + w) * C' + n / 3 * W + n * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`); where requests wait for room in its
           KV cache, at least the time until that comes to this one
@@ -46,20 +46,19 @@ class MarginalDelay(Scoring):
     s     the pod's step now: a0 + n * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand counts less (`LookUp.scarce`)
-    n, N  requests in flight on the pod, and their mean over the pods: those whose answers a second of prefill
-          interrupts at once, and those that it takes capacity from sooner or later; half of each
+    n     requests in flight on the pod, whose answers a second of prefill interrupts; half, as some still wait and
+          the others can be many
+    N     mean requests in flight per pod: those that it takes capacity from sooner or later, on whichever pod
     w     requests waiting for prefill on the pod: those that wait for it
     d     seconds that this request adds to each of the pod's steps
 
-    All terms are delays, this request's or others', and have weight one, but for the wait: it counts more the more
-    requests the pod has. That a request waits costs nobody else a second, and yet a pod where one waits has no slack
-    for what comes next; without it, means of whole answers are as good and first tokens later.
+    All terms are delays, this request's or others', in seconds; but for two shares of n they have weight one. That a
+    request waits costs nobody else a second, and yet a pod where one waits has no slack for what comes next: without
+    n / 3 * W whole answers come as soon, and first tokens later. Speeds are learnt per pod (`router.rates`), load is
+    the shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other gateways
+    sent. Source: our own, found by simulation (docs/routing.md).
 
-    Speeds are learnt per pod (`router.rates`), load is the
-    shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other
-    gateways sent. Source: our own, found by simulation on public traces (docs/routing.md).
-
-    Cost: 20 µs for 64 pods, 25 for 256, beside hashing and look-up (`bench.decision_cost`).
+    Cost: 25 µs for 64 pods, 30 for 256, beside hashing and look-up (`bench.decision_cost`).
 
     It needs little to work: with old metrics it goes by its own account and the speeds it learnt before; without
     prefix knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
@@ -125,7 +124,7 @@ class MarginalDelay(Scoring):
         np.minimum(price, requests, out=price)  # w
         np.multiply(requests, 0.5, out=half)
         price += half
-        price += 1.0 + float(half.dot(space.ones)) / space.ones.size
+        price += 1.0 + float(requests.dot(space.ones)) / space.ones.size
         price *= scarce
         price += uncached
         price *= speeds.prefill_seconds

@@ -46,7 +46,7 @@ def test_the_score_is_the_sum_of_the_delays(lab: Any) -> None:
         step = p.step_seconds + n * p.decode_request_seconds + context * p.kv_token_seconds
         ttft = compute + (1.5 + u / p.step_tokens) * step
         slower = p.decode_request_seconds + u * p.kv_token_seconds
-        expected.append(ttft + output * step + (1 + (mean + n) / 2) * compute + n * output * slower)
+        expected.append(ttft + output * step + (1 + mean + n / 2) * compute + n * output * slower)
     assert fleet.scores(NAME, fleet.request(tokens=1000)) == pytest.approx(expected)
 
 
