@@ -54,7 +54,8 @@ def test_refused_requests_are_not_counted() -> None:
 
 
 def test_a_limit_below_one_takes_nothing() -> None:
-    counts = windows(segment(), 0)
+    shared = segment()
+    counts = windows(shared, 0)
     assert taken(counts, "alice", NOW, -1, 3) == 0
     assert taken(counts, "alice", NOW, 10, 3, token_limit=-1000) == 0
     assert counts.take("alice", NOW, 10).requests == 1
@@ -71,7 +72,8 @@ def test_tokens_of_all_processes_count_in_the_window_in_which_they_are_known() -
 
 
 def test_absurd_token_numbers_fill_the_window_and_nothing_else() -> None:
-    counts = windows(segment(), 0)
+    shared = segment()
+    counts = windows(shared, 0)
     counts.add_tokens("alice", NOW, 10**30)
     assert counts.take("alice", NOW, 10, 1000).verdict is Verdict.OVER_TOKENS
     assert counts.take("alice", NOW + 60, 10, 1000) == (Verdict.TAKEN, 1, 0, 101)
