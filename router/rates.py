@@ -128,8 +128,9 @@ class _Pod:
 class Rates:
     """One process's knowledge of speeds. All processes learn the same from the same rows."""
 
-    def __init__(self, prior: Prior | None = None) -> None:
+    def __init__(self, prior: Prior | None = None, *, learn: bool = True) -> None:
         self.prior = prior or Prior()
+        self._learns = learn
         self._pods: dict[int, _Pod] = {}  # by generation
         self._fleets: dict[tuple[int, ...], _Fleet] = {}
         self._since = -1.0
@@ -152,7 +153,7 @@ class Rates:
         if out.polled:
             fleet.sampled_at = sampled
             columns = [candidates.metric(name) for name in _USED]
-            for i in out.polled:
+            for i in out.polled if self._learns else ():
                 row = {name: float(column[i]) for name, column in zip(_USED, columns, strict=True)}
                 fleet.observe(i, row, prior)
             lengths = columns[_GENERATED]

@@ -1,6 +1,7 @@
 """All strategies on all cells, and the tables of docs/routing.md:
 
     python -m bench.replay.matrix run  --trace conversation=FILE [--minutes 30] [--cells 'agents*'] [--again NAME]
+    python -m bench.replay.matrix robustness --trace conversation=FILE
     python -m bench.replay.matrix show
 
 A cell is a load on a fleet. `run` replays what has no result yet, one process at a time, until the time is up, and
@@ -11,7 +12,7 @@ import fnmatch
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def _cells() -> dict[str, tuple[str, ...]]:
 
 
 CELLS = _cells()
+HARD = ("conversation x2", "agents near", "shared-prefix near")
+"""The cells on which `robustness` tries what can be wrong."""
+WRONG = {
+    "as it is": (),
+    "prefill taken for 2x as slow, nothing learnt": ("--prefill-error", "2"),
+    "prefill taken for 2x as fast": ("--prefill-error", "0.5"),
+    "decoding taken for 3x as slow": ("--decode-error", "3"),
+    "decoding taken for 3x as fast": ("--decode-error", "0.33"),
+    "polls every 5 s": ("--metrics-interval", "5"),
+    "metrics 5 s old": ("--metrics-age", "5"),
+    "index of 20,000 blocks": ("--index-blocks", "20000"),
+    "8 workers": ("--workers", "8"),
+    "4 replicas": ("--replicas", "4"),
+    "4 replicas, exchange every second": ("--replicas", "4", "--exchange-interval", "1"),
+}
 
 
 def _path(cell: str) -> Path:
@@ -91,41 +107,78 @@ def main() -> None:
 @click.option("--cells", default="*")
 @click.option("--strategies", default=",".join((OWN, *YARDSTICKS, *OTHERS)))
 @click.option("--again", default="", help="Strategies to replay although there are results.")
-@click.option("--extra", default="", help="Further options for every replay.")
-def run(trace: str, minutes: float, cells: str, strategies: str, again: str, extra: str) -> None:
+def run(trace: str, minutes: float, cells: str, strategies: str, again: str) -> None:
     """Replay what is missing."""
-    deadline = time.monotonic() + minutes * 60
-    traces = dict([trace.split("=", 1)]) if trace else {}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for cell, (source, *options) in CELLS.items():
-        if not fnmatch.fnmatch(cell, cells):
-            continue
-        if source == _CONVERSATION:
-            if source not in traces:
-                continue
-            source = traces[source]
+    replays = _Replays(trace, minutes)
+    for cell in fnmatch.filter(CELLS, cells):
         known = load(cell)
         for name in strategies.split(","):
-            if name in known and name not in again.split(","):
-                continue
-            left = deadline - time.monotonic()
-            if left <= 0:
-                print("time is up", file=sys.stderr)
-                return
-            command = [sys.executable, "-m", "bench.replay", source, *options, *extra.split()]
-            try:
-                done = subprocess.run(
-                    [*command, "--strategies", name, "--json"], capture_output=True, timeout=left + 60, check=True
-                )
-            except subprocess.TimeoutExpired:
-                print(f"{cell}: {name} took too long", file=sys.stderr)
-                return
-            except subprocess.CalledProcessError as error:
-                print(f"{cell}: {name}: {error.stderr.decode()[-500:]}", file=sys.stderr)
-                continue
-            known[name] = orjson.loads(done.stdout)[0]
-            _path(cell).write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2))
+            if name not in known or name in again.split(","):
+                found = replays.one(CELLS[cell], name)
+                if found is not None:
+                    known[name] = found
+                    _path(cell).write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2))
         print(_line(cell, known), flush=True)
+
+
+@main.command()
+@click.option("--trace", default="", help="As for `run`.")
+@click.option("--minutes", default=30.0)
+@click.option("--again", is_flag=True)
+def robustness(trace: str, minutes: float, again: bool) -> None:
+    """Our own strategy with wrong rates, old metrics, a truncated index, and many workers and replicas."""
+    replays = _Replays(trace, minutes)
+    path = RESULTS / "robustness.json"
+    known: dict[str, Report] = orjson.loads(path.read_bytes()) if path.exists() and not again else {}
+    for wrong, options in WRONG.items():
+        for cell in HARD:
+            key = f"{cell}: {wrong}"
+            if key not in known:
+                found = replays.one((*CELLS[cell], *options), OWN)
+                if found is not None:
+                    known[key] = found
+                    path.write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2))
+    print("| | " + " | ".join(HARD) + " |")
+    print("|---|" + "---|" * len(HARD))
+    for wrong in WRONG:
+        parts = []
+        for cell in HARD:
+            row, base = known.get(f"{cell}: {wrong}"), known.get(f"{cell}: as it is")
+            if row is None or base is None:
+                parts.append("-")
+                continue
+            ttft, e2e = (row[key] / base[key] for key in ("ttft_mean_ms", "e2e_mean_ms"))
+            parts.append(f"{ttft:.2f} / {e2e:.2f} / {row['hit_ratio'] - base['hit_ratio']:+.3f}")
+        print(f"| {wrong} | " + " | ".join(parts) + " |")
+
+
+class _Replays:
+    """Replays in processes of their own, one at a time, until the time is up."""
+
+    def __init__(self, trace: str, minutes: float) -> None:
+        self._deadline = time.monotonic() + minutes * 60
+        self._traces = dict([trace.split("=", 1)]) if trace else {}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+
+    def one(self, cell: Sequence[str], strategy: str) -> Report | None:
+        """None: there is no time, no trace, or the replay failed."""
+        source, *options = cell
+        left = self._deadline - time.monotonic()
+        if left <= 0 or (source == _CONVERSATION and source not in self._traces):
+            return None
+        command = [sys.executable, "-m", "bench.replay", self._traces.get(source, source), *options]
+        try:
+            done = subprocess.run(
+                [*command, "--strategies", strategy, "--json"], capture_output=True, timeout=left + 60, check=True
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{' '.join(cell)}: {strategy} took too long", file=sys.stderr)
+            return None
+        except subprocess.CalledProcessError as error:
+            print(f"{' '.join(cell)}: {strategy}: {error.stderr.decode()[-500:]}", file=sys.stderr)
+            return None
+        found: Report = orjson.loads(done.stdout)[0]
+        return found
 
 
 def best(known: dict[str, Report], key: str) -> tuple[str, float]:

@@ -112,7 +112,7 @@ class _Worker:
             replica.clock,
             seed=settings.seed * 1000 + replica.number * 100 + number,
             prefixes=Prefixes(index, self.hasher),
-            rates=Rates(settings.prior),
+            rates=Rates(settings.prior, learn=settings.learn),
             user_tokens=tables.user_tokens,
         )
 
