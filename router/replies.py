@@ -8,7 +8,7 @@ Header values go into `raw_value`: Envoy turns `value` into an empty header.
 """
 
 from collections.abc import Iterable
-from enum import Enum
+from enum import StrEnum
 
 from protos.ext_proc_pb2 import (
     CommonResponse,
@@ -49,7 +49,7 @@ _TOKENS = "\U000f0000" * 2  # 8 bytes
 _STATUS = "\ue001"  # 3 bytes
 
 
-class Destination(Enum):
+class Destination(StrEnum):
     """How Envoy learns the pod: by request header, by dynamic metadata alone, or by GIE's endpoint header and
     metadata for the override_host load balancing policy."""
 

@@ -79,6 +79,7 @@ class Ledger:
         )
         self._views: dict[tuple[int, int, int], npt.NDArray[Any]] = {}
         self._generations = generations
+        self._generation_of: memoryview[int] = generations.data
         self._pods = pods
         self._writers = writers
         self._own_busy_until: memoryview[float] | None = None
@@ -147,7 +148,7 @@ class Ledger:
 
     def charge(self, slot: int, tokens: int, uncached_tokens: int, *, held: bool) -> Charge:
         """Add one request to a pod's load. Called in the same step that selected the pod."""
-        generation = int(self._generations[slot])
+        generation = self._generation_of[slot]
         self._requests[slot] += 1
         self._tokens[slot] += tokens
         self._promised[slot] += uncached_tokens
@@ -163,7 +164,7 @@ class Ledger:
     def release(self, charge: Charge, *, held: bool) -> None:
         """Take one request off again. Nothing happens when the pod has gone and its row belongs to another."""
         slot = charge.slot
-        if self._generations[slot] != charge.generation:
+        if self._generation_of[slot] != charge.generation:
             return
         self._requests[slot] -= 1
         self._tokens[slot] -= charge.tokens
@@ -173,7 +174,7 @@ class Ledger:
 
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """Count how a request ended, for passive health checks."""
-        if self._generations[charge.slot] == charge.generation:
+        if self._generation_of[charge.slot] == charge.generation:
             if ok:
                 self._succeeded[charge.slot] += 1
             else:

@@ -6,6 +6,7 @@ interval and a fleet of pods never delivers its pages in one burst; reading a pa
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ LOOK_SECONDS = 1.0
 """Between two looks at the endpoints file."""
 RESOLVE_SECONDS = 10.0
 """Between two resolutions of the host names."""
+NICENESS = 5
+"""A page read half a millisecond later harms nobody; a decision that waits for one does, where cores are few."""
 JUDGE_SECONDS = 0.1
 """Between two looks at what the workers saw of the pods' answers."""
 
@@ -335,6 +338,7 @@ def _or_zero(value: float) -> float:
 async def run_scraper(config: Config, tables: Tables, ready: Callable[[], None]) -> None:
     """The scraper process: discover once, say so, then go on until told to stop."""
     stop = Stop()
+    os.nice(NICENESS)
     scraper = Scraper(config, tables)
     await scraper.discover()
     ready()
