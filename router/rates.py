@@ -46,6 +46,10 @@ _TOGETHER = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
 _LIMIT = 50.0
+FULL = 0.9
+"""Share of the KV cache from which on requests that wait are taken to wait for room."""
+LEAST_PLACES = 16
+"""Fewer requests running may be as many as before by chance."""
 FLEETS_KEPT = 256
 
 
@@ -76,10 +80,14 @@ class Speeds:
         "polled",
         "prefill_seconds",
         "sampled_at",
+        "seats",
         "select",
     )
 
     def __init__(self) -> None:
+        self.seats: Floats | None = None
+        """1 / (requests that run at once) where that is all that the pod can take and others wait; 0 for other pods,
+        None if there are no such."""
         self.select: slice | Ints
         """Picks the candidates' entries from arrays by slot."""
         self.prefill_seconds: Floats
@@ -158,6 +166,7 @@ class Rates:
                 fleet.observe(i, row, prior)
             lengths = columns[_GENERATED]
             lengths = lengths[lengths > 0]
+            fleet.count_seats(out.polled, candidates)
             fleet.output_tokens = (float(lengths.sum()) + 0.5 * prior.output_tokens) / (len(lengths) + 0.5)
         factor, decode = fleet.factors(now)
         out.prefill_seconds = factor * prior.prefill_token_seconds
@@ -165,6 +174,8 @@ class Rates:
         out.decode = decode
         out.decode_per_budget = decode / prior.step_tokens
         out.output_tokens = fleet.output_tokens
+        if fleet.crowded:
+            out.seats = fleet.seats
         out.select = fleet.select
         out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
         self._elsewhere(out, candidates, sampled, now)
@@ -202,12 +213,27 @@ class Rates:
 class _Fleet:
     """What is known of one set of pods, in the order of the candidates."""
 
-    __slots__ = ("_decode", "_pods", "_prefill", "_sums", "_young", "output_tokens", "sampled_at", "select")
+    __slots__ = (
+        "_decode",
+        "_pods",
+        "_prefill",
+        "_queued",
+        "_sums",
+        "_young",
+        "crowded",
+        "output_tokens",
+        "sampled_at",
+        "seats",
+        "select",
+    )
 
     def __init__(self, pods: list[_Pod], select: slice | Ints, prior: Prior) -> None:
         self._pods = pods
         self.select = select
         self.sampled_at: Floats = np.zeros(len(pods))
+        self.seats: Floats = np.zeros(len(pods))
+        self.crowded = False
+        self._queued: Floats = np.zeros(len(pods))
         self.output_tokens = prior.output_tokens
         self._young = max((pod.seen for pod in pods), default=0.0)
         self._sums: Floats = np.array([pod.sums for pod in pods], float).T.copy()
@@ -220,6 +246,19 @@ class _Fleet:
         _observe(pod, prior, row)
         self._sums[:, i] = pod.sums
         self._prefill = None
+
+    def count_seats(self, polled: list[int], candidates: Candidates) -> None:
+        """See where requests wait for something else than their turn to be computed: for room in the KV cache, or for
+        one of as many places as the engine has, which shows in polls one after the other that count the same number
+        running."""
+        waiting, running = candidates.metric("waiting"), candidates.metric("running")
+        usage = candidates.metric("kv_usage")
+        for i in polled:
+            queued = float(running[i]) if waiting[i] > 0 else 0.0
+            crowded = queued > 0 and (usage[i] > FULL or (queued >= LEAST_PLACES and queued == self._queued[i]))
+            self._queued[i] = queued
+            self.seats[i] = 1.0 / queued if crowded else 0.0
+        self.crowded = bool(self.seats.any())
 
     def factors(self, now: float) -> tuple[Floats, Floats]:
         """On the prior's prefill and decode rates, for each pod."""

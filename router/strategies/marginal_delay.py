@@ -15,7 +15,7 @@ from state.pods import Floats
 class _Space:
     """Room for one epoch's arithmetic, so that it allocates little: `weights` times `loads` gives `terms`."""
 
-    __slots__ = ("added", "half", "loads", "ones", "price", "requests", "seats", "step", "terms", "weights")
+    __slots__ = ("added", "half", "loads", "ones", "price", "requests", "step", "terms", "weights")
 
     def __init__(self, n: int) -> None:
         self.weights = np.zeros((3, 3))
@@ -25,7 +25,6 @@ class _Space:
         self.step, self.added, self.price = self.terms
         self.ones = np.ones(n)
         self.half = np.zeros(n)
-        self.seats: Floats | None = None
 
 
 WAIT_SHARE = 2.0 / 3.0
@@ -105,7 +104,6 @@ class MarginalDelay(Scoring):
         space = candidates.derived.get(_Space)
         if space is None:
             space = candidates.derived[_Space] = _Space(len(candidates.pods))
-            space.seats = _seats(candidates)
         requests = space.requests
         np.add(loads[0], speeds.elsewhere, requests)
         space.loads[1] = loads[1]
@@ -122,21 +120,24 @@ class MarginalDelay(Scoring):
         step *= speeds.decode
         added *= speeds.decode  # n * M * d
         np.minimum(price, requests, out=price)  # w
-        np.multiply(requests, 0.5, out=half)
+        served = requests
+        if speeds.seats is not None:
+            served = np.minimum(requests, 1.0 / np.maximum(speeds.seats, 1e-6))
+        np.multiply(served, 0.5, out=half)
         price += half
-        price += 1.0 + float(requests.dot(space.ones)) / space.ones.size
+        price += 1.0 + float(served.dot(space.ones)) / space.ones.size
         price *= scarce
         price += uncached
         price *= speeds.prefill_seconds
         wait = todo * speeds.prefill_seconds
-        if space.seats is not None:
-            queue = (requests + 1.0) * space.seats - 1.0
+        half *= WAIT_SHARE
+        half *= wait
+        price += half  # n / 3 * W
+        if speeds.seats is not None:
+            queue = (requests + 1.0) * speeds.seats - 1.0
             queue *= speeds.output_tokens
             queue *= step
             np.maximum(wait, queue, out=wait)
-        price += wait
-        wait *= half
-        wait *= WAIT_SHARE
         price += wait
         steps = np.where(todo > 0.0, 0.0, FIRST_STEPS)
         steps += uncached / budget
@@ -166,16 +167,3 @@ class MarginalDelay(Scoring):
         space = candidates.derived.get(_Space)
         step = float(space.step[index]) if space is not None else 0.0
         self._backlog.chose(candidates, index, request.uncached_tokens, speeds, now, step)
-
-
-def _seats(candidates: Candidates) -> Floats | None:
-    """1 / (requests that fit the KV cache) for each pod. Where requests wait and the next of mean length would not fit,
-    as many fit as run there; anywhere else 0, and None if it is so everywhere."""
-    waiting = candidates.metric("waiting")
-    if not (waiting > 0.0).any():
-        return None
-    running = candidates.metric("running")
-    capacity = candidates.metric("num_gpu_blocks") * candidates.metric("block_size")
-    full = candidates.metric("kv_usage") + candidates.metric("prompt_tokens_mean") / capacity > 1.0
-    full &= (waiting > 0.0) & (running > 0.0)
-    return np.where(full, 1.0 / np.maximum(running, 1.0), 0.0) if full.any() else None

@@ -277,5 +277,16 @@ def test_a_queue_for_room_in_the_cache_is_a_wait(lab: Any) -> None:
     fleet.poll(0, running=20.0, waiting=20.0, kv_usage=0.99, prompt_tokens_mean=400.0)
     fleet.poll(1, running=40.0, waiting=0.0, kv_usage=0.9, prompt_tokens_mean=400.0)
     full, free = fleet.scores(NAME, fleet.request(tokens=400))
-    step = Prior().step_seconds
-    assert full - free > 200 * step  # at least the mean answer's time
+    assert full - free > 200 * Prior().step_seconds  # at least the mean answer's time
+
+
+def test_a_queue_for_one_of_an_engines_places_is_a_wait(lab: Any) -> None:
+    fleet = lab(2)
+    for slot in (0, 1):
+        fleet.load(slot, 64)
+    for running in (32.0, 31.0, 32.0, 32.0):
+        fleet.now += 1
+        fleet.poll(0, running=running, waiting=32.0, kv_usage=0.1)
+        fleet.poll(1, running=64.0, waiting=0.0, kv_usage=0.1)
+        full, free = fleet.scores(NAME, fleet.request(tokens=400))
+    assert full - free > 200 * Prior().step_seconds
