@@ -17,6 +17,7 @@ from router.replies import MOST_TOKENS, Destination, RoutedReplies, endpoints_in
 from router.request import RoutingRequest
 from router.rules import Rules, awake, filtered, rules_of
 from router.strategies import STRATEGIES, Context, Scoring, Strategy
+from router.strategies.marginal_delay import MODES, MarginalDelay
 from router.strategies.weighted import Strategies
 from state.ledger import Charge
 from state.series import Histogram
@@ -190,6 +191,14 @@ class Scheduler:
         """The request is over. Only for held charges: the others are released by the access log."""
         if decision.held:
             self._ledger.release(decision.charge, held=True)
+
+    def show_modes(self) -> None:
+        """Put into the series what `marginal-delay` last had to go by, for each model."""
+        for strategy in self._strategies.made:
+            if isinstance(strategy, MarginalDelay):
+                for model, mode in strategy.modes.items():
+                    for name in MODES:
+                        self.series.put(float(name == mode), "mode", model, name)
 
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """How a request ended, for passive health."""

@@ -131,7 +131,7 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
         await server.listen(config.listen, context)
         await server.listen(config.worker_address(index), context)
         ready()
-        copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series)))
+        copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series), scheduler))
         await stop.wait()
         health.stop()
         policy.draining = True
@@ -145,7 +145,8 @@ def session_secret(config: Config) -> bytes:
     return sha256(configured.encode()).digest() if configured else _SECRET
 
 
-async def _copy_counters(meter: Meter) -> None:
+async def _copy_counters(meter: Meter, scheduler: Scheduler) -> None:
     while True:
         meter.copy()
+        scheduler.show_modes()
         await asyncio.sleep(COPY_SECONDS)

@@ -67,7 +67,9 @@ class TablesCollector(Collector):
                 levels.add_metric(labels[1:], value)
         yield levels
         modes = GaugeMetricFamily(
-            "pointsman_strategy_mode", "What a strategy bases its choices on", labels=("model", "mode")
+            "pointsman_strategy_mode",
+            "Workers that last decided so",
+            labels=("model", "mode"),
         )
         for labels, value in merged.items():
             if labels[0] == "mode":

@@ -136,6 +136,11 @@ class Strategies:
         found = self._single.get(value) or self._combined.get(value)
         return self._make(value) if found is None else found
 
+    @property
+    def made(self) -> list[Strategy]:
+        """The single strategies that somebody has asked for so far."""
+        return list(self._single.values())
+
     def _make(self, value: str) -> Strategy:
         if value in self._kinds:
             return self._one(value)

@@ -154,3 +154,14 @@ def test_a_model_that_nobody_serves_is_remembered_nowhere() -> None:
             decide(by, model=f"made-up-{number}")
     assert len(list(by.series.items())) == before
     assert set(by.fleet.models) == {MODEL}
+
+
+def test_what_the_default_strategy_had_to_go_by_is_shown_per_model() -> None:
+    by = scheduler(fleet.make_fleet(2))
+    by.show_modes()
+    assert not counted(by, "mode")
+    decide(by, "marginal-delay")
+    by.show_modes()
+    shown = counted(by, "mode")
+    assert set(shown) == {(MODEL, mode) for mode in ("full", "stale-metrics", "no-prefix", "requests-only")}
+    assert sorted(shown.values()) == [0.0, 0.0, 0.0, 1.0]
