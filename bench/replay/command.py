@@ -1,5 +1,6 @@
 """`pointsman replay`: the command line of a replay. See `simulation` for what is replayed and how."""
 
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,11 @@ DEFAULT_STRATEGIES = (
 @click.option("--strategies", default=DEFAULT_STRATEGIES, help="Names, separated by commas [default: most].")
 @click.option("--seed", default=1, show_default=True, help="Of generators, of strategies' chance and of the spread.")
 @click.option("--limit", default=0, help="Only the first so many requests of a trace file.")
+@click.option(
+    "--spread",
+    default=0.0,
+    help="Delay each request of a file by up to so many seconds (Mooncake's times are whole 3 s).",
+)
 @click.option("--requests", default=0, help="How many requests a generator makes.")
 @click.option("--rate", default=0.0, help="Requests per second of a generator.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Worker processes.")
@@ -60,6 +66,7 @@ def replay(
     strategies: str,
     seed: int,
     limit: int,
+    spread: float,
     requests: int,
     rate: float,
     workers: int,
@@ -110,6 +117,10 @@ def replay(
         seed=seed,
     )
     loaded = _load(trace, seed, limit, requests, rate)
+    if trace not in GENERATORS:
+        rng = random.Random(seed)
+        for request in loaded:
+            request.at += rng.random() * spread
     slo = Slo(slo_ttft, slo_tpot)
     reports: list[Report] = []
     console = Console(file=sys.stderr)

@@ -96,8 +96,10 @@ WRONG = {
     "metrics 5 s old": ("--metrics-age", "5"),
     "index of 20,000 blocks": ("--index-blocks", "20000"),
     "8 workers": ("--workers", "8"),
-    "4 replicas": ("--replicas", "4"),
-    "4 replicas, exchange every second": ("--replicas", "4", "--exchange-interval", "1"),
+    "arrivals spread over 3 s": ("--spread", "3"),
+    "so, and 8 workers": ("--spread", "3", "--workers", "8"),
+    "so, and 4 replicas": ("--spread", "3", "--replicas", "4"),
+    "so, and 4 replicas, exchange every second": ("--spread", "3", "--replicas", "4", "--exchange-interval", "1"),
 }
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from bench.engine import Engine, EngineParams, EngineRequest
 from bench.replay.scrape import Polls
 from bench.replay.traces import TraceRequest
+from router.fleet import Fleet
 from router.prefix_hash import EMPTY, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher
 from router.prefix_index import PrefixIndex
 from router.prefixes import Prefixes
@@ -136,6 +137,8 @@ class _Replica:
         self.polls = Polls(self.tables, engines, settings.metrics_interval, settings.metrics_age, clock())
         self.workers = [_Worker(self, worker, strategy, settings) for worker in range(settings.workers)]
         self._mirror = self.attach(writers - 1)
+        self._fleet = Fleet(self._mirror)
+        self._rates = Rates(settings.prior, learn=settings.learn)
         self._reader = LogReader(self._mirror.prefix_log)
         self._charged: dict[int, tuple[int, int, int]] = {}
         self._released: list[int] = []
@@ -165,9 +168,17 @@ class _Replica:
     def _hear(self, routed: list[Any], charged: dict[int, tuple[int, int, int]], released: list[int]) -> None:
         for record in routed:
             self._mirror.prefix_log.append(record)
-        ledger = self._mirror.ledger
+        ledger, now = self._mirror.ledger, self.clock()
+        if charged:
+            candidates = self._fleet.candidates(MODEL)
+            assert candidates is not None
+            seconds = self._rates.speeds(candidates, now).prefill_seconds
+            until = ledger.busy_until(len(seconds))
         for key, (slot, tokens, uncached) in charged.items():
             self._mirrored[key] = ledger.charge(slot, tokens, uncached, held=False)
+            # What others promised adds to what is promised here.
+            until[slot] = max(until[slot], now) + uncached * seconds[slot]
+            ledger.occupy(slot, float(until[slot]))
         for key in released:
             ledger.release(self._mirrored.pop(key), held=False)
 
