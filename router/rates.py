@@ -46,8 +46,6 @@ _TOGETHER = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
 _LIMIT = 50.0
-FULL = 0.9
-"""Share of the KV cache from which on requests that wait are taken to wait for room."""
 LEAST_PLACES = 16
 """Fewer requests running may be as many as before by chance."""
 FLEETS_KEPT = 256
@@ -79,6 +77,7 @@ class Speeds:
         "output_tokens",
         "polled",
         "prefill_seconds",
+        "rooms",
         "sampled_at",
         "seats",
         "select",
@@ -88,6 +87,8 @@ class Speeds:
         self.seats: Floats | None = None
         """1 / (requests that run at once) where that is all that the pod can take and others wait; 0 for other pods,
         None if there are no such."""
+        self.rooms: Floats | None = None
+        """1 / (prompt tokens in flight that fill the pod's KV cache), 0 where that is not known; None if nowhere."""
         self.select: slice | Ints
         """Picks the candidates' entries from arrays by slot."""
         self.prefill_seconds: Floats
@@ -166,7 +167,7 @@ class Rates:
                 fleet.observe(i, row, prior)
             lengths = columns[_GENERATED]
             lengths = lengths[lengths > 0]
-            fleet.count_seats(out.polled, candidates)
+            fleet.measure_room(out.polled, candidates)
             fleet.output_tokens = (float(lengths.sum()) + 0.5 * prior.output_tokens) / (len(lengths) + 0.5)
         factor, decode = fleet.factors(now)
         out.prefill_seconds = factor * prior.prefill_token_seconds
@@ -176,6 +177,7 @@ class Rates:
         out.output_tokens = fleet.output_tokens
         if fleet.crowded:
             out.seats = fleet.seats
+        out.rooms = fleet.rooms
         out.select = fleet.select
         out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
         self._elsewhere(out, candidates, sampled, now)
@@ -222,9 +224,11 @@ class _Fleet:
         "_young",
         "crowded",
         "output_tokens",
+        "rooms",
         "sampled_at",
         "seats",
         "select",
+        "spread",
     )
 
     def __init__(self, pods: list[_Pod], select: slice | Ints, prior: Prior) -> None:
@@ -233,6 +237,8 @@ class _Fleet:
         self.sampled_at: Floats = np.zeros(len(pods))
         self.seats: Floats = np.zeros(len(pods))
         self.crowded = False
+        self.rooms: Floats | None = None
+        self.spread = 1.0
         self._queued: Floats = np.zeros(len(pods))
         self.output_tokens = prior.output_tokens
         self._young = max((pod.seen for pod in pods), default=0.0)
@@ -247,18 +253,27 @@ class _Fleet:
         self._sums[:, i] = pod.sums
         self._prefill = None
 
-    def count_seats(self, polled: list[int], candidates: Candidates) -> None:
-        """See where requests wait for something else than their turn to be computed: for room in the KV cache, or for
-        one of as many places as the engine has, which shows in polls one after the other that count the same number
-        running."""
+    def measure_room(self, polled: list[int], candidates: Candidates) -> None:
+        """See how many requests and tokens the pods can take at once.
+
+        Places show where requests wait in polls one after the other and the same number runs. Room in the KV cache is
+        known; how much of it a prompt token takes is learnt where nobody waits: less than its own where prompts share
+        blocks, more for the answers.
+        """
         waiting, running = candidates.metric("waiting"), candidates.metric("running")
-        usage = candidates.metric("kv_usage")
+        capacity = candidates.metric("num_gpu_blocks") * candidates.metric("block_size")
+        used = candidates.metric("kv_usage") * capacity
+        tokens = candidates.metric("own_tokens_at_sample")
         for i in polled:
             queued = float(running[i]) if waiting[i] > 0 else 0.0
-            crowded = queued > 0 and (usage[i] > FULL or (queued >= LEAST_PLACES and queued == self._queued[i]))
+            self.seats[i] = 1.0 / queued if queued >= LEAST_PLACES and queued == self._queued[i] else 0.0
             self._queued[i] = queued
-            self.seats[i] = 1.0 / queued if crowded else 0.0
+            if waiting[i] == 0 and tokens[i] > 0 and used[i] > 0:
+                self.spread += 0.1 * min(used[i] / tokens[i], 2.0) - 0.1 * self.spread
         self.crowded = bool(self.seats.any())
+        known = capacity > 0
+        if known.any():
+            self.rooms = np.where(known, self.spread / np.where(known, capacity, 1.0), 0.0)
 
     def factors(self, now: float) -> tuple[Floats, Floats]:
         """On the prior's prefill and decode rates, for each pod."""

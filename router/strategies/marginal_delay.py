@@ -37,11 +37,11 @@ MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 class MarginalDelay(Scoring):
     """score = TTFT + M * s + (1 + N + n / 2 + w) * C' + n / 3 * W + n * M * d. [seconds]
 
-    W     prefill seconds promised to the pod and not yet done (`router.backlog`); where requests wait for room in its
-          KV cache, at least the time until that comes to this one
+    W     prefill seconds promised to the pod and not yet done (`router.backlog`)
     C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
-    TTFT  W + C, plus the share of decoding in the engine steps this takes (token budget 8192 each) at s; half a step
-          more where no prompt is under way, since steps are not interrupted
+    TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
+          steps free as much as there is), plus C, plus the share of decoding in the engine steps this takes (token
+          budget 8192 each) at s; half a step more where no prompt is under way, since steps are not interrupted
     s     the pod's step now: a0 + n * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand counts less (`LookUp.scarce`)
@@ -133,8 +133,11 @@ class MarginalDelay(Scoring):
         half *= WAIT_SHARE
         half *= wait
         price += half  # n / 3 * W
-        if speeds.seats is not None:
-            queue = (requests + 1.0) * speeds.seats - 1.0
+        if speeds.rooms is not None:
+            queue = (space.loads[1] + prompt) * speeds.rooms
+            if speeds.seats is not None:
+                np.maximum(queue, (requests + 1.0) * speeds.seats, out=queue)
+            queue -= 1.0
             queue *= speeds.output_tokens
             queue *= step
             np.maximum(wait, queue, out=wait)

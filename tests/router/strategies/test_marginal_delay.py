@@ -269,15 +269,27 @@ def test_what_one_client_alone_uses_stays_where_it_is(lab: Any, prompt: Any) -> 
     assert fleet.send(NAME, fleet.request(mine + prompt("more", 1))) == first
 
 
-def test_a_queue_for_room_in_the_cache_is_a_wait(lab: Any) -> None:
-    """Two pods of the same load, one of them with a full KV cache and half of its requests waiting for room."""
+def test_more_tokens_than_the_kv_cache_holds_are_a_wait(lab: Any) -> None:
+    """Two pods of 20 requests each; those of one fit its cache twice over, those of the other half."""
     fleet = lab(2, num_gpu_blocks=1000.0, block_size=16.0)
+    fleet.load(0, 20, tokens=1600)
+    fleet.load(1, 20, tokens=400)
     for slot in (0, 1):
-        fleet.load(slot, 40)
-    fleet.poll(0, running=20.0, waiting=20.0, kv_usage=0.99, prompt_tokens_mean=400.0)
-    fleet.poll(1, running=40.0, waiting=0.0, kv_usage=0.9, prompt_tokens_mean=400.0)
+        fleet.poll(slot)
     full, free = fleet.scores(NAME, fleet.request(tokens=400))
-    assert full - free > 200 * Prior().step_seconds  # at least the mean answer's time
+    assert full - free > 200 * Prior().step_seconds  # the mean answer's time, for as many tokens again
+
+
+def test_shared_prompts_take_less_room(lab: Any) -> None:
+    fleet = lab(2, num_gpu_blocks=1000.0, block_size=16.0)
+    fleet.load(0, 20, tokens=1600)
+    fleet.load(1, 20, tokens=400)
+    for _ in range(40):
+        fleet.now += 1
+        fleet.poll(0, running=20.0, waiting=0.0, kv_usage=0.2)
+        fleet.poll(1, running=20.0, waiting=0.0, kv_usage=0.05)
+        full, free = fleet.scores(NAME, fleet.request(tokens=400))
+    assert full - free < 100 * Prior().step_seconds
 
 
 def test_a_queue_for_one_of_an_engines_places_is_a_wait(lab: Any) -> None:
