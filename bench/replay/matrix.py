@@ -58,6 +58,15 @@ def _cells() -> dict[str, tuple[str, ...]]:
         "--preset",
         "h100-llama-3.1-8b",
     )
+    cells["conversation x2, H100 8B"] = (
+        _CONVERSATION,
+        "--speed",
+        "2",
+        "--limit",
+        "6000",
+        "--preset",
+        "h100-llama-3.1-8b",
+    )
     cells["conversation x0.4, A100 14B"] = (
         _CONVERSATION,
         "--speed",
