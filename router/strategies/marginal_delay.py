@@ -133,14 +133,15 @@ class MarginalDelay(Scoring):
         half *= WAIT_SHARE
         half *= wait
         price += half  # n / 3 * W
-        if speeds.rooms is not None:
-            queue = (space.loads[1] + prompt) * speeds.rooms
-            if speeds.seats is not None:
-                np.maximum(queue, (requests + 1.0) * speeds.seats, out=queue)
-            queue -= 1.0
-            queue *= speeds.output_tokens
-            queue *= step
-            np.maximum(wait, queue, out=wait)
+        filled = (space.loads[1] + prompt) * speeds.rooms if speeds.rooms is not None else None
+        if speeds.seats is not None:
+            places = (requests + 1.0) * speeds.seats
+            filled = places if filled is None else np.maximum(filled, places, out=filled)
+        if filled is not None and filled.max() > 1.0:
+            filled -= 1.0
+            filled *= step
+            filled *= speeds.output_tokens
+            np.maximum(wait, filled, out=wait)
         price += wait
         steps = np.where(todo > 0.0, 0.0, FIRST_STEPS)
         steps += uncached / budget
