@@ -3,6 +3,7 @@
     python -m bench.replay.matrix run  --trace conversation=FILE [--minutes 30] [--cells 'agents*'] [--again NAME]
     python -m bench.replay.matrix robustness --trace conversation=FILE
     python -m bench.replay.matrix show
+    python -m bench.replay.matrix plot docs
 
 A cell is a load on a fleet. `run` replays what has no result yet, one process at a time, until the time is up, and
 keeps every result under results/replay/; called again it goes on. `show` prints Markdown.
@@ -21,6 +22,7 @@ import click
 import orjson
 
 from bench.replay.report import Report
+from bench.replay.report import plot as bars
 
 RESULTS = Path("results/replay")
 OWN = "marginal-delay"
@@ -88,7 +90,7 @@ def _cells() -> dict[str, tuple[str, ...]]:
     cells["agents, 2 pods"] = ("agents", "--rate", "8", "--requests", "3000", "--pods", "2", *MIDDLE)
     cells["shared-prefix, 64 pods"] = ("shared-prefix", "--rate", "224", "--requests", "12000", "--pods", "64", *MIDDLE)
     cells["multi-turn, small KV"] = ("multi-turn", "--rate", "40", *SMALL)
-    cells["agents, large KV"] = ("agents", "--rate", "30", *LARGE)
+    cells["agents, small KV"] = ("agents", "--rate", "30", *SMALL)
     return cells
 
 
@@ -234,14 +236,51 @@ def _geometric(values: Iterable[float]) -> float:
 @click.option("--brief", is_flag=True, help="Only the ratios.")
 def show(brief: bool) -> None:
     """The tables, as Markdown."""
-    results = {cell: load(cell) for cell in CELLS}
-    results = {
-        cell: known for cell, known in results.items() if OWN in known and any(name in known for name in YARDSTICKS)
-    }
+    results = _results()
     print(_ratios(results))
     if not brief:
         for cell, known in results.items():
             print(f"\n{_details(cell, known)}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def plot(folder: Path) -> None:
+    """The ratios of all cells, and the strategies side by side on one of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = _results()
+    cells = list(results)[::-1]
+    figure, axis = pyplot.subplots(figsize=(9, 0.8 + 0.27 * len(cells)))
+    rows = range(len(cells))
+    for key, label, colour in (
+        ("ttft_mean_ms", "mean time to first token", "#b5442c"),
+        ("e2e_mean_ms", "mean end to end", "#3b6ea5"),
+    ):
+        ratios = [results[cell][OWN][key] / best(results[cell], key)[1] for cell in cells]
+        axis.plot(ratios, rows, "o", color=colour, label=label, markersize=5)
+    axis.axvline(1.0, color="#555555", linewidth=0.8)
+    axis.set_yticks(rows, cells, fontsize=8)
+    axis.set_xlabel("marginal-delay / the best yardstick of the cell, found in hindsight", fontsize=9)
+    axis.grid(axis="x", linewidth=0.3)
+    axis.legend(fontsize=8, loc="best")
+    figure.tight_layout()
+    figure.savefig(folder / "routing-ratios.svg")
+    for cell in ("conversation x2", "agents near", "shared-prefix near"):
+        if cell in results:
+            known = results[cell]
+            names = [name for name in (OWN, *YARDSTICKS, *OTHERS) if name in known]
+            bars([known[name] for name in names], cell, folder / f"routing-{cell.replace(' ', '-')}.svg")
+
+
+def _results() -> dict[str, dict[str, Report]]:
+    results = {cell: load(cell) for cell in CELLS}
+    return {
+        cell: known for cell, known in results.items() if OWN in known and any(name in known for name in YARDSTICKS)
+    }
 
 
 def _ratios(results: dict[str, dict[str, Report]]) -> str:

@@ -35,9 +35,10 @@ MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + N + n / 2 + w) * C' + n / 3 * W + n * M * d. [seconds]
+    """score = TTFT + M * s + (1 + N + n / 2 + w) * C' + n / 3 * W' + n * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
+    W'    the same times c / (c + the shortest wait of any pod), where c is the mean prompt's prefill
     C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
     TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
           steps free as much as there is), plus C, plus the share of decoding in the engine steps this takes (token
@@ -53,11 +54,12 @@ class MarginalDelay(Scoring):
 
     All terms are delays, this request's or others', in seconds; but for two shares of n they have weight one. That a
     request waits costs nobody else a second, and yet a pod where one waits has no slack for what comes next: without
-    n / 3 * W whole answers come as soon, and first tokens later. Speeds are learnt per pod (`router.rates`), load is
+    n / 3 * W' whole answers come as soon, and first tokens later. Once requests wait on all pods there is no slack to
+    keep, and evening out the waits would only cost cache hits. Speeds are learnt per pod (`router.rates`), load is
     the shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other gateways
     sent. Source: our own, found by simulation (docs/routing.md).
 
-    Cost: 25 µs for 64 pods, 30 for 256, beside hashing and look-up (`bench.decision_cost`).
+    Cost: 30 µs for 64 pods, 35 for 256, beside hashing and look-up (`bench.decision_cost`).
 
     It needs little to work: with old metrics it goes by its own account and the speeds it learnt before; without
     prefix knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
@@ -130,9 +132,7 @@ class MarginalDelay(Scoring):
         price += uncached
         price *= speeds.prefill_seconds
         wait = todo * speeds.prefill_seconds
-        half *= WAIT_SHARE
         half *= wait
-        price += half  # n / 3 * W
         filled = (space.loads[1] + prompt) * speeds.rooms if speeds.rooms is not None else None
         if speeds.seats is not None:
             places = (requests + 1.0) * speeds.seats
@@ -143,6 +143,9 @@ class MarginalDelay(Scoring):
             filled *= speeds.output_tokens
             np.maximum(wait, filled, out=wait)
         price += wait
+        typical = self._backlog.mean_tokens * float(speeds.prefill_seconds[0])
+        half *= WAIT_SHARE * typical / (typical + float(wait.min()))
+        price += half  # n / 3 * W, while some pod has slack
         steps = np.where(todo > 0.0, 0.0, FIRST_STEPS)
         steps += uncached / budget
         steps += output
