@@ -11,8 +11,8 @@ of a refused connection, and the first pod is not likely to be chosen meanwhile.
 
 from google.protobuf.message import DecodeError
 
+from protos import MessageError
 from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
-from router.exchange import MessageError
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.scheduler import Scheduler
 from state.ledger import Charge

@@ -115,7 +115,6 @@ class Scheduler:
         self,
         request: RoutingRequest,
         strategy_name: str,
-        *,
         destination: Destination,
         held: bool,
         duplex: bool,
