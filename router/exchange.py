@@ -18,7 +18,7 @@ tokens are limited the response is asked for, since the log does not tell what w
 Whoever counts limits may have to be waited for (Redis): then `receive` gives an awaitable of the reply.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
 
 from google.protobuf.message import DecodeError
@@ -28,10 +28,8 @@ from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import replies, wire
 from router.errors import RequestError
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
-from router.policy import NO_POLICY, Policy
 from router.request_phase import Reply, RequestPhase
 from router.response import Response
-from router.scheduler import Scheduler
 
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 
@@ -39,19 +37,7 @@ _ATTRIBUTES = "envoy.filters.http.ext_proc"
 class Exchange(RequestPhase):
     """See the head of this file."""
 
-    __slots__ = ("_over", "_response")
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        peer: Peer,
-        new_request_id: Callable[[], bytes],
-        max_body_bytes: int,
-        policy: Policy = NO_POLICY,
-    ) -> None:
-        super().__init__(scheduler, peer, new_request_id, max_body_bytes, policy)
-        self._response: Response | None = None
-        self._over = False
+    __slots__ = ()
 
     def receive(self, message: bytes) -> Reply | Awaitable[Reply]:
         """Take one ProcessingRequest, serialised. Raises MessageError when it is none."""

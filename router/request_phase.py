@@ -16,10 +16,10 @@ from router.errors import RequestError, body_too_large, header_value, include_us
 from router.fleet import Candidates
 from router.limits import Grant
 from router.modes import UNKNOWN_MODES, Peer
-from router.policy import Policy
+from router.policy import NO_POLICY, Policy
 from router.profiles import effective_strategy
 from router.request import RoutingRequest
-from router.response import Served
+from router.response import Response, Served
 from router.rules import Rules
 from router.scheduler import Decision, Scheduler
 from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
@@ -27,7 +27,6 @@ from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
 Reply = bytes | tuple[bytes, ...] | None
 Awaited = TypeVar("Awaited")
 
-CHAT = "chat"
 EXPLAIN = "x-pointsman-explain"
 _RARE = frozenset({"x-aibrix-session-key", "x-session-id", "external-filter", EXPLAIN})
 """Headers about where a request may go that few requests have."""
@@ -50,11 +49,13 @@ class RequestPhase:
         "_max_body_bytes",
         "_modes",
         "_new_request_id",
+        "_over",
         "_peer",
         "_policy",
         "_refused",
         "_request_done",
         "_request_id",
+        "_response",
         "_scheduler",
         "_served",
         "finished",
@@ -67,7 +68,7 @@ class RequestPhase:
         peer: Peer,
         new_request_id: Callable[[], bytes],
         max_body_bytes: int,
-        policy: Policy,
+        policy: Policy = NO_POLICY,
     ) -> None:
         self._scheduler = scheduler
         self._peer = peer
@@ -86,6 +87,8 @@ class RequestPhase:
         self._modes = UNKNOWN_MODES
         self._held_back = False
         self._closed = False
+        self._response: Response | None = None
+        self._over = False
         self.finished = False
         self.idle = False
 
@@ -193,9 +196,8 @@ class RequestPhase:
         assert headers is not None
         parsed = read_request(headers.get(":path", b""), headers.get("content-type", b""), body)
         grant = self._grant
-        if grant is not None and grant.tells_usage and parsed.stream and not parsed.include_usage:
-            if parsed.kind == CHAT:
-                raise include_usage_not_set()
+        if grant is not None and grant.tells_usage and parsed.wants_no_usage:
+            raise include_usage_not_set()
         scheduler = self._scheduler
         started = scheduler.clock()
         candidates, rules = scheduler.serving(parsed.model)
@@ -306,9 +308,7 @@ class RequestPhase:
             reply += decision.endpoints + more
         return self._with_body(reply, body, end) if modes.duplex_request else reply
 
-    def _by_headers(
-        self, headers: dict[str, bytes], request: RoutingRequest, candidates: Candidates
-    ) -> Candidates:
+    def _by_headers(self, headers: dict[str, bytes], request: RoutingRequest, candidates: Candidates) -> Candidates:
         """What few requests say of where they want to go. Raises RequestError."""
         if "x-aibrix-session-key" in headers:
             request.session_key = headers["x-aibrix-session-key"].decode("utf-8", "surrogateescape")

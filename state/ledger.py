@@ -99,12 +99,13 @@ class Ledger:
             self._chosen, self._succeeded, self._failed, self._holder = own[5:9]
             self._own_busy_until = own[Entry.BUSY_UNTIL].cast("B").cast("d")
         self._busy_until = self._rows[Entry.BUSY_UNTIL].view(np.float64)
-        self.requests_now: list[int] = []
-        """Requests in flight on the pods 0.. as of the last `follow`, and what this process did since."""
-        self.tokens_now: list[int] = []
+        self.requests_now = [0] * pods
+        """Requests in flight on each pod as of the last `follow`, and what this process did since."""
+        self.tokens_now = [0] * pods
         """Their prompt tokens."""
-        self.busy_until_now: list[float] = []
+        self.busy_until_now = [0.0] * pods
         """See `busy_until`."""
+        self._followed = 0
         self.changes: list[int] = []
         """The pods that this process has changed since the rows were added up, oldest change first."""
         self.read_at = -inf
@@ -136,20 +137,17 @@ class Ledger:
 
     def follow(self, now: float, high: int) -> None:
         """Bring `requests_now`, `tokens_now` and `busy_until_now` up to date for at least the pods 0..high-1."""
-        known = len(self.requests_now)
-        if 0.0 <= now - self.read_at < FRESH_SECONDS and high <= known and len(self.changes) < MOST_CHANGES:
+        if 0.0 <= now - self.read_at < FRESH_SECONDS and high <= self._followed and len(self.changes) < MOST_CHANGES:
             return
-        high = max(high, known)
-        self.requests_now, self.tokens_now, _ = self.loads(high).tolist()
-        self.busy_until_now = self.busy_until(high).tolist()
-        self.changes = []
+        self._followed = high = max(high, self._followed)
+        self.requests_now[:high], self.tokens_now[:high], _ = self.loads(high).tolist()
+        self.busy_until_now[:high] = self.busy_until(high).tolist()
+        self.changes.clear()
         self.read_at = now
 
-    def _changed(self, slot: int, requests: int, tokens: int) -> None:
-        """Enter this process's own doing into the sums. When there is more of it than is kept, `follow` adds up."""
-        if slot < len(self.requests_now) and len(self.changes) < MOST_CHANGES:
-            self.requests_now[slot] += requests
-            self.tokens_now[slot] += tokens
+    def _changed(self, slot: int) -> None:
+        """Note what this process did to a pod. When there is more of it than is kept, `follow` adds up."""
+        if len(self.changes) < MOST_CHANGES:
             self.changes.append(slot)
 
     def _view(self, entry: int, high: int) -> npt.NDArray[Any]:
@@ -173,9 +171,8 @@ class Ledger:
         """Say when a pod will be done with its prefills, this one included. A process without a row says nothing."""
         if self._own_busy_until is not None:
             self._own_busy_until[slot] = until
-            if slot < len(self.busy_until_now) and len(self.changes) < MOST_CHANGES:
-                self.busy_until_now[slot] = until
-                self.changes.append(slot)
+            self.busy_until_now[slot] = until
+            self._changed(slot)
 
     def total(self, entry: Entry, slot: int) -> int:
         """Sum over all writers for one pod."""
@@ -198,7 +195,9 @@ class Ledger:
                 self._holder[slot] = generation
             self._requests_held[slot] += 1
             self._tokens_held[slot] += tokens
-        self._changed(slot, 1, tokens)
+        self.requests_now[slot] += 1
+        self.tokens_now[slot] += tokens
+        self._changed(slot)
         return Charge(slot, generation, tokens)
 
     def release(self, charge: Charge, *, held: bool) -> None:
@@ -211,7 +210,9 @@ class Ledger:
         if held:
             self._requests_held[slot] -= 1
             self._tokens_held[slot] -= charge.tokens
-        self._changed(slot, -1, -charge.tokens)
+        self.requests_now[slot] -= 1
+        self.tokens_now[slot] -= charge.tokens
+        self._changed(slot)
 
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """Count how a request ended, for passive health checks."""
@@ -235,4 +236,6 @@ class Ledger:
         """Correct a pod's totals by the given amounts, in this process's own row."""
         self._requests[slot] += requests
         self._tokens[slot] += tokens
-        self._changed(slot, requests, tokens)
+        self.requests_now[slot] += requests
+        self.tokens_now[slot] += tokens
+        self._changed(slot)
