@@ -177,12 +177,12 @@ def log_costs(rounds: int) -> dict[str, float]:
     out: dict[str, float] = {}
     for blocks in (8, 880):
         record = Routed(1, pod_tag(1, 0), 1.0, 256, random.Random(1).randbytes(8 * blocks))
-        out[f"append_{blocks}"] = microseconds(lambda record=record: log.append(record), rounds)  # type: ignore[misc]
+        out[f"append_{blocks}"] = microseconds(lambda record=record: log.append(*record), rounds)  # type: ignore[misc]
         reader.read()
         times = []
         for _ in range(rounds // 4):
             for _ in range(50):
-                log.append(record)
+                log.append(*record)
             started = time.thread_time_ns()
             reader.read()
             times.append(time.thread_time_ns() - started)
@@ -200,7 +200,7 @@ def memory(blocks: int, per_prompt: int) -> dict[str, float]:
     rng = random.Random(1)
     for number in range(blocks // per_prompt):
         slot = number % pods
-        writer.append(Routed(slot, pod_tag(slot + 1, 0), 1.0, 256, rng.randbytes(8 * per_prompt)))
+        writer.append(*Routed(slot, pod_tag(slot + 1, 0), 1.0, 256, rng.randbytes(8 * per_prompt)))
     setting_pods = setting.tables.pods
     tracemalloc.start()
     index = PrefixIndex(PrefixLog(writer.region, 1, 64 << 20), setting_pods, max_blocks=blocks, default_pod_tokens=1e9)

@@ -35,22 +35,25 @@ class Backlog:
         """Tokens that a request of late had to compute."""
         self.largest_tokens = 0.0
         """Of the requests of late."""
-        self._seen: Candidates | None = None
-        self._seen_at = 0.0
-        self._until: Floats = np.zeros(0)
 
     def follow(self, candidates: Candidates, speeds: Speeds, now: float) -> Floats:
         """Tokens still to do on each candidate."""
         until = candidates.busy_until()
-        self._seen, self._seen_at, self._until = candidates, now, until
         todo = until - now
-        excess: _Excess | None = candidates.derived.get(Backlog)
-        if excess is None:
-            excess = candidates.derived[Backlog] = self._hold_against_poll(candidates, speeds, until, now)
+        excess = self.excess(candidates, speeds, now)
         if excess.any:
             todo -= np.where(excess.since > now, excess.seconds, 0.0)
         todo *= speeds.drain
         return np.maximum(todo, 0.0, out=todo)
+
+    def excess(self, candidates: Candidates, speeds: Speeds, now: float) -> "Excess":
+        """By how much the account is too high, seen from the last polls; worked out once per epoch."""
+        found: Excess | None = candidates.derived.get(Backlog)
+        if found is None:
+            found = candidates.derived[Backlog] = self._hold_against_poll(
+                candidates, speeds, candidates.busy_until(), now
+            )
+        return found
 
     def chose(
         self,
@@ -60,20 +63,22 @@ class Backlog:
         speeds: Speeds,
         now: float,
         step_seconds: float = 0.0,
-    ) -> None:
+        until: float | None = None,
+    ) -> float:
         """A request is sent to candidate `index` that has so much to compute. `step_seconds`: what a step of the pod
-        takes without any prompt."""
+        takes without any prompt; `until`: when it will have done what it was promised, where the caller knows.
+        Returns when it will have done this too."""
         self.mean_tokens += 0.02 * (uncached_tokens - self.mean_tokens)
         self.largest_tokens = max(self.largest_tokens * 0.999, uncached_tokens)
-        known = self._until if self._seen is candidates and self._seen_at == now else candidates.busy_until()
-        until = float(known[index])
+        if until is None:
+            until = float(candidates.busy_until()[index])
         if until <= now:
             until = now + FIRST_STEPS * step_seconds
         until += uncached_tokens * (float(speeds.prefill_seconds[index]) + step_seconds / self.rates.prior.step_tokens)
-        known[index] = until
         candidates.occupy(index, until)
+        return until
 
-    def _hold_against_poll(self, candidates: Candidates, speeds: Speeds, until: Floats, now: float) -> "_Excess":
+    def _hold_against_poll(self, candidates: Candidates, speeds: Speeds, until: Floats, now: float) -> "Excess":
         """What engines say is waiting: raise the account where it is too low, and find where it is too high."""
         waiting = candidates.metric("waiting")
         tokens = self.mean_tokens
@@ -85,10 +90,10 @@ class Backlog:
                     candidates.occupy(i, least)
         most = 2.0 * waiting * tokens + (self.largest_tokens + tokens)
         most += candidates.promised() - candidates.metric("own_promised_at_sample")
-        return _Excess(until, np.maximum(until - (now + most * speeds.prefill_seconds), 0.0))
+        return Excess(until, np.maximum(until - (now + most * speeds.prefill_seconds), 0.0))
 
 
-class _Excess:
+class Excess:
     """By how many seconds the account of each pod is too high, for as long as what was promised by then may last."""
 
     __slots__ = ("any", "seconds", "since")

@@ -44,7 +44,7 @@ class Pod:
 class Candidates:
     """The pods that may take a request: parallel arrays of length n, in the order of `pods`."""
 
-    __slots__ = ("_gather", "_ledger", "_rows", "_span", "_tables", "_values", "derived", "epoch", "pods", "slots")
+    __slots__ = ("_gather", "_rows", "_tables", "_values", "derived", "epoch", "ledger", "pods", "slots", "span")
 
     def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int) -> None:
         self._tables = tables
@@ -55,17 +55,17 @@ class Candidates:
         self.derived: dict[Any, Any] = {}
         """What strategies have worked out from this epoch's pods and metrics, so that they do it once per epoch."""
         n = len(pods)
-        self._span = int(self.slots.max()) + 1 if n else 0
+        self.span = int(self.slots.max()) + 1 if n else 0
         contiguous = bool((self.slots == np.arange(n)).all())
         self._rows: Ints | None = None if contiguous else self.slots
-        self._ledger = tables.ledger
+        self.ledger = tables.ledger
         self._gather = _gatherer(self.slots.tolist(), contiguous)
 
     def __len__(self) -> int:
         return len(self.pods)
 
     def _of(self, entry: int) -> Ints:
-        totals = self._tables.ledger.totals(entry, self._span)
+        totals = self.ledger.totals(entry, self.span)
         return totals if self._rows is None else totals[self._rows]
 
     def requests(self) -> Ints:
@@ -75,9 +75,7 @@ class Candidates:
     def requests_now(self, now: float) -> Sequence[int]:
         """The same, exact in what this process does and at most a millisecond old in what the others do: a third of
         the price."""
-        ledger = self._ledger
-        ledger.follow(now, self._span)
-        counts: Sequence[int] = self._gather(ledger.requests_now)
+        counts: Sequence[int] = self._gather(self.ledger.follow(now, self.span))
         return counts
 
     def tokens(self) -> Ints:
@@ -94,16 +92,16 @@ class Candidates:
 
     def busy_until(self) -> Floats:
         """When the pods will have done the prefills promised to them, in monotonic seconds."""
-        latest = self._tables.ledger.busy_until(self._span)
+        latest = self.ledger.busy_until(self.span)
         return latest if self._rows is None else latest[self._rows]
 
     def occupy(self, index: int, until: float) -> None:
         """Say when pod `index` will have done the prefills promised to it, the newest included."""
-        self._tables.ledger.occupy(self.pods[index].slot, until)
+        self.ledger.occupy(self.pods[index].slot, until)
 
     def loads(self) -> Ints:
         """requests(), tokens() and promised() in one: int64[3][n]."""
-        totals = self._tables.ledger.loads(self._span)
+        totals = self.ledger.loads(self.span)
         return totals if self._rows is None else totals[:, self._rows]
 
     def metric(self, name: str) -> Floats:

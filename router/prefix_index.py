@@ -29,7 +29,7 @@ import numpy as np
 
 from router.prefix_hash import NOMINAL_BYTES_PER_TOKEN, Chain
 from state.pods import COLUMN, Floats, Ints
-from state.prefix_log import LogReader, PrefixLog, Routed, pod_tag
+from state.prefix_log import ROUTED, LogReader, PrefixLog, pod_tag
 
 _INCARNATION = COLUMN["incarnation"]
 _NUM_BLOCKS = COLUMN["num_gpu_blocks"]
@@ -37,6 +37,8 @@ _BLOCK_SIZE = COLUMN["block_size"]
 
 RECORDS_PER_DRAIN = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
+HEARD_SECONDS = 0.05
+"""What others routed before is old news: it shows in the ledger."""
 BLOCKS_PER_PAIR = 8
 DEMAND_SECONDS = 10.0
 """Uses of a run count for this long, on average, as demand for it."""
@@ -89,13 +91,13 @@ class Match:
         """The length that most candidates have, and the groups that have another one."""
         groups = self.groups
         left = slots.mask
-        for _, bitmap in groups:
-            left &= ~bitmap
-        common, most = 0, left
+        common = most = 0
         for length, bitmap in groups:
-            if bitmap.bit_count() > most.bit_count():
-                common, most = length, bitmap
-        if not common:
+            left ^= bitmap
+            count = bitmap.bit_count()
+            if count > most:
+                common, most = length, count
+        if not common or left.bit_count() >= most:
             return 0, groups
         others = [group for group in groups if group[0] != common]
         if left:
@@ -170,8 +172,12 @@ class PrefixIndex:
         self._tags: list[int] = []
         self._swept = 0
         self._sweep_at = 0.0
-        self._uses = 0.0
+        self.uses = 0.0
+        """How many prompts were routed of late, as of the last of them."""
         self._used_at = 0.0
+        self.heard: list[tuple[int, int, int]] = []
+        """What other processes of this replica have routed, as of the last news and until somebody takes it: the row of
+        the pod, the bytes of the prompt, and how many of them are new to the pod."""
         self.blocks = 0
         """Distinct blocks in the view."""
         self.pairs = 0
@@ -205,6 +211,11 @@ class PrefixIndex:
         """Tokens that the pod's KV cache holds."""
         return self._room[slot] if slot < len(self._room) else 0.0
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Text bytes in a token, as learnt so far."""
+        return self._bytes_per_token
+
     def learn_bytes_per_token(self, text_bytes: int, prompt_tokens: int) -> None:
         """An engine has said how many tokens a text was: follow slowly what one token's text is."""
         if prompt_tokens > 0 and text_bytes > 0:
@@ -216,6 +227,7 @@ class PrefixIndex:
         if self._pods.epoch != self._epoch:
             self._refresh()
         if self._reader.news():
+            self.heard.clear()
             tags = self._tags
             for record in self._reader.read(limit):
                 slot = record.slot
@@ -224,7 +236,10 @@ class PrefixIndex:
                     self._refresh()
                     known = slot < len(tags) and record.pod == tags[slot]
                 if known:
-                    self._note(slot, record.hashes, record.block_bytes, record.at)
+                    size = (len(record.hashes) >> 3) * record.block_bytes
+                    new = self._note(slot, record.hashes, record.block_bytes, record.at)
+                    if record.kind == ROUTED and now - record.at < HEARD_SECONDS:
+                        self.heard.append((slot, size, new))
                 else:
                     self.foreign += 1
         if now >= self._sweep_at:
@@ -262,7 +277,7 @@ class PrefixIndex:
 
     def demand(self, run: Run, now: float) -> float:
         """The share of the prompts of late that had this run."""
-        return min(_faded(run.uses, run.used_at, now) / max(_faded(self._uses, self._used_at, now), 1.0), 1.0)
+        return min(_faded(run.uses, run.used_at, now) / max(_faded(self.uses, self._used_at, now), 1.0), 1.0)
 
     def remember(self, chain: Chain, slot: int, now: float) -> None:
         """The prompt goes to the pod in row `slot`: tell everybody."""
@@ -274,8 +289,7 @@ class PrefixIndex:
                 return
         packed = chain.packed
         if self._log.writer is not None:
-            self._log.append(Routed(slot, self._tags[slot], now, chain.block_bytes, packed))
-            self._reader.appended()
+            self._log.append(slot, self._tags[slot], now, chain.block_bytes, packed)
         self._note(slot, packed, chain.block_bytes, now, chain.hashes)
 
     def forget(self, slot: int) -> None:
@@ -310,10 +324,12 @@ class PrefixIndex:
                 self._tags[slot] = tag
             self._room[slot] = tokens if tokens > 0 else self._default_tokens
 
-    def _note(self, slot: int, packed: bytes, block_bytes: int, at: float, hashes: list[int] | None = None) -> None:
-        """Enter that the pod in row `slot` was sent this prompt. `hashes` are the packed ones, where they are known."""
+    def _note(self, slot: int, packed: bytes, block_bytes: int, at: float, hashes: list[int] | None = None) -> int:
+        """Enter that the pod in row `slot` was sent this prompt. `hashes` are the packed ones, where they are known.
+        Returns how many bytes of it the pod did not hold."""
         runs, bit = self._runs, 1 << slot
         order = self._orders[slot]
+        used = self._used[slot]
         size = len(packed)
         byte = 0
         parent: Run | None = None
@@ -345,14 +361,24 @@ class PrefixIndex:
         for run in reversed(path):
             order[run] = at
             order.move_to_end(run)
-            run.uses = _faded(run.uses, run.used_at, at) + 1.0
-            run.used_at = at
-        self._uses = _faded(self._uses, self._used_at, at) + 1.0
-        self._used_at = at
+            since = run.used_at
+            if since < at:
+                run.used_at = at
+                run.uses = run.uses * exp((since - at) / DEMAND_SECONDS) + 1.0
+            else:
+                run.uses += 1.0
+        since = self._used_at
+        if since < at:
+            self._used_at = at
+            self.uses = self.uses * exp((since - at) / DEMAND_SECONDS) + 1.0
+        else:
+            self.uses += 1.0
+        new = self._used[slot] - used
         while self._used[slot] > self._room[slot] * self._bytes_per_token and order:
             self._drop_or_cut(slot, order)
         if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
             self._make_room()
+        return new
 
     def _split(self, run: Run, blocks: int) -> Run:
         """Cut a run after its first `blocks` blocks. Returns the new head; the tail keeps the identity, since what

@@ -1,5 +1,6 @@
 """Prefix knowledge as strategies use it: a request and candidates in, cached tokens per candidate out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,15 @@ from router.fleet import Candidates
 from router.prefix_hash import BLOCK_BYTES, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, block_bytes_for
 from router.prefix_index import Match, PrefixIndex, SlotIndex
 from router.request import RoutingRequest
-from state.pods import Floats
+from state.pods import Floats, Ints
 from state.tables import Tables
 
 SPARE = 2.0
 """Copies for each pod's worth of demand: with one, the pods that hold a run could not be chosen among."""
+
+
+Shares = Sequence[tuple[int | Ints, float, float]]
+"""Candidates, by their places, with the prompt's uncached and scarce tokens on them."""
 
 
 class LookUp:
@@ -38,36 +43,64 @@ class LookUp:
             out[slots.places(bitmap)] = prompt - self._tokens(blocks)
         return out
 
-    def scarce(self, index: PrefixIndex, now: float, uncached: Floats) -> Floats:
-        """The same, but tokens of which there are too few copies for their demand count less. Returns `uncached`
-        itself where there are none of these.
+    def shares(self, index: PrefixIndex, now: float) -> tuple[float, float, Shares]:
+        """(uncached, scarce) of most candidates, and the candidates for which they are others.
 
-        A run that a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on
-        fewer, k, to compute it once more is no waste but an investment, and it counts (k / wanted)^2.
+        Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
+        a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
+        compute it once more is no waste but an investment, and it counts (k / wanted)^2.
         """
-        slots, block_tokens = self.slots, self.block_tokens
-        worth = {0: 0.0}
-        before, total = 0, 0.0
-        any_scarce = False
-        for place, run in self.match.runs:
-            copies = (run.holders & slots.mask).bit_count()
-            wanted = min(SPARE * index.demand(run, now), 1.0) * slots.count
+        slots, block_tokens, prompt = self.slots, self.block_tokens, self.prompt_tokens
+        match = self.match
+        if not match.groups:
+            return prompt, prompt, ()
+        common, others = match.split(slots)
+        n, mask = slots.count, slots.mask
+        most = prompt - 1.0  # an engine computes at least the last token again
+        scarce: dict[int, float] | None = None
+        before = 0
+        total = 0.0
+        for place, run in match.runs:
             tokens = (place - before) * block_tokens
-            if copies < wanted:
-                any_scarce = True
-                tokens *= (copies / wanted) ** 2
+            holders = run.holders & mask
+            if holders != mask:
+                copies = holders.bit_count()
+                # Without the fading a bound from above, which mostly does.
+                if copies * index.uses < SPARE * n * run.uses:
+                    wanted = min(SPARE * index.demand(run, now), 1.0) * n
+                    if copies < wanted:
+                        if scarce is None:
+                            scarce = self._plain(before)
+                        tokens *= (copies / wanted) ** 2
             total += tokens
-            worth[place] = total
+            if scarce is not None:
+                scarce[place] = total
             before = place
-        if not any_scarce:
-            return uncached
-        total += max(self.prompt_tokens - before * block_tokens, 0.0)
-        common, others = self.match.split(slots)
-        out: Floats = np.empty(slots.count)
-        out.fill(max(total - worth[common], 0.0))
+        uncached = prompt - min(common * block_tokens, most)
+        if scarce is None:
+            if len(others) == 1:
+                blocks, bitmap = others[0]
+                rest = prompt - min(blocks * block_tokens, most)
+                return uncached, uncached, ((slots.places(bitmap), rest, rest),)
+            shares = []
+            for blocks, bitmap in others:
+                rest = prompt - min(blocks * block_tokens, most)
+                shares.append((slots.places(bitmap), rest, rest))
+            return uncached, uncached, shares
+        total += max(prompt - before * block_tokens, 0.0)
+        shares = []
         for blocks, bitmap in others:
-            out[slots.places(bitmap)] = max(total - worth[blocks], 0.0)
-        return out
+            rest = prompt - min(blocks * block_tokens, most)
+            shares.append((slots.places(bitmap), rest, max(total - scarce[blocks], 0.0)))
+        return uncached, max(total - scarce[common], 0.0), shares
+
+    def _plain(self, blocks: int) -> dict[int, float]:
+        """Tokens up to each run's end, of those that end within so many blocks."""
+        worth = {0: 0.0}
+        for place, _ in self.match.runs:
+            if place <= blocks:
+                worth[place] = place * self.block_tokens
+        return worth
 
     def tokens(self) -> list[float]:
         """Cached prompt tokens for each candidate, in their order."""
@@ -125,9 +158,9 @@ class Prefixes:
 
     def remember(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
         """The request goes to candidate `index`: note what it will have to compute, and tell all processes."""
-        found = self.look_up(request, candidates, now)
+        found: LookUp = request.prefix or self.look_up(request, candidates, now)
         slot = candidates.pods[index].slot
-        request.uncached_tokens = max(round(found.prompt_tokens - found.tokens_on(slot)), 0)
+        request.uncached_tokens = round(found.prompt_tokens - found.tokens_on(slot))
         self.index.remember(found.chain, slot, now)
 
 

@@ -73,6 +73,7 @@ class Speeds:
         "decode_per_budget",
         "drain",
         "elsewhere",
+        "elsewhere_of",
         "idle_step",
         "output_tokens",
         "polled",
@@ -103,6 +104,7 @@ class Speeds:
         """Seconds of a step, at factor 1, before this replica sends anything: a0, and reading what others sent."""
         self.elsewhere: Floats
         """Requests on the pod that this replica does not know of."""
+        self.elsewhere_of: list[float]
         self.output_tokens = 0.0
         """Mean of a request."""
         self.polled: list[int] = []
@@ -208,6 +210,7 @@ class Rates:
         extra = np.maximum(counted - candidates.metric("own_requests_at_sample"), 0.0)
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0
         out.elsewhere = extra
+        out.elsewhere_of = extra.tolist()
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
 

@@ -11,9 +11,9 @@ writer: another process will receive the access log entry that releases it.
 What still drifts (an Envoy that died with requests in flight) is settled by the scraper, in its own row, against
 the engines' own counts.
 
-Adding the rows up costs as much as the rest of a simple decision. So whoever decides often keeps the sums: `follow`
-adds up at most once in FRESH_SECONDS, and in between every charge and release of this process is entered into the
-sums too. They are exact in what this process does and at most that old in what the others do.
+Adding the rows up costs as much as the rest of a simple decision. So `follow` adds requests up at most once in
+FRESH_SECONDS; in between every charge and release of this process is entered into the sums too, which are exact in what
+this process does and at most that old in what the others do.
 
     0     8 bytes   writers in use are below this number
     64    one int64[W][P] matrix for each Entry, in order
@@ -60,8 +60,8 @@ class Entry(IntEnum):
 
 FRESH_SECONDS = 0.001
 """How long `follow` takes the other processes' rows to be as they were."""
-MOST_CHANGES = 256
 _LOADS = -1
+_REQUESTS = int(Entry.REQUESTS)
 _BUSY_UNTIL = int(Entry.BUSY_UNTIL)
 _MOST_VIEWS = 256
 _sum = np.add.reduce
@@ -101,15 +101,8 @@ class Ledger:
         self._busy_until = self._rows[Entry.BUSY_UNTIL].view(np.float64)
         self.requests_now = [0] * pods
         """Requests in flight on each pod as of the last `follow`, and what this process did since."""
-        self.tokens_now = [0] * pods
-        """Their prompt tokens."""
-        self.busy_until_now = [0.0] * pods
-        """See `busy_until`."""
+        self._read_at = -inf
         self._followed = 0
-        self.changes: list[int] = []
-        """The pods that this process has changed since the rows were added up, oldest change first."""
-        self.read_at = -inf
-        """When the rows were added up, in monotonic seconds."""
 
     @staticmethod
     def size(writers: int, pods: int) -> int:
@@ -135,20 +128,13 @@ class Ledger:
         latest: Floats = np.maximum.reduce(self._view(_BUSY_UNTIL, high), 0)
         return latest
 
-    def follow(self, now: float, high: int) -> None:
-        """Bring `requests_now`, `tokens_now` and `busy_until_now` up to date for at least the pods 0..high-1."""
-        if 0.0 <= now - self.read_at < FRESH_SECONDS and high <= self._followed and len(self.changes) < MOST_CHANGES:
-            return
-        self._followed = high = max(high, self._followed)
-        self.requests_now[:high], self.tokens_now[:high], _ = self.loads(high).tolist()
-        self.busy_until_now[:high] = self.busy_until(high).tolist()
-        self.changes.clear()
-        self.read_at = now
-
-    def _changed(self, slot: int) -> None:
-        """Note what this process did to a pod. When there is more of it than is kept, `follow` adds up."""
-        if len(self.changes) < MOST_CHANGES:
-            self.changes.append(slot)
+    def follow(self, now: float, high: int) -> list[int]:
+        """`requests_now`, brought up to date for at least the pods 0..high-1."""
+        if not 0.0 <= now - self._read_at < FRESH_SECONDS or high > self._followed:
+            self._read_at = now
+            self._followed = high = max(high, self._followed)
+            self.requests_now[:high] = self.totals(_REQUESTS, high).tolist()
+        return self.requests_now
 
     def _view(self, entry: int, high: int) -> npt.NDArray[Any]:
         """The rows of all writers that there are. Kept, because cutting it out costs half as much as adding it up."""
@@ -171,8 +157,6 @@ class Ledger:
         """Say when a pod will be done with its prefills, this one included. A process without a row says nothing."""
         if self._own_busy_until is not None:
             self._own_busy_until[slot] = until
-            self.busy_until_now[slot] = until
-            self._changed(slot)
 
     def total(self, entry: Entry, slot: int) -> int:
         """Sum over all writers for one pod."""
@@ -196,8 +180,6 @@ class Ledger:
             self._requests_held[slot] += 1
             self._tokens_held[slot] += tokens
         self.requests_now[slot] += 1
-        self.tokens_now[slot] += tokens
-        self._changed(slot)
         return Charge(slot, generation, tokens)
 
     def release(self, charge: Charge, *, held: bool) -> None:
@@ -211,8 +193,6 @@ class Ledger:
             self._requests_held[slot] -= 1
             self._tokens_held[slot] -= charge.tokens
         self.requests_now[slot] -= 1
-        self.tokens_now[slot] -= charge.tokens
-        self._changed(slot)
 
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """Count how a request ended, for passive health checks."""
@@ -237,5 +217,3 @@ class Ledger:
         self._requests[slot] += requests
         self._tokens[slot] += tokens
         self.requests_now[slot] += requests
-        self.tokens_now[slot] += tokens
-        self._changed(slot)

@@ -20,7 +20,7 @@ segment, so the begin of each segment is the begin of a record.
     heads      u64[W]    bytes ever written, per writer
     reserved   u64[W]
     rings      W times `ring_bytes`, in SEGMENTS parts
-    record     u64       xxh3_64 of the rest, seeded with its position
+    record     8 bytes   xxh3_64 of the rest, seeded with its position
                u64       slot << 48 | kind << 40 | log2(block bytes) << 32 | number of hashes
                u64       pod: generation << 32 | incarnation  (low halves)
                f64       monotonic seconds
@@ -33,7 +33,7 @@ Cost: 1 µs to append, 0.1 µs to see that nothing is new with any number of wri
 import struct
 from typing import NamedTuple
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_digest
 
 SEGMENTS = 32
 ROUTED = 1
@@ -41,9 +41,8 @@ ROUTED = 1
 REMOTE = 2
 """The same, by another replica."""
 _SKIP = 0
-_RECORD = struct.Struct("<QQQd")
 _BODY = struct.Struct("<QQd")
-RECORD_BYTES = _RECORD.size
+RECORD_BYTES = 8 + _BODY.size
 
 
 class Routed(NamedTuple):
@@ -79,6 +78,7 @@ class PrefixLog:
         start = 16 * writers
         self._rings = [region[start + w * ring_bytes : start + (w + 1) * ring_bytes] for w in range(writers)]
         self.max_hashes = (self.segment_bytes - RECORD_BYTES) // 8
+        self._most_bytes = self.max_hashes * 8
         if self.max_hashes < 1:
             raise ValueError(
                 f"a prefix ring of {ring_bytes} bytes holds no record: at least {SEGMENTS * 40} are needed"
@@ -94,32 +94,34 @@ class PrefixLog:
         """How far each writer has come."""
         return self._heads
 
-    def append(self, record: Routed) -> None:
-        """Write one record to this process's ring. A chain too long for a segment loses its tail."""
-        if self.writer is None:
-            raise ValueError("a process without a writer row cannot append to the prefix log")
+    def append(self, slot: int, pod: int, at: float, block_bytes: int, hashes: bytes, kind: int = ROUTED) -> None:
+        """Write one record, see `Routed`, to this process's ring. A chain too long for a segment loses its tail."""
         writer = self.writer
-        hashes = record.hashes
-        if len(hashes) > self.max_hashes * 8:
-            hashes = hashes[: self.max_hashes * 8]
+        if writer is None:
+            raise ValueError("a process without a writer row cannot append to the prefix log")
+        if len(hashes) > self._most_bytes:
+            hashes = hashes[: self._most_bytes]
         length = RECORD_BYTES + len(hashes)
-        head = self._heads[writer]
+        start = self._heads[writer]
         ring = self._rings[writer]
-        room = self.segment_bytes - head % self.segment_bytes
-        start = head if length <= room else head + room
-        self._reserved[writer] = start + length
-        if start != head and room >= RECORD_BYTES:
-            ring[head % self.ring_bytes : head % self.ring_bytes + RECORD_BYTES] = _seal(head, _SKIP, 0, 0.0, b"")
+        room = self.segment_bytes - start % self.segment_bytes
+        if length > room:
+            self._reserved[writer] = start + room + length
+            if room >= RECORD_BYTES:
+                place = start % self.ring_bytes
+                ring[place : place + RECORD_BYTES] = _seal(start, _BODY.pack(_SKIP, 0, 0.0))
+            start += room
+        else:
+            self._reserved[writer] = start + length
         place = start % self.ring_bytes
-        word = record.slot << 48 | record.kind << 40 | (record.block_bytes.bit_length() - 1) << 32 | len(hashes) >> 3
-        ring[place : place + length] = _seal(start, word, record.pod, record.at, hashes)
+        word = slot << 48 | kind << 40 | (block_bytes.bit_length() - 1) << 32 | len(hashes) >> 3
+        body = _BODY.pack(word, pod, at) + hashes
+        ring[place : place + length] = _seal(start, body)
         self._heads[writer] = start + length
 
 
-def _seal(position: int, word: int, pod: int, at: float, hashes: bytes) -> bytes:
-    body = _BODY.pack(word, pod, at) + hashes
-    digest: int = xxh3_64_intdigest(body, position)
-    return digest.to_bytes(8, "little") + body
+def _seal(position: int, body: bytes) -> bytes:
+    return xxh3_64_digest(body, position) + body
 
 
 class LogReader:
@@ -135,23 +137,20 @@ class LogReader:
         self._own_end = log.heads[own] if own is not None else 0
         self._places = [0] * log.writers
         self._doubtful: dict[int, int] = {}
+        at = log.writers if own is None else own
+        self._before, self._after = log.heads[:at], log.heads[at + 1 :]
+        """The heads of everybody else."""
         self._seen = b""
         self.lost_bytes = 0
         """How much was overwritten, or given up, before it was read."""
 
     def news(self) -> bool:
         """Whether somebody else has written since the last complete `read`."""
-        return self._log.heads.tobytes() != self._seen
-
-    def appended(self) -> None:
-        """This process has written to its own ring, which is no news to it."""
-        own, seen = self._own, self._seen
-        if own is not None and seen:
-            self._seen = seen[: 8 * own] + self._log.heads[own].to_bytes(8, "little") + seen[8 * own + 8 :]
+        return self._before.tobytes() + self._after.tobytes() != self._seen
 
     def read(self, limit: int = 1 << 30) -> list[Routed]:
         """The next records, those of one writer in order. After `limit` records no further segment is begun."""
-        seen = self._log.heads.tobytes()
+        seen = self._before.tobytes() + self._after.tobytes()
         out: list[Routed] = []
         done = True
         places = self._places
@@ -210,10 +209,10 @@ def _parse(data: bytes, position: int, out: list[Routed]) -> tuple[int, bool]:
     while place < end:
         if end - place < RECORD_BYTES:
             return end, True  # the rest of a segment, too short for a record that says so
-        digest, word, pod, at = _RECORD.unpack_from(data, place)
+        word, pod, at = _BODY.unpack_from(data, place + 8)
         length = RECORD_BYTES + ((word & 0xFFFFFFFF) << 3)
         stop = place + length
-        if stop > end or xxh3_64_intdigest(data[place + 8 : stop], position + place) != digest:
+        if stop > end or xxh3_64_digest(data[place + 8 : stop], position + place) != data[place : place + 8]:
             return place, False
         kind = word >> 40 & 0xFF
         if kind == _SKIP:

@@ -167,7 +167,7 @@ class _Replica:
 
     def _hear(self, routed: list[Any], charged: dict[int, tuple[int, int, int]], released: list[int]) -> None:
         for record in routed:
-            self._mirror.prefix_log.append(record)
+            self._mirror.prefix_log.append(*record)
         ledger, now = self._mirror.ledger, self.clock()
         if charged:
             candidates = self._fleet.candidates(MODEL)

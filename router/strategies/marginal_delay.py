@@ -2,33 +2,13 @@
 
 from typing import ClassVar
 
-import numpy as np
-
-from router.backlog import FIRST_STEPS
 from router.fleet import Candidates
+from router.prefixes import Shares
 from router.rates import STALE_SECONDS
 from router.request import RoutingRequest
-from router.strategies.base import NEAR, Context, Scoring
+from router.strategies.base import Context, Scoring
+from router.strategies.delays import Chance, Delays
 from state.pods import Floats
-
-
-class _Space:
-    """Room for one epoch's arithmetic, so that it allocates little: `weights` times `loads` gives `terms`."""
-
-    __slots__ = ("added", "half", "loads", "ones", "price", "requests", "step", "terms", "weights")
-
-    def __init__(self, n: int) -> None:
-        self.weights = np.zeros((3, 3))
-        self.loads = np.zeros((3, n))
-        self.terms = np.zeros((3, n))
-        self.requests = self.loads[0]
-        self.step, self.added, self.price = self.terms
-        self.ones = np.ones(n)
-        self.half = np.zeros(n)
-
-
-WAIT_SHARE = 2.0 / 3.0
-"""Of half the pod's requests, how many the wait is taken to concern."""
 
 MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 """What a decision could be made from, best first; `MarginalDelay.modes` says which, per model."""
@@ -59,7 +39,7 @@ class MarginalDelay(Scoring):
     the shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other gateways
     sent. Source: our own, found by simulation (docs/routing.md).
 
-    Cost: 30 µs for 64 pods, 35 for 256, beside hashing and look-up (`bench.decision_cost`).
+    The arithmetic is in `router.strategies.delays`. Equal pods are told apart by chance, in the tenth digit.
 
     It needs little to work: with old metrics it goes by its own account and the speeds it learnt before; without
     prefix knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
@@ -72,29 +52,24 @@ class MarginalDelay(Scoring):
         self._prefixes = context.prefixes
         self._rates = context.rates
         self._backlog = context.backlog
+        self._chance = Chance(context.random)
         self.modes: dict[str, str] = {}
         """What the last decision for a model was made from."""
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """Seconds of delay. The array is written over by the next call for the same candidates."""
-        prior = self._rates.prior
-        speeds = self._rates.speeds(candidates, now)
-        loads = candidates.loads()
-        todo = self._backlog.follow(candidates, speeds, now)
-
-        prompt = float(request.prompt_tokens)
-        uncached: Floats | None = None
-        mode = "full"
-        if self._prefixes is not None:
-            found = self._prefixes.look_up(request, candidates, now)
+        prefixes = self._prefixes
+        others: Shares = ()
+        if prefixes is not None:
+            found = prefixes.look_up(request, candidates, now)
             prompt = found.prompt_tokens
-            uncached = found.uncached()
-            scarce = found.scarce(self._prefixes.index, now, uncached)
-            if not found.chain.hashes:
-                mode = "no-prefix"
+            mode = "full" if found.chain.hashes else "no-prefix"
+            uncached, scarce, others = found.shares(prefixes.index, now)
         else:
             mode = "no-prefix"
-            uncached = scarce = np.full(len(candidates.pods), prompt)
+            prompt = uncached = scarce = float(request.prompt_tokens)
+        delays = self._delays(candidates, now)
+        speeds = delays.speeds
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode
@@ -102,67 +77,28 @@ class MarginalDelay(Scoring):
         output = speeds.output_tokens
         if 0 < request.max_tokens < output:
             output = float(request.max_tokens)
-        kv, budget = prior.kv_token_seconds, prior.step_tokens
-        space = candidates.derived.get(_Space)
-        if space is None:
-            space = candidates.derived[_Space] = _Space(len(candidates.pods))
-        requests = space.requests
-        np.add(loads[0], speeds.elsewhere, requests)
-        space.loads[1] = loads[1]
-        space.loads[2] = todo
-        weights = space.weights
-        # Steps at factor 1; a running request has made half of its output, on average.
-        weights[0, 0] = prior.decode_request_seconds + 0.5 * speeds.output_tokens * kv
-        weights[0, 1] = kv
-        weights[1, 0] = output * (prior.decode_request_seconds + prompt * kv)
-        weights[2, 2] = 1.0 / max(self._backlog.mean_tokens, 1.0)
-        np.dot(weights, space.loads, space.terms)
-        step, added, price, half = space.step, space.added, space.price, space.half
-        step += speeds.idle_step
-        step *= speeds.decode
-        added *= speeds.decode  # n * M * d
-        np.minimum(price, requests, out=price)  # w
-        served = requests
-        if speeds.seats is not None:
-            served = np.minimum(requests, 1.0 / np.maximum(speeds.seats, 1e-6))
-        np.multiply(served, 0.5, out=half)
-        price += half
-        price += 1.0 + float(served.dot(space.ones)) / space.ones.size
-        price *= scarce
-        price += uncached
-        price *= speeds.prefill_seconds
-        wait = todo * speeds.prefill_seconds
-        half *= wait
-        filled = (space.loads[1] + prompt) * speeds.rooms if speeds.rooms is not None else None
-        if speeds.seats is not None:
-            places = (requests + 1.0) * speeds.seats
-            filled = places if filled is None else np.maximum(filled, places, out=filled)
-        if filled is not None and filled.max() > 1.0:
-            filled -= 1.0
-            filled *= step
-            filled *= speeds.output_tokens
-            np.maximum(wait, filled, out=wait)
-        price += wait
-        typical = self._backlog.mean_tokens * float(speeds.prefill_seconds[0])
-        half *= WAIT_SHARE * typical / (typical + float(wait.min()))
-        price += half  # n / 3 * W, while some pod has slack
-        steps = np.where(todo > 0.0, 0.0, FIRST_STEPS)
-        steps += uncached / budget
-        steps += output
-        steps *= step  # own steps to the first token, and M, at s each
-        price += steps
-        price += added
-        return price
+        scores = delays.of_all(prompt, output, uncached, scarce)
+        for places, uncached, scarce in others:
+            scores[places] = delays.of(places, output, uncached, scarce)
+        if delays.crowded(prompt):
+            scores += delays.wait_for_room(prompt)
+        return scores
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The lowest score; none of them is ever unknown."""
-        scores = self.scores(request, candidates, now)
-        best = int(scores.argmin())
-        near = scores <= scores[best] * (1.0 + NEAR)
-        ties = int(np.count_nonzero(near))
-        if ties > 1:
-            best = int(near.nonzero()[0][int(self.context.random.random() * ties)])
-        return best
+        return int(self.scores(request, candidates, now).argmin())
+
+    def _delays(self, candidates: Candidates, now: float) -> Delays:
+        found: Delays | None = candidates.derived.get(Delays)
+        if found is None:
+            speeds = self._rates.speeds(candidates, now)
+            found = candidates.derived[Delays] = Delays(candidates, speeds, self._backlog, self._chance)
+        index = self._prefixes.index if self._prefixes is not None else None
+        if index is None:
+            found.follow(now, [], 1.0)
+        else:
+            found.follow(now, index.heard, index.bytes_per_token)
+        return found
 
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
         """Remember where the prompt went, and what it has to compute there."""
@@ -170,7 +106,5 @@ class MarginalDelay(Scoring):
             self._prefixes.remember(request, candidates, index, now)
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
-        speeds = self._rates.speeds(candidates, now)
-        space = candidates.derived.get(_Space)
-        step = float(space.step[index]) if space is not None else 0.0
-        self._backlog.chose(candidates, index, request.uncached_tokens, speeds, now, step)
+        delays: Delays = candidates.derived.get(Delays) or self._delays(candidates, now)
+        delays.add(index, request.prompt_tokens, request.uncached_tokens, now)

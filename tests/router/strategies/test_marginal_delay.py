@@ -53,7 +53,7 @@ def test_the_score_is_the_sum_of_the_delays(lab: Any) -> None:
 def test_what_other_workers_promised_a_pod_counts_at_once_and_drains(lab: Any) -> None:
     fleet = lab(2)
     idle = fleet.scores(NAME, fleet.request(tokens=500))
-    assert idle[0] == idle[1]
+    assert idle[0] == pytest.approx(idle[1])
     fleet.promise(0, 28_000, worker=1)
     busy = fleet.scores(NAME, fleet.request(tokens=500))
     assert busy[0] - busy[1] > 28_000 / 14_000

@@ -1,0 +1,205 @@
+"""`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
+
+    score = fixed + (M + u / budget) * step + c * price + M * (r + P * k) * shared + (u + c * (1 + N)) * prefill
+
+is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
+uncached, its scarce and its output tokens; r and k are the prior's rates per request and per KV token. What is left,
+five numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS; in between, what this
+process sends to a pod is added to that pod's numbers, and what it hears from the prefix log that other workers have
+sent. So a decision is one product of a vector with a matrix, and a few multiplications for the pods that hold another
+part of the prompt than most.
+"""
+
+from math import inf
+from random import Random
+
+import numpy as np
+
+from router.backlog import FIRST_STEPS, Backlog
+from router.fleet import Candidates
+from router.rates import Speeds
+from state.pods import Floats, Ints
+
+WAIT_SHARE = 2.0 / 3.0
+"""Of half the pod's requests, how many the wait is taken to concern."""
+KEPT_SECONDS = 0.004
+"""How old finished requests and finished prefills may be."""
+JITTER_SECONDS = 1e-9
+"""Chance between equal pods."""
+_JITTERS = 1024
+
+_FIXED, _STEP, _PRICE, _SHARED, _PREFILL = range(5)
+
+
+class Chance:
+    """Tells equal pods apart: a table of jitters, read from another place each time."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random.random
+        self._table = np.array([random.random() for _ in range(_JITTERS)]) * JITTER_SECONDS
+
+    def draw(self, n: int) -> Floats:
+        """Seconds, for n pods."""
+        while n > len(self._table) // 2:
+            self._table = np.concatenate([self._table, self._table])
+        start = int(self._random() * (len(self._table) - n))
+        return self._table[start : start + n]
+
+
+class Delays:
+    """What a request costs on each candidate, for one epoch of their metrics."""
+
+    def __init__(self, candidates: Candidates, speeds: Speeds, backlog: Backlog, chance: Chance) -> None:
+        n = len(candidates.pods)
+        prior = backlog.rates.prior
+        self.speeds = speeds
+        self._candidates = candidates
+        self._backlog = backlog
+        self._chance = chance
+        self._per_request, self._per_token = prior.decode_request_seconds, prior.kv_token_seconds
+        self._budget = prior.step_tokens
+        self._places = None if speeds.seats is None else 1.0 / np.maximum(speeds.seats, 1e-6)
+        self._idle_step = speeds.idle_step * speeds.decode
+        # Of a running request half of the output is there, on average.
+        self._request_step = (self._per_request + 0.5 * speeds.output_tokens * self._per_token) * speeds.decode
+        self._token_step = self._per_token * speeds.decode
+        self._rooms = speeds.rooms
+        self._most_room = float(speeds.rooms.max()) if speeds.rooms is not None else 0.0
+        self._fullest = 0.0
+        self._loads: Floats = np.zeros((3, n))
+        self._form: Floats = np.zeros((5, n))
+        self._form[_PREFILL] = speeds.prefill_seconds
+        self._weights: Floats = np.ones(5)
+        self._scores: Floats = np.zeros(n)
+        # Single numbers are read and written through views: half the price.
+        self._form_of, self._weight_of = _numbers(self._form), _numbers(self._weights)
+        self._of_request, self._of_token = _numbers(self._request_step), _numbers(self._token_step)
+        self._of_decode = _numbers(speeds.decode)
+        self._place_of = {slot: place for place, slot in enumerate(candidates.slots.tolist())}
+        self._n = n
+        self._mean_tokens = 1.0
+        self._price_of_all = 1.0
+        self._slack = 0.0
+        self._worked_out_at = -inf
+
+    def follow(self, now: float, heard: list[tuple[int, int, int]], bytes_per_token: float) -> None:
+        """Take in what has changed. `heard` is `PrefixIndex.heard`."""
+        if not 0.0 <= now - self._worked_out_at < KEPT_SECONDS:
+            self._worked_out_at = now
+            self._work_out(now)
+        elif heard:
+            prefill = _PREFILL * self._n
+            for slot, size, new in heard:
+                place = self._place_of.get(slot)
+                if place is not None:
+                    seconds = new / bytes_per_token * self._form_of[prefill + place]
+                    self._until[place] = max(self._until[place], now) + seconds
+                    self._enter(place, size / bytes_per_token, seconds)
+        heard.clear()
+
+    def _work_out(self, now: float) -> None:
+        candidates, speeds, form = self._candidates, self.speeds, self._form
+        excess = self._backlog.excess(candidates, speeds, now)
+        requests, tokens, wait = self._loads
+        fixed, step, price, shared, prefill = form
+        loads, until = candidates.loads(), candidates.busy_until()
+        np.add(loads[0], speeds.elsewhere, out=requests)
+        tokens[:] = loads[1]
+        np.subtract(until, now, out=wait)
+        self._until = _numbers(until)
+        if excess.any:
+            wait -= np.where(excess.since > now, excess.seconds, 0.0)
+        np.maximum(wait, 0.0, out=wait)
+        self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
+
+        np.multiply(requests, self._request_step, out=step)
+        step += tokens * self._token_step
+        step += self._idle_step
+        served = requests if self._places is None else np.minimum(requests, self._places)
+        np.multiply(wait, speeds.drain, out=price)
+        price /= self._mean_tokens
+        np.minimum(price, requests, out=price)
+        price += 0.5 * served
+        price *= prefill
+        np.multiply(requests, speeds.decode, out=shared)
+        typical = self._mean_tokens * float(prefill[0])
+        self._slack = 0.5 * WAIT_SHARE * typical / (typical + float(wait.min()))
+        np.multiply(served, self._slack, out=fixed)
+        fixed += 1.0
+        fixed *= wait
+        fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
+        fixed += self._chance.draw(self._n)
+        self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
+        if self._rooms is not None:
+            self._fullest = float((tokens * self._rooms).max())
+
+    def add(self, place: int, tokens: int, uncached_tokens: int, now: float) -> None:
+        """This process sends a request to a pod: promise its prefill, and enter to first order what that changes, until
+        all is worked out anew."""
+        before = self._until[place]
+        step = self._form_of[self._n + place]
+        until = self._backlog.chose(self._candidates, place, uncached_tokens, self.speeds, now, step, before)
+        self._until[place] = until
+        self._enter(place, tokens, until - max(before, now))
+
+    def _enter(self, place: int, tokens: float, longer: float) -> None:
+        n, form = self._n, self._form_of
+        form[place] += longer * (1.0 + self._slack)
+        form[n + place] += self._of_request[place] + tokens * self._of_token[place]
+        form[2 * n + place] += 0.5 * form[4 * n + place] + longer / self._mean_tokens
+        form[3 * n + place] += self._of_decode[place]
+        self._price_of_all += 1.0 / n
+        if self._rooms is not None:
+            self._fullest += tokens * self._most_room
+
+    def of_all(self, prompt: float, output: float, uncached: float, scarce: float) -> Floats:
+        """The score of every pod, if all of them hold as much of the prompt. The array is written over by the next
+        call."""
+        weights = self._weight_of
+        weights[_STEP] = output + uncached / self._budget
+        weights[_PRICE] = scarce
+        weights[_SHARED] = output * (self._per_request + prompt * self._per_token)
+        weights[_PREFILL] = uncached + scarce * self._price_of_all
+        np.dot(self._weights, self._form, out=self._scores)
+        return self._scores
+
+    def of(self, places: int | Ints, output: float, uncached: float, scarce: float) -> float | Floats:
+        """The scores of some pods that hold another part of the prompt that `of_all` was last asked for."""
+        if not isinstance(places, int):
+            weights = self._weight_of
+            weights[_STEP] = output + uncached / self._budget
+            weights[_PRICE] = scarce
+            weights[_PREFILL] = uncached + scarce * self._price_of_all
+            some: Floats = self._weights @ self._form[:, places]
+            return some
+        n, form = self._n, self._form_of
+        return (
+            form[places]
+            + form[n + places] * (output + uncached / self._budget)
+            + form[2 * n + places] * scarce
+            + form[3 * n + places] * self._weight_of[_SHARED]
+            + form[4 * n + places] * (uncached + scarce * self._price_of_all)
+        )
+
+    def crowded(self, prompt: float) -> bool:
+        """Whether some pod may be out of places, or out of room in its KV cache with this prompt."""
+        return self._fullest + prompt * self._most_room > 1.0 or self.speeds.seats is not None
+
+    def wait_for_room(self, prompt: float) -> Floats:
+        """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: M steps
+        free as much as there is."""
+        requests, tokens, wait = self._loads
+        speeds = self.speeds
+        filled = (tokens + prompt) * self._rooms if self._rooms is not None else np.zeros(self._n)
+        if speeds.seats is not None:
+            np.maximum(filled, (requests + 1.0) * speeds.seats, out=filled)
+        filled -= 1.0
+        filled *= self._form[_STEP]
+        filled *= speeds.output_tokens
+        filled -= wait
+        np.maximum(filled, 0.0, out=filled)
+        return filled
+
+
+def _numbers(array: Floats) -> "memoryview[float]":
+    return memoryview(array.reshape(-1))  # type: ignore[arg-type]
