@@ -22,6 +22,7 @@ X_ERROR_NO_MODEL_BACKENDS: Final = "x-error-no-model-backends"
 X_ERROR_ROUTING: Final = "x-error-routing"
 X_ERROR_STREAMING: Final = "x-error-streaming"
 X_ERROR_RESPONSE_UNKNOWN: Final = "x-error-response-unknown"
+RETRY_AFTER: Final = "Retry-After"
 
 INVALID_API_KEY: Final = "invalid_api_key"
 MODEL_NOT_FOUND: Final = "model_not_found"
@@ -158,7 +159,7 @@ def model_asleep(model: str, state: str, retry_after_seconds: int = 10) -> Reque
     """The model's claim is not active. A failed one will not come back by waiting."""
     headers: tuple[Header, ...] = ((X_ERROR_NO_MODEL_BACKENDS, header_value(model)),)
     if state != "failed":
-        headers = (*headers, ("retry-after", b"%d" % retry_after_seconds))
+        headers = (*headers, (RETRY_AFTER, b"%d" % retry_after_seconds))
     message = f"model {shortened(model)} is {shortened(state)}; retry shortly"
     return RequestError(503, message, code=SERVICE_UNAVAILABLE, param="model", headers=headers)
 
@@ -186,7 +187,7 @@ def unknown_user(user: str) -> RequestError:
 
 
 def _over_limit(message: str, header: str, retry_after_seconds: int) -> RequestError:
-    headers: tuple[Header, ...] = ((header, TRUE), ("retry-after", b"%d" % max(1, retry_after_seconds)))
+    headers: tuple[Header, ...] = ((header, TRUE), (RETRY_AFTER, b"%d" % max(1, retry_after_seconds)))
     return RequestError(429, message, code=RATE_LIMIT_EXCEEDED, headers=headers)
 
 

@@ -42,7 +42,8 @@ class Modes:
         self.response_body_comes: bool = not self.known or self.response_mode != ProcessingMode.NONE
         self.response_flows: bool = self.response_mode in (ProcessingMode.STREAMED, _FULL_DUPLEX)
         """Response headers have been sent on when the body comes."""
-        self.buffered: bool = mode in _BUFFERED
+        self.buffered: bool = mode in _BUFFERED or not self.known
+        """A body comes in one message, whether or not that says it is the last. AIBrix takes every body so."""
         self.ask_for_body: bytes | None = None
         if mode == ProcessingMode.NONE and self.known:
             self.buffered = True

@@ -282,6 +282,7 @@ class RequestPhase:
         if not strategy:
             return self._leave_to_envoy(parsed, more, body, end, profile_name)
         if "external-filter" in headers:
+            scheduler.strategy(strategy)  # that it is none comes before that nobody is left
             candidates = scheduler.select(candidates, headers["external-filter"].decode("utf-8", "replace"))
         explain = EXPLAIN in headers and self._policy.explain
         if explain and headers[EXPLAIN].strip().lower() == b"only":

@@ -13,13 +13,15 @@ from typing import Any, Final
 
 import orjson
 
-from router.fleet import Candidates, Fleet, Model
+from router.fleet import Candidates, Fleet, Model, Pod
 from router.profiles import ProfileError, Profiles, parse_profiles
 from router.selectors import SelectorError, parse_selector
 
 CLAIM_PREFIX: Final = "modelclaim.aibrix.ai/"
 CONFIG: Final = "model.aibrix.ai/config"
 ENGINE: Final = "model.aibrix.ai/engine"
+NAME: Final = "model.aibrix.ai/name"
+PORT: Final = "model.aibrix.ai/port"
 ACTIVE: Final = "active"
 _STATES: Final = (ACTIVE, "activating", "sleeping", "failed")
 """Of several pods' claims the first of these is the model's."""
@@ -80,11 +82,20 @@ def filtered(candidates: Candidates, selector: str) -> Candidates | None:
             matches = parse_selector(selector).matches
         except SelectorError:
             return None
-        places = [i for i, pod in enumerate(candidates.pods) if matches(pod.record.labels)]
+        places = [i for i, pod in enumerate(candidates.pods) if matches(labels_of(pod))]
         if len(known) >= _MOST_SELECTORS:
             known.clear()
         found = known[selector] = candidates if len(places) == len(candidates) else candidates.subset(places)
     return found
+
+
+def labels_of(pod: Pod) -> dict[str, str]:
+    """A pod's labels, and those that AIBrix's pods always carry, where nobody has set them to something else."""
+    record = pod.record
+    known = {NAME: record.models[0], ENGINE: record.engine, PORT: record.address.rpartition(":")[2]}
+    if record.role:
+        known |= {"role-name": record.role, "roleset-name": record.roleset}
+    return {**known, **record.labels}
 
 
 def _engine(labels: Mapping[str, str], engine: str) -> str:

@@ -232,5 +232,6 @@ class Scheduler:
                 ticket=f"{pod.slot}.{pod.generation}" if to_log else None,
                 duplex=duplex,
                 id_bytes=id_bytes,
+                told_as=self._strategies.get(strategy).told_as,
             )
         return found

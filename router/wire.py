@@ -9,7 +9,8 @@ and HttpHeaders is `0a <len> HeaderMap [18 01]`, HttpBody `[0a <len> bytes] [10 
 looked up whole. A header is found by its own encoding, `0a <len> name 1a`: a line feed, which neither a name nor a
 value can contain, then the length, which is a control character, and as a length of its own a line feed is never
 followed by one. Whatever does not look exactly like this is left to the general parser (None), so being quick never
-decides what a message means; tests hold both against each other.
+decides what a message means; tests hold both against each other. Envoy writes names in lower case; that others count
+too costs 0.2 µs a message.
 
 Costs a third to a half of the general parser: `python -m bench.exchange_cost` prints both.
 """
@@ -47,7 +48,7 @@ class Names:
         self.wanted = frozenset(names)
         self.by_bytes = {name.encode(): name for name in names}
         keys = b"|".join(bytes([len(name)]) + re.escape(name.encode()) for name in names)
-        self.find = re.compile(b"\n(" + keys + b")([\x12\x1a\n]?)", re.DOTALL).finditer
+        self.find = re.compile(b"\n(" + keys + b")([\x12\x1a\n]?)", re.DOTALL | re.IGNORECASE).finditer
 
 
 REQUEST_NAMES = Names(REQUEST)
@@ -106,7 +107,7 @@ def read_headers(message: bytes, part: Part, names: Names) -> tuple[dict[str, by
         if tag != b"\x1a":
             if tag == b"\x12":
                 return None  # in `value`
-            found[names.by_bytes[key[1:]]] = b""  # an empty field is not written: here the next header begins
+            found[names.by_bytes[key[1:].lower()]] = b""  # an empty field is not written: here the next header begins
             continue
         if place >= stop:
             return None
@@ -119,7 +120,7 @@ def read_headers(message: bytes, part: Part, names: Names) -> tuple[dict[str, by
                 return None
         if place + size > stop:
             return None
-        found[names.by_bytes[key[1:]]] = message[place : place + size]
+        found[names.by_bytes[key[1:].lower()]] = message[place : place + size]
     return found, over
 
 

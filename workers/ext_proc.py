@@ -43,7 +43,7 @@ class ProcessCall(Exchange):
         try:
             return super().receive(message)
         except MessageError as error:
-            raise CallError(Status.INVALID_ARGUMENT, str(error)) from None
+            raise CallError(Status.INTERNAL, str(error)) from None
 
 
 class AccessLogCall(AccessLog):

@@ -191,3 +191,20 @@ def test_look_ups_run_side_by_side(tmp_path: Path, resolver: Resolver) -> None:
     listed = ", ".join(f"'{host}:1'" for host in hosts)
     source = source_of(tmp_path, f"models: [{{name: m, endpoints: [{listed}]}}]")
     assert len(asyncio.run(found(source))) == 8
+
+
+async def test_a_pod_listed_under_two_models_has_the_labels_of_both_and_drains_for_both(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path,
+        """
+models:
+  - name: a
+    endpoints: [{address: "10.0.0.1:8000", labels: {modelclaim.aibrix.ai/a: sleeping}, draining: true}]
+  - name: b
+    labels: {zone: z}
+    endpoints: ["10.0.0.1:8000", "10.0.0.2:8000"]
+""",
+    )
+    pods = await found(source)
+    assert pods["10.0.0.1:8000"].labels == {"modelclaim.aibrix.ai/a": "sleeping", "zone": "z"}
+    assert [pod.draining for pod in pods.values()] == [True, False]

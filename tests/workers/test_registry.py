@@ -50,6 +50,16 @@ class World:
         return self.worker.ledger.charge(published(self.tables)[name].slot, 100, 100, held=held)
 
 
+def test_a_pod_whose_source_wants_it_to_drain_stays_until_the_source_wants_otherwise() -> None:
+    world = World()
+    world.update([pod(1, draining=True), pod(2)])
+    assert draining(world.tables) == {"pod-1"}
+    assert world.registry.draining == {published(world.tables)["pod-1"].slot}
+    assert world.registry.sweep(1e6) == []
+    world.update(pods(1, 2))
+    assert draining(world.tables) == set()
+
+
 def test_pods_get_rows_unseen_and_published() -> None:
     world = World()
     assert world.update(pods(1, 2)) == ([0, 1], [])

@@ -10,9 +10,10 @@
             prefill: ["10.0.1.1:8000"]
             decode: ["10.0.1.2:8000"]
 
-Beyond AIBrix's keys an endpoint may be a mapping {address, name, metrics_port, labels, adapters}, and a model may
-carry `metrics_port`, `labels`, `adapters` (further model names its pods answer to, such as LoRA adapters) and
-`config` (AIBrix's routing profiles, the JSON of its `model.aibrix.ai/config` annotation, as a mapping).
+Beyond AIBrix's keys an endpoint may be a mapping {address, name, metrics_port, labels, adapters, draining}, where a
+draining pod gets no new requests but its models stay known. A model may carry `metrics_port`, `labels`, `adapters`
+(further model names its pods answer to, such as LoRA adapters) and `config` (AIBrix's routing profiles, the JSON of its
+`model.aibrix.ai/config` annotation, as a mapping).
 """
 
 from collections.abc import Mapping
@@ -66,6 +67,7 @@ class Endpoint(_Strict):
     metrics_port: Port | None = None
     labels: Mapping[str, str] = {}
     adapters: tuple[Name, ...] = ()
+    draining: bool = False
 
     @model_validator(mode="before")
     @classmethod

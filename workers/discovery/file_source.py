@@ -122,7 +122,8 @@ class FileSource:
                     metrics_address=join_address(ip, metrics_port),
                     role=role,
                     roleset=roleset,
-                    labels={**model.labels, **endpoint.labels},
+                    labels={**(known.labels if known else {}), **model.labels, **endpoint.labels},
+                    draining=endpoint.draining or (known is not None and known.draining),
                 )
         settings = {model.name: dict(model.config) for model in self._models if model.config}
         return list(pods.values()), settings
