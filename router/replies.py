@@ -23,6 +23,8 @@ Header = tuple[str, bytes]
 
 TARGET_POD = "target-pod"
 """The pod's ip:port in a request (Envoy's ORIGINAL_DST reads it), its name in a response. AIBrix's header."""
+TARGET_POD_IP = "target-pod-ip"
+"""The pod's ip:port in a response. Our own Envoy configuration sets it to where the answer came from."""
 ENDPOINT = "x-gateway-destination-endpoint"
 """The same, as the Gateway API inference extension calls it; also a key of the `envoy.lb` metadata."""
 ENVOY_LB = "envoy.lb"
@@ -182,7 +184,7 @@ class RoutedReplies:
         self._pairs = (
             ("routing-strategy", answered.encode()),
             (TARGET_POD, name.encode()),
-            ("target-pod-ip", address.encode()),
+            (TARGET_POD_IP, address.encode()),
         )
         reply_to_headers = response_headers(
             response_pairs(request_id.encode(), _STATUS.encode(), self._pairs), clear_route_cache=True

@@ -30,7 +30,7 @@ _MOST_REPLIES = 8192
 class Decision:
     """Where a request goes. Release it exactly once: with `Scheduler.release`, or by handing it to the access log."""
 
-    __slots__ = ("charge", "endpoints", "held", "model", "pod", "receipt", "replies", "strategy", "tokens")
+    __slots__ = ("charge", "endpoints", "held", "model", "pod", "receipt", "replies", "strategy", "tokens", "tried")
 
     def __init__(self, pod: Pod, model: str, strategy: str, charge: Charge, held: bool, replies: RoutedReplies) -> None:
         self.pod = pod
@@ -42,6 +42,8 @@ class Decision:
         self.replies = replies
         self.endpoints = b""
         """To be added to the reply: the pods for Envoy's retries, where it takes them from a list."""
+        self.tried: tuple[str, ...] = ()
+        """Their addresses, the pod's own first."""
         self.receipt: Receipt | None = None
 
 
@@ -151,6 +153,7 @@ class Scheduler:
         decision = Decision(pod, request.model, strategy_name, charge, held, replies)
         if order:
             decision.endpoints = self._in_order(candidates, order, duplex)
+            decision.tried = tuple([candidates.pods[place].address for place in order])
         decision.receipt = receipt
         return decision
 
@@ -186,6 +189,12 @@ class Scheduler:
             found = endpoints_in_order(",".join(pod.address for pod in pods), duplex=duplex)
             self._endpoints[key] = found
         return found
+
+    def response_of(self, decision: Decision, pod: Pod, id_bytes: int) -> RoutedReplies:
+        """The replies to a response of another pod than the one decided on."""
+        return self._routed_replies(
+            pod, decision.strategy, Destination.OVERRIDE_HOST, not decision.held, False, id_bytes
+        )
 
     def release(self, decision: Decision) -> None:
         """The request is over. Only for held charges: the others are released by the access log."""

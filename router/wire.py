@@ -35,7 +35,7 @@ REQUEST = (
 )
 """Request headers that anybody here reads."""
 
-RESPONSE = (":status", "content-type", "content-length", "content-encoding")
+RESPONSE = (":status", "content-type", "content-length", "content-encoding", "target-pod-ip")
 """Response headers that anybody here reads."""
 
 

@@ -174,6 +174,17 @@ async def test_a_201_is_no_error(ground: Ground) -> None:
     assert (status, json.loads(body)) == (201, {"made": True})
 
 
+async def test_an_error_of_envoys_own_has_the_shape_of_all_others(ground: Ground) -> None:
+    status, _, body = await ground.ask("vanish")
+    assert status == 503
+    error = json.loads(body)["error"]
+    assert "disconnect/reset before headers" in error.pop("message")
+    assert error == {"type": "overloaded_error", "code": "service_unavailable", "param": None}
+    refused, _, body = await ground.ask(**{"routing-strategy": "nonsense"})
+    assert (refused, json.loads(body)["error"]["message"]) == (400, "incorrect routing strategy nonsense")
+    await released(ground)
+
+
 async def test_a_get_passes_without_a_pod(ground: Ground) -> None:
     async with (
         aiohttp.ClientSession() as session,
