@@ -9,7 +9,10 @@ from exchanges import REQUEST_ID, Contract, completion, response_with
 from fleet import chat, header_mutation, make_record, request_body, response_body
 
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
+from router.exchange import Exchange
 from state.catalog import PodRecord
+from workers.calls import CallError, Status
+from workers.ext_proc import process_method
 
 LABELLED = [make_record(slot, labels={"zone": zone}) for slot, zone in enumerate(("a", "b"))]
 
@@ -71,6 +74,23 @@ def test_the_body_comes_in_one_message_whatever_that_says_of_the_end(eos: bool) 
     broken = Contract().exchange()
     broken.send(headers_named())
     assert broken.send(request_body(b'{"model"', eos=eos)).status == 400
+
+
+@pytest.mark.parametrize("message", [b"", ProcessingRequest(observability_mode=True).SerializeToString(), b"\xff"])
+def test_a_message_without_a_request_ends_the_stream(message: bytes) -> None:
+    contract = Contract()
+    call = process_method(contract.scheduler, 1 << 20, contract.policy).open({})
+    with pytest.raises(CallError) as caught:
+        call.receive(message)
+    assert caught.value.code is Status.INTERNAL
+
+
+def test_a_stream_that_its_peer_half_closes_ends_well() -> None:
+    stream = Contract().routed()
+    assert isinstance(stream.exchange, Exchange)
+    assert stream.exchange.half_close() is None
+    stream.exchange.close()
+    assert stream.contract.counted("finished") == {("pod-0", "499"): 1.0}
 
 
 # -- the order of checks
