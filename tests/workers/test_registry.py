@@ -12,7 +12,7 @@ from state.catalog import PodRecord
 from state.ledger import Charge
 from state.pods import Health
 from state.tables import SCRAPER, Capacity, Tables
-from workers.discovery.registry import REST_SECONDS, FoundPod, Registry, RegistryFull, sanitised
+from workers.discovery.registry import REST_SECONDS, FoundPod, Registry, RegistryFull
 
 FOUR = Capacity(pods=4, writers=12, catalog_bytes=1 << 14, series=64, prefix_ring_bytes=1 << 16)
 
@@ -255,10 +255,3 @@ def test_whatever_comes_and_goes_each_pod_has_one_row_and_each_generation_one_po
             assert int(world.tables.pods.generation[record.slot]) == record.generation
             assert owners.setdefault(record.generation, record.name) == record.name
         assert loads(world.tables) == [0] * 16
-
-
-@pytest.mark.parametrize(
-    ("text", "name"), [("meta/Llama-3.1-8B", "meta-llama-3-1-8b"), ("x", "x"), ("///", "model"), ("Ä b", "b")]
-)
-def test_sanitised(text: str, name: str) -> None:
-    assert sanitised(text) == name

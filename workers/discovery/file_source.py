@@ -15,11 +15,14 @@ import structlog
 
 from workers.address import is_ip, join_address, parse_address
 from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, read_endpoints
-from workers.discovery.registry import FoundPod, sanitised
+from workers.discovery.registry import FoundPod
 
 log = structlog.get_logger()
 
 Settings = Mapping[str, Mapping[str, Any]]
+
+LONGEST_MODEL_IN_NAMES = 50
+"""Characters of a model's name in the names of its pods."""
 
 
 class FileSource:
@@ -118,22 +121,19 @@ def _lines(models: Iterable[ModelEntry]) -> list[tuple[Endpoint, ModelEntry, str
 def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]) -> list[FoundPod]:
     """The pods of the file, one for each of the `addresses` of a host."""
     pods: dict[str, FoundPod] = {}
-    numbers: dict[str, int] = {}
     names_taken: set[str] = set()
-    for endpoint, model, role, roleset in _lines(models):
+    for number, (endpoint, model, role, roleset) in enumerate(_lines(models)):
         _, host, port = parse_address(endpoint.address)
         names = (model.name, *model.adapters, *endpoint.adapters)
         ips = addresses.get(host, ())
         for ip in ips:
-            number = numbers.get(model.name, 0)
-            numbers[model.name] = number + 1
             address = join_address(ip, port)
             known = pods.get(address)
             if known is not None:
                 name = known.name
             else:
-                name = endpoint.name or f"{sanitised(model.name)}-{host if len(ips) == 1 else ip}-{number}"
-                if name in names_taken:  # a host with several addresses, or model names that differ in case alone
+                name = endpoint.name or pod_name(model.name, host if len(ips) == 1 else ip, number)
+                if name in names_taken:  # only where the file gives it twice, or to a host with several addresses
                     name = f"{name}-{address}"
                 names_taken.add(name)
             metrics_port = endpoint.metrics_port or model.metrics_port or port
@@ -150,3 +150,9 @@ def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]
                 draining=endpoint.draining or (known is not None and known.draining),
             )
     return list(pods.values())
+
+
+def pod_name(model: str, host: str, number: int) -> str:
+    """What AIBrix calls the pod of the endpoint with this number, counted over the whole file from 0."""
+    name = model.lower().replace("/", "-").replace("_", "-").strip("-")[:LONGEST_MODEL_IN_NAMES].rstrip("-")
+    return f"{name}-{host.replace('.', '-')}-{number}"

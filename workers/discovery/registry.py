@@ -7,7 +7,6 @@ had been. A row that was given up rests for a while before another pod gets it, 
 predecessor's requests still add or take is recognised by its generation and ignored.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,8 +184,3 @@ def _document(rows: Mapping[str, _Row], settings: Mapping[str, Mapping[str, Any]
         for row in sorted(rows.values(), key=lambda row: row.slot)
     ]
     return CatalogDocument(tuple(records), settings)
-
-
-def sanitised(text: str) -> str:
-    """A model's name as part of a pod's name: lower case, everything but letters and digits a dash."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"
