@@ -29,6 +29,7 @@ MODEL_NOT_FOUND: Final = "model_not_found"
 RATE_LIMIT_EXCEEDED: Final = "rate_limit_exceeded"
 SERVICE_UNAVAILABLE: Final = "service_unavailable"
 
+WRONG_KEY: Final = "Incorrect API key provided"
 BAD_BODY: Final = "error processing request body"
 TRUE: Final = b"true"
 
@@ -178,7 +179,7 @@ def not_selected() -> RequestError:
 
 def wrong_api_key() -> RequestError:
     """The bearer token is missing or unknown."""
-    return RequestError(401, "Incorrect API key provided", code=INVALID_API_KEY, param="api_key")
+    return RequestError(401, WRONG_KEY, code=INVALID_API_KEY, param="api_key")
 
 
 def unknown_user(user: str) -> RequestError:

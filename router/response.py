@@ -27,14 +27,14 @@ import orjson
 
 from protos.ext_proc_pb2 import ProcessingMode
 from router import replies
-from router.errors import RequestError, wrong_api_key
+from router.errors import INVALID_API_KEY, WRONG_KEY, RequestError
 from router.limits import Grant, Totals
 from router.modes import Modes
 from router.policy import Policy
 from router.replies import TARGET_POD_IP, Header
 from router.retries import answered_after_retries
 from router.scheduler import Decision, Scheduler
-from router.upstream_errors import MOST_BYTES, Normalised, disguised, normalise
+from router.upstream_errors import MOST_BYTES, Normalised, disguised, normalise, without_words
 from router.usage import PARSED_WHOLE, SseUsage, Usage, read_end, read_reply
 from state.ledger import Charge
 
@@ -297,6 +297,8 @@ class Response:
     def _normalised(self, body: bytes) -> Normalised | None:
         if not body and self.status in _REPLACED:
             return _REPLACED[self.status]()
+        if not body and not self._modes.known:
+            return without_words(self.status)
         return normalise(self.status, body)
 
     def _sse_piece(self, sse: SseUsage, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
@@ -414,7 +416,7 @@ def _internal_error() -> Normalised:
 
 
 def _wrong_key() -> Normalised:
-    return _as_reply(wrong_api_key())
+    return _as_reply(RequestError(401, WRONG_KEY, code=INVALID_API_KEY))
 
 
 _REPLACED = {401: _wrong_key, 500: _internal_error}

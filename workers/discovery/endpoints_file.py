@@ -26,7 +26,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from workers.address import parse_address
 from workers.documents import NotYaml, read_yaml
 
-
 DEFAULT_PORT = 8000
 """Of a pod that is given without one."""
 
