@@ -159,9 +159,10 @@ def no_pods(model: str) -> RequestError:
 def model_asleep(model: str, state: str, retry_after_seconds: int = 10) -> RequestError:
     """The model's claim is not active. A failed one will not come back by waiting."""
     headers: tuple[Header, ...] = ((X_ERROR_NO_MODEL_BACKENDS, header_value(model)),)
+    message = f"model {shortened(model)} is {shortened(state)}"
     if state != "failed":
         headers = (*headers, (RETRY_AFTER, b"%d" % retry_after_seconds))
-    message = f"model {shortened(model)} is {shortened(state)}; retry shortly"
+        message += "; retry shortly"
     return RequestError(503, message, code=SERVICE_UNAVAILABLE, param="model", headers=headers)
 
 

@@ -69,6 +69,8 @@ class Scheduler:
         self._ledger = tables.ledger
         self._retry_candidates = retry_candidates
         self._strategies = Strategies(STRATEGIES, Context(seed, **parts))
+        self.wake: Callable[[Pod, str], None] | None = None
+        """Asks a pod to wake a model; does not wait."""
         self._latency = Histogram(self.series, "decision_seconds")
         self._decision_cells: dict[tuple[str, int, int, str], int] = {}
         self._replies: dict[tuple[int, int, str, Destination, bool, bool, int], RoutedReplies] = {}
@@ -99,6 +101,8 @@ class Scheduler:
             rules = self._rules[model] = rules_of(self.fleet.models[model], self.fleet)
         if rules is not None:
             if rules.asleep:
+                if rules.sleeper is not None and self.wake is not None:
+                    self.wake(rules.sleeper, model)
                 raise model_asleep(model, rules.asleep)
             candidates = awake(candidates, rules)
         if not candidates.pods:

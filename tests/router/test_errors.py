@@ -65,7 +65,7 @@ LONG = "x" * 100_000
         (
             errors.model_asleep("m", "failed"),
             *(503, "overloaded_error", "service_unavailable", "model", {"x-error-no-model-backends": b"m"}),
-            "model m is failed; retry shortly",
+            "model m is failed",
         ),
         (
             errors.bad_strategy("best"),

@@ -224,3 +224,17 @@ models:
     pods = await found(source)
     assert pods["10.0.0.1:8000"].labels == {"modelclaim.aibrix.ai/a": "sleeping", "zone": "z"}
     assert [pod.draining for pod in pods.values()] == [True, False]
+
+
+async def test_a_claim_makes_its_model_known(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path,
+        """
+models:
+  - name: warm
+    endpoints:
+      - address: "10.0.0.1:8000"
+        labels: {modelclaim.aibrix.ai/one: '{"model": "org/qwen", "port": 0, "state": "sleeping"}'}
+""",
+    )
+    assert (await found(source))["10.0.0.1:8000"].models == ("warm", "org/qwen")

@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from router.claims import claims_of
 from workers.address import is_ip, join_address, parse_address
 from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, read_endpoints
 from workers.discovery.registry import FoundPod
@@ -124,7 +125,8 @@ def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]
     names_taken: set[str] = set()
     for number, (endpoint, model, role, roleset) in enumerate(_lines(models)):
         _, host, port = parse_address(endpoint.address)
-        names = (model.name, *model.adapters, *endpoint.adapters)
+        labels = {**model.labels, **endpoint.labels}
+        names = (model.name, *model.adapters, *endpoint.adapters, *claims_of(labels))
         ips = addresses.get(host, ())
         for ip in ips:
             address = join_address(ip, port)
@@ -146,7 +148,7 @@ def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]
                 metrics_address=join_address(ip, metrics_port),
                 role=role,
                 roleset=roleset,
-                labels={**(known.labels if known else {}), **model.labels, **endpoint.labels},
+                labels={**known.labels, **labels} if known else labels,
                 draining=endpoint.draining or (known is not None and known.draining),
             )
     return list(pods.values())
