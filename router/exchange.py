@@ -227,8 +227,8 @@ class Exchange(RequestPhase):
 def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], bool]:
     """What `wire.read_headers` gives, from a parsed message."""
     wanted = names.wanted
-    named = ((h.key.lower(), h) for h in headers.headers.headers)
-    found = {key: h.raw_value or h.value.encode() for key, h in named if key in wanted}
+    listed = headers.headers.headers
+    found = {key: h.raw_value or h.value.encode() for h in listed if (key := h.key.lower()) in wanted}
     return found, headers.end_of_stream
 
 
