@@ -10,8 +10,8 @@ those before it have failed (`router/retries.py`).
 
 from google.protobuf.message import DecodeError
 
+from protos import MessageError
 from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
-from router.exchange import MessageError
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.retries import answered_after_retries
 from router.scheduler import Scheduler

@@ -18,65 +18,57 @@ tokens are limited the response is asked for, since the log does not tell what w
 Whoever counts limits may have to be waited for (Redis): then `receive` gives an awaitable of the reply.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
 
 from google.protobuf.message import DecodeError
 
+from protos import MessageError
 from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import replies, wire
 from router.errors import RequestError
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
-from router.policy import NO_POLICY, Policy
 from router.request_phase import Reply, RequestPhase
 from router.response import Response
-from router.scheduler import Scheduler
 
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
-
-
-class MessageError(Exception):
-    """The peer sent something that is no ext_proc message."""
 
 
 class Exchange(RequestPhase):
     """See the head of this file."""
 
-    __slots__ = ("_over", "_response")
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        peer: Peer,
-        new_request_id: Callable[[], bytes],
-        max_body_bytes: int,
-        policy: Policy = NO_POLICY,
-    ) -> None:
-        super().__init__(scheduler, peer, new_request_id, max_body_bytes, policy)
-        self._response: Response | None = None
-        self._over = False
+    __slots__ = ()
 
     def receive(self, message: bytes) -> Reply | Awaitable[Reply]:
         """Take one ProcessingRequest, serialised. Raises MessageError when it is none."""
         try:
             part = wire.phase_part(message)
-            if part is not None and self._known(message[part[1] :]):
-                phase = message[0]
-                if phase == wire.REQUEST_BODY or phase == wire.RESPONSE_BODY:
-                    body = wire.read_body(message, part)
-                    if body is not None:
-                        start, end, over = body
-                        if phase == wire.REQUEST_BODY:
-                            return self._on_request_body(message[start:end], over)
-                        return self._on_response_body(message[start:end], over)
-                elif phase == wire.REQUEST_HEADERS:
-                    headers = wire.read_headers(message, part, wire.REQUEST_NAMES)
-                    if headers is not None:
-                        return self._on_request_headers(*headers)
-                elif phase == wire.RESPONSE_HEADERS:
-                    headers = wire.read_headers(message, part, wire.RESPONSE_NAMES)
-                    if headers is not None:
-                        return self._on_response_headers(*headers)
+            if part is None:
+                return self._receive_any(message)
+            # What follows the phase in a message is the same for all streams of an Envoy: a look-up, not a parse.
+            modes = self._peer.modes.get(message[part[1] :])
+            if modes is None:
+                return self._receive_any(message)
+            if self._headers is None:
+                self._modes = modes  # the first message says how this Envoy is set up
+                self._headers = {}
+                self._request_id = self._new_request_id()
+            phase = message[0]
+            if phase == wire.REQUEST_BODY or phase == wire.RESPONSE_BODY:
+                body = wire.read_body(message, part)
+                if body is not None:
+                    start, end, over = body
+                    if phase == wire.REQUEST_BODY:
+                        return self._on_request_body(message[start:end], over)
+                    return self._on_response_body(message[start:end], over)
+            elif phase == wire.REQUEST_HEADERS:
+                headers = wire.read_headers(message, part, self._modes.request_names)
+                if headers is not None:
+                    return self._on_request_headers(*headers)
+            elif phase == wire.RESPONSE_HEADERS:
+                headers = wire.read_headers(message, part, self._modes.response_names)
+                if headers is not None:
+                    return self._on_response_headers(*headers)
             return self._receive_any(message)
         except RequestError as error:
             return self._refuse(error)
@@ -121,18 +113,6 @@ class Exchange(RequestPhase):
             self._end(0 if self._policy.draining else 499)
 
     # -- phases, in the order in which Envoy goes through them
-
-    def _known(self, remainder: bytes) -> bool:
-        """What follows the phase in a message is the same for all streams of an Envoy: one look-up instead of a
-        parse. In a first message it says how this Envoy is set up."""
-        modes = self._peer.modes.get(remainder)
-        if modes is None:
-            return False
-        if self._headers is None:
-            self._modes = modes
-            self._headers = {}
-            self._request_id = self._new_request_id()
-        return True
 
     def _begin(self, request: ProcessingRequest) -> None:
         """The first message, read in full: what mode is this Envoy in, and what do its attributes say?"""

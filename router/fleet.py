@@ -6,7 +6,8 @@ when their epoch moves), in-flight load from the ledger (summed for every decisi
 epoch and model, so that a request between two polls finds everything ready.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Pod:
 class Candidates:
     """The pods that may take a request: parallel arrays of length n, in the order of `pods`."""
 
-    __slots__ = ("_rows", "_span", "_tables", "_values", "derived", "epoch", "pods", "slots")
+    __slots__ = ("_gather", "_ledger", "_rows", "_span", "_tables", "_values", "derived", "epoch", "pods", "slots")
 
     def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int) -> None:
         self._tables = tables
@@ -57,6 +58,8 @@ class Candidates:
         self._span = int(self.slots.max()) + 1 if n else 0
         contiguous = bool((self.slots == np.arange(n)).all())
         self._rows: Ints | None = None if contiguous else self.slots
+        self._ledger = tables.ledger
+        self._gather = _gatherer(self.slots.tolist(), contiguous)
 
     def __len__(self) -> int:
         return len(self.pods)
@@ -68,6 +71,14 @@ class Candidates:
     def requests(self) -> Ints:
         """Requests in flight now, by this replica's own account."""
         return self._of(_REQUESTS)
+
+    def requests_now(self, now: float) -> Sequence[int]:
+        """The same, exact in what this process does and at most a millisecond old in what the others do: a third of
+        the price."""
+        ledger = self._ledger
+        ledger.follow(now, self._span)
+        counts: Sequence[int] = self._gather(ledger.requests_now)
+        return counts
 
     def tokens(self) -> Ints:
         """Prompt tokens of the requests in flight now."""
@@ -111,6 +122,14 @@ class Candidates:
     def subset(self, indices: Sequence[int]) -> "Candidates":
         """The same view of fewer pods."""
         return Candidates(self._tables, [self.pods[i] for i in indices], self._values, self.epoch)
+
+
+def _gatherer(slots: list[int], contiguous: bool) -> Callable[[Sequence[int]], Sequence[int]]:
+    """Picks the entries of these slots out of a list by slot."""
+    if len(slots) < 2 or contiguous:
+        first = slots[0] if slots else 0
+        return itemgetter(slice(first, first + len(slots)))
+    return itemgetter(*slots)
 
 
 class Model:

@@ -3,7 +3,7 @@ the gRPC metadata of our own configuration, how requests end and where their des
 """
 
 from protos.ext_proc_pb2 import ProcessingMode, ProcessingRequest
-from router import replies
+from router import replies, wire
 from router.replies import Destination
 
 ACCOUNTING_KEY = "x-pointsman-accounting"
@@ -26,9 +26,11 @@ class Modes:
         "duplex_request",
         "duplex_response",
         "known",
+        "request_names",
         "response_body_comes",
         "response_flows",
         "response_mode",
+        "response_names",
     )
 
     def __init__(self, request: ProcessingRequest) -> None:
@@ -36,6 +38,8 @@ class Modes:
         mode = config.request_body_mode
         self.known: bool = request.HasField("protocol_config")
         """False for an Envoy before 1.33, and for what is none."""
+        self.request_names = wire.REQUEST_NAMES if self.known else wire.ANY_REQUEST_NAMES
+        self.response_names = wire.RESPONSE_NAMES if self.known else wire.ANY_RESPONSE_NAMES
         self.response_mode = config.response_body_mode
         self.duplex_request: bool = mode == _FULL_DUPLEX
         self.duplex_response: bool = self.response_mode == _FULL_DUPLEX

@@ -11,15 +11,15 @@ from functools import partial
 from typing import TypeVar
 
 from router import replies
-from router.bodies import Body, known_path, read_body, strip_query, upstream_path
-from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, unknown_path
+from router.bodies import Body, read_request, strip_query, upstream_path
+from router.errors import RequestError, body_too_large, header_value, include_usage_not_set
 from router.fleet import Candidates
 from router.limits import Grant
 from router.modes import UNKNOWN_MODES, Peer
-from router.policy import Policy
+from router.policy import NO_POLICY, Policy
 from router.profiles import effective_strategy
 from router.request import RoutingRequest
-from router.response import Served
+from router.response import Response, Served
 from router.rules import Rules
 from router.scheduler import Decision, Scheduler
 from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
@@ -27,8 +27,9 @@ from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
 Reply = bytes | tuple[bytes, ...] | None
 Awaited = TypeVar("Awaited")
 
-CHAT = "/v1/chat/completions"
 EXPLAIN = "x-pointsman-explain"
+_RARE = frozenset({"x-aibrix-session-key", "x-session-id", "external-filter", EXPLAIN})
+"""Headers about where a request may go that few requests have."""
 _TRACE_ID = re.compile(rb"[0-9a-fA-F]{32}")
 """W3C trace context: where a client sends one, it is the request's id."""
 _WITHOUT_USAGE = frozenset({"media", "audio"})
@@ -48,11 +49,13 @@ class RequestPhase:
         "_max_body_bytes",
         "_modes",
         "_new_request_id",
+        "_over",
         "_peer",
         "_policy",
         "_refused",
         "_request_done",
         "_request_id",
+        "_response",
         "_scheduler",
         "_served",
         "finished",
@@ -65,7 +68,7 @@ class RequestPhase:
         peer: Peer,
         new_request_id: Callable[[], bytes],
         max_body_bytes: int,
-        policy: Policy,
+        policy: Policy = NO_POLICY,
     ) -> None:
         self._scheduler = scheduler
         self._peer = peer
@@ -84,6 +87,8 @@ class RequestPhase:
         self._modes = UNKNOWN_MODES
         self._held_back = False
         self._closed = False
+        self._response: Response | None = None
+        self._over = False
         self.finished = False
         self.idle = False
 
@@ -189,24 +194,22 @@ class RequestPhase:
             raise body_too_large(self._max_body_bytes)
         headers = self._headers
         assert headers is not None
-        path = strip_query(headers.get(":path", b"").decode("utf-8", "replace"))
-        if not known_path(path):
-            raise unknown_path()
-        parsed = read_body(path, headers.get("content-type", b"").decode("latin-1"), body)
+        parsed = read_request(headers.get(":path", b""), headers.get("content-type", b""), body)
         grant = self._grant
-        if grant is not None and grant.tells_usage and parsed.stream and not parsed.include_usage and path == CHAT:
+        if grant is not None and grant.tells_usage and parsed.wants_no_usage:
             raise include_usage_not_set()
         scheduler = self._scheduler
         started = scheduler.clock()
         candidates, rules = scheduler.serving(parsed.model)
-        strategy = headers.get("routing-strategy", b"").decode("utf-8", "replace").strip()
+        strategy = ""
+        if "routing-strategy" in headers:
+            strategy = headers["routing-strategy"].decode("utf-8", "replace").strip()
         if rules is not None:
-            return self._by_rules(rules, path, strategy, parsed, candidates, body, end)
-        strategy = strategy or scheduler.default_strategy
-        return self._choose(strategy, parsed, candidates, started, b"", body, end)
+            return self._by_rules(rules, strategy, parsed, candidates, body, end)
+        return self._choose(strategy or scheduler.default_strategy, parsed, candidates, started, b"", body, end)
 
     def _by_rules(
-        self, rules: Rules, path: str, strategy: str, parsed: Body, candidates: Candidates, body: bytes, end: bool
+        self, rules: Rules, strategy: str, parsed: Body, candidates: Candidates, body: bytes, end: bool
     ) -> Reply | Awaitable[Reply]:
         """Of a model that has rules: its profile, strategy and engine, and its requests per second."""
         headers = self._headers
@@ -226,7 +229,10 @@ class RequestPhase:
         if strategy:
             scheduler.strategy(strategy)
         more = b""
-        new_path = upstream_path(path, rules.engine)
+        new_path = None
+        if rules.engine:
+            path = headers.get(":path", b"").decode("utf-8", "replace")
+            new_path = upstream_path(strip_query(path), rules.engine)
         if new_path is not None:
             more = replies.request_body_more(((":path", new_path.encode()),), duplex=self._held_back)
         gate = self._policy.gate
@@ -267,54 +273,51 @@ class RequestPhase:
         by_log = peer.by_log
         duplex = self._held_back
         grant = self._grant
-        request = RoutingRequest(
-            model=parsed.model,
-            prompt_tokens=parsed.approximate_tokens,
-            max_tokens=parsed.max_tokens,
-            read_text=parsed.routing_text,
-            user="" if grant is None else grant.user,
-            session_key=headers["x-aibrix-session-key"].decode("utf-8", "surrogateescape")
-            if "x-aibrix-session-key" in headers
-            else "",
-        )
-        if "x-session-id" in headers:
-            request.notes = {SESSION_ID: headers["x-session-id"].decode("latin-1")}
+        request = RoutingRequest(parsed.model, parsed.approximate_tokens, parsed.max_tokens, parsed.routing_text)
+        if grant is not None:
+            request.user = grant.user
         if not strategy:
             return self._leave_to_envoy(parsed, more, body, end, profile_name)
-        if "external-filter" in headers:
-            scheduler.strategy(strategy)  # that it is none comes before that nobody is left
-            candidates = scheduler.select(candidates, headers["external-filter"].decode("utf-8", "replace"))
-        explain = EXPLAIN in headers and self._policy.explain
-        if explain and headers[EXPLAIN].strip().lower() == b"only":
-            return self._explained(scheduler.explain(request, strategy, candidates).text())
+        explain = False
+        if not _RARE.isdisjoint(headers):
+            scheduler.strategy(strategy)  # that it is none comes before that a filter leaves nobody
+            candidates = self._by_headers(headers, request, candidates)
+            explain = EXPLAIN in headers and self._policy.explain
+            if explain and headers[EXPLAIN].strip().lower() == b"only":
+                return self._explained(scheduler.explain(request, strategy, candidates).text())
         decision = self._decision = scheduler.decide(
-            request,
-            strategy,
-            destination=peer.destination,
-            held=not by_log,
-            duplex=duplex,
-            candidates=candidates,
-            started=started,
-            explain=explain,
-            id_bytes=len(self._request_id),
+            request, strategy, peer.destination, not by_log, duplex, candidates, started, explain, len(self._request_id)
         )
         self.idle = not (modes.duplex_request or modes.duplex_response)
-        extra = None
-        notes = request.notes
-        if profile_name or decision.receipt is not None or (notes is not None and NEW_SESSION_ID in notes):
-            extra = _extra_headers(profile_name, notes, decision)
-        watches = by_log and self._watches
+        extra: tuple[tuple[str, str], ...] = ()
+        if profile_name or explain or request.notes is not None:
+            extra = _extra_headers(profile_name, request.notes, decision)
         if by_log:
+            watches = self._watches
             if extra:
                 more += replies.for_the_response(extra)
             self.finished = not modes.duplex_response and not watches
-        if not by_log or watches or modes.duplex_response:
-            self._serve(parsed, () if by_log else extra or ())
+            if watches or modes.duplex_response:
+                self._serve(parsed, ())
+        else:
+            self._serve(parsed, extra)
         reply = decision.replies.request_body(self._request_id, decision.tokens)
         if not modes.known and not self._body_bytes:
             # AIBrix sets it. An Envoy that says how it is set up does not need it: the body is not changed.
             reply += replies.content_length(len(body))
-        return self._with_body(reply + decision.endpoints + more, body, end)
+        if more or decision.endpoints:
+            reply += decision.endpoints + more
+        return self._with_body(reply, body, end) if modes.duplex_request else reply
+
+    def _by_headers(self, headers: dict[str, bytes], request: RoutingRequest, candidates: Candidates) -> Candidates:
+        """What few requests say of where they want to go. Raises RequestError."""
+        if "x-aibrix-session-key" in headers:
+            request.session_key = headers["x-aibrix-session-key"].decode("utf-8", "surrogateescape")
+        if "x-session-id" in headers:
+            request.notes = {SESSION_ID: headers["x-session-id"].decode("latin-1")}
+        if "external-filter" in headers:
+            return self._scheduler.select(candidates, headers["external-filter"].decode("utf-8", "replace"))
+        return candidates
 
     def _serve(self, parsed: Body, extra: tuple[tuple[str, str], ...]) -> None:
         """The response will be seen: note what must be known of the request then."""

@@ -121,7 +121,6 @@ class Scheduler:
         self,
         request: RoutingRequest,
         strategy_name: str,
-        *,
         destination: Destination,
         held: bool,
         duplex: bool,

@@ -11,11 +11,16 @@ writer: another process will receive the access log entry that releases it.
 What still drifts (an Envoy that died with requests in flight) is settled by the scraper, in its own row, against
 the engines' own counts.
 
+Adding the rows up costs as much as the rest of a simple decision. So whoever decides often keeps the sums: `follow`
+adds up at most once in FRESH_SECONDS, and in between every charge and release of this process is entered into the
+sums too. They are exact in what this process does and at most that old in what the others do.
+
     0     8 bytes   writers in use are below this number
     64    one int64[W][P] matrix for each Entry, in order
 """
 
 from enum import IntEnum
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +58,9 @@ class Entry(IntEnum):
     reckoned when it promised the last of them. The latest counts."""
 
 
+FRESH_SECONDS = 0.001
+"""How long `follow` takes the other processes' rows to be as they were."""
+MOST_CHANGES = 256
 _LOADS = -1
 _BUSY_UNTIL = int(Entry.BUSY_UNTIL)
 _MOST_VIEWS = 256
@@ -91,6 +99,17 @@ class Ledger:
             self._chosen, self._succeeded, self._failed, self._holder = own[5:9]
             self._own_busy_until = own[Entry.BUSY_UNTIL].cast("B").cast("d")
         self._busy_until = self._rows[Entry.BUSY_UNTIL].view(np.float64)
+        self.requests_now = [0] * pods
+        """Requests in flight on each pod as of the last `follow`, and what this process did since."""
+        self.tokens_now = [0] * pods
+        """Their prompt tokens."""
+        self.busy_until_now = [0.0] * pods
+        """See `busy_until`."""
+        self._followed = 0
+        self.changes: list[int] = []
+        """The pods that this process has changed since the rows were added up, oldest change first."""
+        self.read_at = -inf
+        """When the rows were added up, in monotonic seconds."""
 
     @staticmethod
     def size(writers: int, pods: int) -> int:
@@ -116,6 +135,21 @@ class Ledger:
         latest: Floats = np.maximum.reduce(self._view(_BUSY_UNTIL, high), 0)
         return latest
 
+    def follow(self, now: float, high: int) -> None:
+        """Bring `requests_now`, `tokens_now` and `busy_until_now` up to date for at least the pods 0..high-1."""
+        if 0.0 <= now - self.read_at < FRESH_SECONDS and high <= self._followed and len(self.changes) < MOST_CHANGES:
+            return
+        self._followed = high = max(high, self._followed)
+        self.requests_now[:high], self.tokens_now[:high], _ = self.loads(high).tolist()
+        self.busy_until_now[:high] = self.busy_until(high).tolist()
+        self.changes.clear()
+        self.read_at = now
+
+    def _changed(self, slot: int) -> None:
+        """Note what this process did to a pod. When there is more of it than is kept, `follow` adds up."""
+        if len(self.changes) < MOST_CHANGES:
+            self.changes.append(slot)
+
     def _view(self, entry: int, high: int) -> npt.NDArray[Any]:
         """The rows of all writers that there are. Kept, because cutting it out costs half as much as adding it up."""
         key = (entry, self._header[0], high)
@@ -137,6 +171,8 @@ class Ledger:
         """Say when a pod will be done with its prefills, this one included. A process without a row says nothing."""
         if self._own_busy_until is not None:
             self._own_busy_until[slot] = until
+            self.busy_until_now[slot] = until
+            self._changed(slot)
 
     def total(self, entry: Entry, slot: int) -> int:
         """Sum over all writers for one pod."""
@@ -159,6 +195,9 @@ class Ledger:
                 self._holder[slot] = generation
             self._requests_held[slot] += 1
             self._tokens_held[slot] += tokens
+        self.requests_now[slot] += 1
+        self.tokens_now[slot] += tokens
+        self._changed(slot)
         return Charge(slot, generation, tokens)
 
     def release(self, charge: Charge, *, held: bool) -> None:
@@ -171,6 +210,9 @@ class Ledger:
         if held:
             self._requests_held[slot] -= 1
             self._tokens_held[slot] -= charge.tokens
+        self.requests_now[slot] -= 1
+        self.tokens_now[slot] -= charge.tokens
+        self._changed(slot)
 
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """Count how a request ended, for passive health checks."""
@@ -194,3 +236,6 @@ class Ledger:
         """Correct a pod's totals by the given amounts, in this process's own row."""
         self._requests[slot] += requests
         self._tokens[slot] += tokens
+        self.requests_now[slot] += requests
+        self.tokens_now[slot] += tokens
+        self._changed(slot)

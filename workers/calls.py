@@ -12,6 +12,8 @@ the awaitable that an earlier `receive` returned has finished.
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
+from protos import MessageError
+
 Metadata = Mapping[str, str]
 """The call's request headers, names in lower case, pseudo headers and `-bin` values left out."""
 
@@ -47,6 +49,16 @@ class CallError(Exception):
         self.message = message
 
 
+def status_of(error: BaseException) -> tuple[int, str] | None:
+    """The status and message that an error of a call ends it with; None for one that nobody meant.
+
+    What is no message is INTERNAL: gRPC says so where a message cannot be read, and AIBrix where one is empty.
+    """
+    if isinstance(error, CallError):
+        return error.code, error.message
+    return (Status.INTERNAL, str(error)) if isinstance(error, MessageError) else None
+
+
 class Call(Protocol):
     """One open gRPC stream, seen from the method's side."""
 
@@ -59,7 +71,7 @@ class Call(Protocol):
     def receive(self, message: bytes, /) -> Reply | Awaitable[Reply]:
         """Take one message. Return the reply, None for no reply, or an awaitable of either where it must wait.
 
-        Raises `CallError` to end the call with another status than OK.
+        Raises `CallError` to end the call with another status than OK, `MessageError` for one that is none.
         """
 
     def half_close(self) -> Reply:

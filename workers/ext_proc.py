@@ -4,18 +4,18 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from hashlib import sha256
 from secrets import token_bytes
 
 from router.access_log import AccessLog
-from router.exchange import Exchange, MessageError
+from router.exchange import Exchange
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Peer
 from router.policy import NO_POLICY, Policy
 from router.prefixes import Prefixes
 from router.scheduler import Scheduler
 from state.tables import Tables
-from workers.calls import Call, CallError, Metadata, Method, Methods, Reply, Status
+from workers.calls import Call, Metadata, Method, Methods
 from workers.config import Config
 from workers.h2.limits import Counters
 from workers.health import EXT_PROC_SERVICE, Health
@@ -32,32 +32,6 @@ COPY_SECONDS = 1.0
 _MOST_PEERS = 256
 _SECRET = token_bytes(32)
 """Made when this module is loaded, which the supervisor does before it forks: all workers have the same."""
-
-
-class ProcessCall(Exchange):
-    """The exchange, as a gRPC call."""
-
-    __slots__ = ()
-
-    def receive(self, message: bytes) -> Reply | Awaitable[Reply]:
-        """See `Exchange.receive`."""
-        try:
-            return super().receive(message)
-        except MessageError as error:
-            raise CallError(Status.INTERNAL, str(error)) from None
-
-
-class AccessLogCall(AccessLog):
-    """The access log, as a gRPC call."""
-
-    __slots__ = ()
-
-    def receive(self, message: bytes) -> None:
-        """See `AccessLog.receive`."""
-        try:
-            super().receive(message)
-        except MessageError as error:
-            raise CallError(Status.INVALID_ARGUMENT, str(error)) from None
 
 
 def request_ids() -> Callable[[], bytes]:
@@ -83,7 +57,7 @@ def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = N
             peer = Peer(*key)
             if len(peers) < _MOST_PEERS:
                 peers[key] = peer
-        return ProcessCall(scheduler, peer, new_request_id, max_body_bytes, policy)
+        return Exchange(scheduler, peer, new_request_id, max_body_bytes, policy)
 
     return Method(open_exchange)
 
@@ -92,7 +66,7 @@ def methods(scheduler: Scheduler, health: Health, max_body_bytes: int, policy: P
     """Everything a worker answers."""
     return {
         PROCESS: process_method(scheduler, max_body_bytes, policy),
-        STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLogCall(scheduler)),
+        STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLog(scheduler)),
         **health.methods(),
     }
 

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 import structlog
 
-from workers.calls import Call, CallError, Method, Methods, Reply
+from protos import MessageError
+from workers.calls import Call, CallError, Method, Methods, Reply, Status, status_of
 
 log = structlog.get_logger()
 
@@ -120,8 +121,9 @@ class _Stream:
                 call.start(self._pushed.put_nowait)  # type: ignore[attr-defined]
                 pusher = asyncio.ensure_future(self._push(call))
             await self._converse(call, pusher)
-        except CallError as error:
-            await context.abort(_CODES.get(error.code, grpc.StatusCode.UNKNOWN), error.message)
+        except (CallError, MessageError) as error:
+            code, said = status_of(error) or (Status.UNKNOWN, "")
+            await context.abort(_CODES.get(code, grpc.StatusCode.UNKNOWN), said)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:

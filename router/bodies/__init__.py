@@ -33,6 +33,17 @@ READERS: Final[dict[str, Reader]] = {
 FORMS: Final = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 
 
+_BY_WIRE: Final = {path.encode(): reader for path, reader in READERS.items()}
+
+
+def read_request(path: bytes, content_type: bytes, body: bytes) -> Body:
+    """The body of a request, by the headers as they came. Raises `RequestError`, 501 for an unknown path."""
+    reader = _BY_WIRE.get(path)
+    if reader is not None:
+        return reader(parse(body), len(body))
+    return read_body(strip_query(path.decode("utf-8", "replace")), content_type.decode("latin-1"), body)
+
+
 def strip_query(path: str) -> str:
     """The path without `?query`."""
     at = path.find("?")
@@ -59,4 +70,4 @@ def read_body(path: str, content_type: str, body: bytes) -> Body:
     raise unknown_path()
 
 
-__all__ = ["Body", "known_path", "read_body", "strip_query", "upstream_path"]
+__all__ = ["Body", "known_path", "read_body", "read_request", "strip_query", "upstream_path"]

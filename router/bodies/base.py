@@ -70,6 +70,11 @@ class Body:
         size = self._textual_bytes() if self._text is None else len(self._text)
         return size // BYTES_PER_TOKEN + self.media * MEDIA_TOKENS
 
+    @property
+    def wants_no_usage(self) -> bool:
+        """Whether it is a streamed chat whose answer will not tell its usage, although it could."""
+        return self.stream and not self.include_usage and self.kind == "chat"
+
     def counted_tokens(self) -> int:
         """Prompt tokens by counting words: nearer to a tokenizer than `approximate_tokens` and some 100 times slower.
         For what compares the prompt with a threshold that somebody chose."""

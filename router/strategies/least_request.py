@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from router.fleet import Candidates
 from router.request import RoutingRequest
-from router.strategies.base import Scoring, fewest
+from router.strategies.base import Context, Scoring
 from state.pods import Floats
 
 
@@ -12,15 +12,29 @@ class LeastRequest(Scoring):
     """score = requests in flight, counted at selection over all workers and replicas. [requests]
 
     AIBrix counts after selecting and per replica, so simultaneous requests all see the same counts and pile up
-    on one pod; here the count goes up in the same step as the choice.
+    on one pod; here the count goes up in the same step as the choice. Equals take turns.
     """
 
     name: ClassVar[str] = "least-request"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._next = int(context.random.random() * 1024)
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """Requests in flight."""
         return candidates.requests().astype(float)
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
-        """The same as the lowest score, on integers."""
-        return fewest(candidates.requests().tolist(), self.context.random)
+        """The same as the lowest score; of several the next after the one chosen last."""
+        counts = candidates.requests_now(now)
+        fewest = min(counts)
+        start = self._next
+        if start >= len(counts):
+            start %= len(counts)
+        try:
+            index = counts.index(fewest, start)
+        except ValueError:
+            index = counts.index(fewest)
+        self._next = index + 1
+        return index

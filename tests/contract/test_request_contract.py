@@ -9,9 +9,9 @@ from exchanges import REQUEST_ID, Contract, completion, response_with
 from fleet import chat, header_mutation, make_record, request_body, response_body
 
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
-from router.exchange import Exchange
+from router.exchange import Exchange, MessageError
 from state.catalog import PodRecord
-from workers.calls import CallError, Status
+from workers.calls import Status, status_of
 from workers.ext_proc import process_method
 
 LABELLED = [make_record(slot, labels={"zone": zone}) for slot, zone in enumerate(("a", "b"))]
@@ -80,9 +80,9 @@ def test_the_body_comes_in_one_message_whatever_that_says_of_the_end(eos: bool) 
 def test_a_message_without_a_request_ends_the_stream(message: bytes) -> None:
     contract = Contract()
     call = process_method(contract.scheduler, 1 << 20, contract.policy).open({})
-    with pytest.raises(CallError) as caught:
+    with pytest.raises(MessageError) as caught:
         call.receive(message)
-    assert caught.value.code is Status.INTERNAL
+    assert status_of(caught.value) == (Status.INTERNAL, str(caught.value))
 
 
 def test_a_stream_that_its_peer_half_closes_ends_well() -> None:

@@ -372,7 +372,7 @@ def test_a_status_that_is_not_told_is_not_set() -> None:
     stream.kinds(request_headers(), request_body(chat()))
     headers = set_headers(stream.one(response_headers("")))
     assert ":status" not in headers
-    assert headers["target-pod"] == "pod-0"
+    assert headers["target-pod"].startswith("pod-")
     assert stream.outcomes == (0, 0)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from math import inf
 
-from workers.calls import Call, CallError, Methods, PushingCall, Reply, Status
+from workers.calls import Call, CallError, Methods, PushingCall, Reply, Status, status_of
 from workers.h2.frames import ENHANCE_YOUR_CALM, NO_ERROR, trailers_ok
 from workers.h2.limits import Counters, Limits
 from workers.h2.outbound import Outbound
@@ -252,13 +252,12 @@ class Dialogue(Outbound):
 
     def fail(self, stream: Stream, error: BaseException) -> None:
         """End the call with the status that an exception stands for."""
-        code, message = Status.INTERNAL, "internal error"
-        if isinstance(error, CallError):
-            code, message = error.code, error.message
-        else:
+        status = status_of(error)
+        if status is None:
+            status = Status.INTERNAL, "internal error"
             self._crashed(error)
         if stream.id in self.streams and not stream.ended_local and stream.last_block is None:
-            self.finish(stream, code, message)
+            self.finish(stream, *status)
 
     def local_end(self, stream: Stream) -> None:
         stream.ended_local = True
