@@ -5,8 +5,7 @@ brings it back with the response code and the timings, to whichever worker Envoy
 cannot write dynamic metadata, so a ticket is always our own. Each entry releases its charge once.
 
 Where Envoy may retry on another pod it was given several addresses in order. The entry names the one that answered:
-those before it have failed. (Until then the request counts as the first one's load; a retry comes within milliseconds
-of a refused connection, and the first pod is not likely to be chosen meanwhile.)
+those before it have failed (`router/retries.py`).
 """
 
 from google.protobuf.message import DecodeError
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError
 from protos import MessageError
 from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
+from router.retries import answered_after_retries
 from router.scheduler import Scheduler
 from state.ledger import Charge
 
@@ -72,16 +72,7 @@ class AccessLog:
         host = f"[{upstream.address}]" if ":" in upstream.address else upstream.address
         address = f"{host}:{upstream.port_value}"
         tried = fields[ENDPOINT].string_value.split(",")[:MOST_ENDPOINTS]
-        if address == tried[0] or address not in tried:
-            return None
-        scheduler = self._scheduler
-        scheduler.outcome(charge, ok=False)
-        for other in tried[1 : tried.index(address)]:
-            failed = scheduler.fleet.by_address(other)
-            if failed is not None:
-                scheduler.outcome(Charge(failed.slot, failed.generation, 0), ok=False)
-        pod = scheduler.fleet.by_address(address)
-        scheduler.series.add(1.0, "retried", pod.name if pod is not None else "")
+        pod = answered_after_retries(self._scheduler, charge, tried, address)
         return None if pod is None else (Charge(pod.slot, pod.generation, 0), pod.name)
 
     def half_close(self) -> bytes | None:

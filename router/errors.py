@@ -22,12 +22,14 @@ X_ERROR_NO_MODEL_BACKENDS: Final = "x-error-no-model-backends"
 X_ERROR_ROUTING: Final = "x-error-routing"
 X_ERROR_STREAMING: Final = "x-error-streaming"
 X_ERROR_RESPONSE_UNKNOWN: Final = "x-error-response-unknown"
+RETRY_AFTER: Final = "Retry-After"
 
 INVALID_API_KEY: Final = "invalid_api_key"
 MODEL_NOT_FOUND: Final = "model_not_found"
 RATE_LIMIT_EXCEEDED: Final = "rate_limit_exceeded"
 SERVICE_UNAVAILABLE: Final = "service_unavailable"
 
+WRONG_KEY: Final = "Incorrect API key provided"
 BAD_BODY: Final = "error processing request body"
 TRUE: Final = b"true"
 
@@ -157,9 +159,10 @@ def no_pods(model: str) -> RequestError:
 def model_asleep(model: str, state: str, retry_after_seconds: int = 10) -> RequestError:
     """The model's claim is not active. A failed one will not come back by waiting."""
     headers: tuple[Header, ...] = ((X_ERROR_NO_MODEL_BACKENDS, header_value(model)),)
+    message = f"model {shortened(model)} is {shortened(state)}"
     if state != "failed":
-        headers = (*headers, ("retry-after", b"%d" % retry_after_seconds))
-    message = f"model {shortened(model)} is {shortened(state)}; retry shortly"
+        headers = (*headers, (RETRY_AFTER, b"%d" % retry_after_seconds))
+        message += "; retry shortly"
     return RequestError(503, message, code=SERVICE_UNAVAILABLE, param="model", headers=headers)
 
 
@@ -177,7 +180,7 @@ def not_selected() -> RequestError:
 
 def wrong_api_key() -> RequestError:
     """The bearer token is missing or unknown."""
-    return RequestError(401, "Incorrect API key provided", code=INVALID_API_KEY, param="api_key")
+    return RequestError(401, WRONG_KEY, code=INVALID_API_KEY, param="api_key")
 
 
 def unknown_user(user: str) -> RequestError:
@@ -186,7 +189,7 @@ def unknown_user(user: str) -> RequestError:
 
 
 def _over_limit(message: str, header: str, retry_after_seconds: int) -> RequestError:
-    headers: tuple[Header, ...] = ((header, TRUE), ("retry-after", b"%d" % max(1, retry_after_seconds)))
+    headers: tuple[Header, ...] = ((header, TRUE), (RETRY_AFTER, b"%d" % max(1, retry_after_seconds)))
     return RequestError(429, message, code=RATE_LIMIT_EXCEEDED, headers=headers)
 
 

@@ -62,11 +62,11 @@ class Exchange(RequestPhase):
                         return self._on_request_body(message[start:end], over)
                     return self._on_response_body(message[start:end], over)
             elif phase == wire.REQUEST_HEADERS:
-                headers = wire.read_headers(message, part, wire.REQUEST_NAMES)
+                headers = wire.read_headers(message, part, self._modes.request_names)
                 if headers is not None:
                     return self._on_request_headers(*headers)
             elif phase == wire.RESPONSE_HEADERS:
-                headers = wire.read_headers(message, part, wire.RESPONSE_NAMES)
+                headers = wire.read_headers(message, part, self._modes.response_names)
                 if headers is not None:
                     return self._on_response_headers(*headers)
             return self._receive_any(message)
@@ -207,7 +207,8 @@ class Exchange(RequestPhase):
 def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], bool]:
     """What `wire.read_headers` gives, from a parsed message."""
     wanted = names.wanted
-    found = {h.key: h.raw_value or h.value.encode() for h in headers.headers.headers if h.key in wanted}
+    listed = headers.headers.headers
+    found = {key: h.raw_value or h.value.encode() for h in listed if (key := h.key.lower()) in wanted}
     return found, headers.end_of_stream
 
 

@@ -28,6 +28,7 @@ from hashlib import sha256
 from typing import Final, Literal, NamedTuple, Protocol
 
 from router.errors import (
+    RETRY_AFTER,
     SERVICE_UNAVAILABLE,
     TRUE,
     X_ERROR_USER,
@@ -353,7 +354,7 @@ class Gate:
                 503,
                 "users and limits cannot be checked at the moment; retry shortly",
                 code=SERVICE_UNAVAILABLE,
-                headers=((X_ERROR_USER, TRUE), ("retry-after", b"1")),
+                headers=((X_ERROR_USER, TRUE), (RETRY_AFTER, b"1")),
             )
         if not ask.key:
             return Grant(ask.user, ask.user != "")

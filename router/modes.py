@@ -3,7 +3,7 @@ the gRPC metadata of our own configuration, how requests end and where their des
 """
 
 from protos.ext_proc_pb2 import ProcessingMode, ProcessingRequest
-from router import replies
+from router import replies, wire
 from router.replies import Destination
 
 ACCOUNTING_KEY = "x-pointsman-accounting"
@@ -26,9 +26,11 @@ class Modes:
         "duplex_request",
         "duplex_response",
         "known",
+        "request_names",
         "response_body_comes",
         "response_flows",
         "response_mode",
+        "response_names",
     )
 
     def __init__(self, request: ProcessingRequest) -> None:
@@ -36,13 +38,16 @@ class Modes:
         mode = config.request_body_mode
         self.known: bool = request.HasField("protocol_config")
         """False for an Envoy before 1.33, and for what is none."""
+        self.request_names = wire.REQUEST_NAMES if self.known else wire.ANY_REQUEST_NAMES
+        self.response_names = wire.RESPONSE_NAMES if self.known else wire.ANY_RESPONSE_NAMES
         self.response_mode = config.response_body_mode
         self.duplex_request: bool = mode == _FULL_DUPLEX
         self.duplex_response: bool = self.response_mode == _FULL_DUPLEX
         self.response_body_comes: bool = not self.known or self.response_mode != ProcessingMode.NONE
         self.response_flows: bool = self.response_mode in (ProcessingMode.STREAMED, _FULL_DUPLEX)
         """Response headers have been sent on when the body comes."""
-        self.buffered: bool = mode in _BUFFERED
+        self.buffered: bool = mode in _BUFFERED or not self.known
+        """A body comes in one message, whether or not that says it is the last. AIBrix takes every body so."""
         self.ask_for_body: bytes | None = None
         if mode == ProcessingMode.NONE and self.known:
             self.buffered = True

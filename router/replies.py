@@ -4,7 +4,8 @@ A routed reply differs from the last one to the same pod only in the request id 
 both of fixed width, so a protobuf message is built once per (pod, strategy, destination) and afterwards cut and
 joined: 0.4 µs instead of 12 µs (`python -m bench.decision_cost`).
 
-Header values go into `raw_value`: Envoy turns `value` into an empty header.
+Header values go into `raw_value`: Envoy turns `value` into an empty header. Names are spelt as AIBrix spells them;
+Envoy makes them lower case.
 """
 
 from collections.abc import Iterable
@@ -22,6 +23,8 @@ Header = tuple[str, bytes]
 
 TARGET_POD = "target-pod"
 """The pod's ip:port in a request (Envoy's ORIGINAL_DST reads it), its name in a response. AIBrix's header."""
+TARGET_POD_IP = "target-pod-ip"
+"""The pod's ip:port in a response. Our own Envoy configuration sets it to where the answer came from."""
 ENDPOINT = "x-gateway-destination-endpoint"
 """The same, as the Gateway API inference extension calls it; also a key of the `envoy.lb` metadata."""
 ENVOY_LB = "envoy.lb"
@@ -149,7 +152,10 @@ class RoutedReplies:
         ticket: str | None,
         duplex: bool,
         id_bytes: int = 36,
+        told_as: str = "",
     ) -> None:
+        """`told_as` is what the response calls the strategy, if not what the request calls it."""
+        answered = told_as or strategy
         request_id = _REQUEST_IDS[id_bytes]
         reply = _headers_reply() if duplex else ProcessingResponse()
         common = (reply.request_headers if duplex else reply.request_body).response
@@ -160,7 +166,7 @@ class RoutedReplies:
         if destination is Destination.OVERRIDE_HOST or duplex:
             _set(mutation, ENDPOINT, address)
             reply.dynamic_metadata.get_or_create_struct(ENVOY_LB)[ENDPOINT] = address
-        _set(mutation, "x-request-id", request_id)
+        _set(mutation, "X-Request-Id", request_id)
         # Once more, for an Envoy that sends the body alone.
         ours_now = {header.header.key for header in mutation.set_headers}
         del mutation.remove_headers[:]
@@ -171,14 +177,14 @@ class RoutedReplies:
             if ticket is not None:
                 ours["ticket"] = f"{ticket}.{_TOKENS}"
                 ours["pod"] = name
-                ours["strategy"] = strategy
+                ours["strategy"] = answered
                 ours["request-id"] = request_id
         self._body = _Template(reply.SerializeToString(), request_id, _TOKENS)
 
         self._pairs = (
-            ("routing-strategy", strategy.encode()),
+            ("routing-strategy", answered.encode()),
             (TARGET_POD, name.encode()),
-            ("target-pod-ip", address.encode()),
+            (TARGET_POD_IP, address.encode()),
         )
         reply_to_headers = response_headers(
             response_pairs(request_id.encode(), _STATUS.encode(), self._pairs), clear_route_cache=True
@@ -324,7 +330,7 @@ def immediate(status: int, headers: Iterable[tuple[str, bytes]], body: bytes, de
     reply = ProcessingResponse()
     answer: ImmediateResponse = reply.immediate_response
     answer.status.code = status
-    _set(answer.headers, "content-type", "application/json")
+    _set(answer.headers, "Content-Type", "application/json")
     for name, value in headers:
         _set(answer.headers, name, value)
     answer.body = body

@@ -280,6 +280,7 @@ class RequestPhase:
             return self._leave_to_envoy(parsed, more, body, end, profile_name)
         explain = False
         if not _RARE.isdisjoint(headers):
+            scheduler.strategy(strategy)  # that it is none comes before that a filter leaves nobody
             candidates = self._by_headers(headers, request, candidates)
             explain = EXPLAIN in headers and self._policy.explain
             if explain and headers[EXPLAIN].strip().lower() == b"only":

@@ -27,14 +27,16 @@ import orjson
 
 from protos.ext_proc_pb2 import ProcessingMode
 from router import replies
-from router.errors import RequestError, wrong_api_key
+from router.errors import INVALID_API_KEY, WRONG_KEY, RequestError
 from router.limits import Grant, Totals
 from router.modes import Modes
 from router.policy import Policy
-from router.replies import Header
+from router.replies import TARGET_POD_IP, Header
+from router.retries import answered_after_retries
 from router.scheduler import Decision, Scheduler
-from router.upstream_errors import MOST_BYTES, Normalised, disguised, normalise
+from router.upstream_errors import MOST_BYTES, Normalised, disguised, normalise, without_words
 from router.usage import PARSED_WHOLE, SseUsage, Usage, read_end, read_reply
+from state.ledger import Charge
 
 Reply = bytes | tuple[bytes, ...] | None
 
@@ -71,6 +73,7 @@ class Response:
     """See the head of this file. `served` is None for what was not routed: a GET, or an answer of Envoy's own."""
 
     __slots__ = (
+        "_answered",
         "_decision",
         "_expects_body",
         "_held",
@@ -106,6 +109,8 @@ class Response:
         self._modes = modes
         self._request_id = request_id
         self._decision = decision
+        self._answered: Charge | None = None
+        """In the name of the pod that answered, where that is not the one first chosen."""
         self._served = served
         self._passes = refused
         self._status = b""
@@ -145,8 +150,10 @@ class Response:
             return self._instead(_internal_error())
         code = self.status = int(status) if status else 200
         decision = self._decision
+        if decision is not None and decision.tried and TARGET_POD_IP in found:
+            self._look_who_answered(decision, found[TARGET_POD_IP])
         if decision is not None and decision.held and status:
-            self._scheduler.outcome(decision.charge, ok=code < 500)
+            self._scheduler.outcome(self._answered or decision.charge, ok=code < 500)
         reply = self._reply_to_headers(decision, status)
         served = self._served
         if served is not None and served.extra:
@@ -166,6 +173,15 @@ class Response:
             if served is not None and served.tells_usage and self._usage_is_wanted(served):
                 return reply + self._prepare_usage(served, found.get("content-type"))
         return reply + self._prepare_nothing()
+
+    def _look_who_answered(self, decision: Decision, address: bytes) -> None:
+        """Envoy may have retried on another pod than the one chosen first."""
+        scheduler, tried = self._scheduler, decision.tried
+        pod = answered_after_retries(scheduler, decision.charge, tried, address.decode("latin-1"))
+        if pod is not None:
+            decision.replies = scheduler.response_of(decision, pod, len(self._request_id))
+            decision.pod = pod
+            self._answered = Charge(pod.slot, pod.generation, 0)
 
     def _reply_to_headers(self, decision: Decision | None, status: bytes) -> bytes:
         if decision is None:
@@ -281,6 +297,8 @@ class Response:
     def _normalised(self, body: bytes) -> Normalised | None:
         if not body and self.status in _REPLACED:
             return _REPLACED[self.status]()
+        if not body and not self._modes.known:
+            return without_words(self.status)
         return normalise(self.status, body)
 
     def _sse_piece(self, sse: SseUsage, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
@@ -398,7 +416,7 @@ def _internal_error() -> Normalised:
 
 
 def _wrong_key() -> Normalised:
-    return _as_reply(wrong_api_key())
+    return _as_reply(RequestError(401, WRONG_KEY, code=INVALID_API_KEY))
 
 
 _REPLACED = {401: _wrong_key, 500: _internal_error}

@@ -3,35 +3,33 @@
 Worked out once per version of the catalog and model. Most models have no settings at all; for them there are no rules
 (None), and a request pays one look-up in a dictionary.
 
-A pod that hosts several models of which some sleep carries, as a label, AIBrix's annotation
-`modelclaim.aibrix.ai/<model>`: JSON with a `state`, which is active, activating, sleeping or failed. A model's own
-settings may say `state` instead, for all of its pods.
+A pod that hosts several models of which some sleep says so by its claims (`router/claims.py`). A model's own settings
+may say `state` instead, for all of its pods.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import orjson
-
-from router.fleet import Candidates, Fleet, Model
+from router.claims import ACTIVE, SLEEPING, STATES, claims_of, state_in
+from router.fleet import Candidates, Fleet, Model, Pod
 from router.profiles import ProfileError, Profiles, parse_profiles
 from router.selectors import SelectorError, parse_selector
 
-CLAIM_PREFIX: Final = "modelclaim.aibrix.ai/"
 CONFIG: Final = "model.aibrix.ai/config"
 ENGINE: Final = "model.aibrix.ai/engine"
-ACTIVE: Final = "active"
-_STATES: Final = (ACTIVE, "activating", "sleeping", "failed")
-"""Of several pods' claims the first of these is the model's."""
+NAME: Final = "model.aibrix.ai/name"
+PORT: Final = "model.aibrix.ai/port"
 _MOST_SELECTORS: Final = 64
 
 
 class Rules:
     """See the head of this file."""
 
-    __slots__ = ("asleep", "engine", "profiles", "sleepers")
+    __slots__ = ("asleep", "engine", "profiles", "sleeper", "sleepers")
 
-    def __init__(self, engine: str, profiles: Profiles | None, asleep: str, sleepers: frozenset[int]) -> None:
+    def __init__(
+        self, engine: str, profiles: Profiles | None, asleep: str, sleepers: frozenset[int], sleeper: Pod | None
+    ) -> None:
         self.engine = engine
         """Of the first pod, where its label names one."""
         self.profiles = profiles
@@ -39,24 +37,27 @@ class Rules:
         """The state of a model that is not active anywhere; else empty."""
         self.sleepers = sleepers
         """Slots of the pods on which it is not active, while it is on others."""
+        self.sleeper = sleeper
+        """The pod to be woken for a request, where the model sleeps everywhere."""
 
 
 def rules_of(model: Model, fleet: Fleet) -> Rules | None:
     """The rules of a model; None where there are none."""
     engine = next((_engine(pod.record.labels, pod.record.engine) for pod in model.pods), "")
-    states = {pod.slot: _claimed(pod.record.labels.get(CLAIM_PREFIX + model.name)) for pod in model.pods}
+    states = {pod.slot: claims_of(pod.record.labels).get(model.name, "") for pod in model.pods}
     claimed = {state for state in states.values() if state}
     asleep = ""
     if claimed and claimed.issuperset(states.values()) and ACTIVE not in claimed:
-        asleep = min(claimed, key=_STATES.index)
-    stated = _state(model.settings.get("state"))
+        asleep = min(claimed, key=STATES.index)
+    stated = state_in(model.settings.get("state"))
     if stated and stated != ACTIVE:
         asleep = stated
     sleepers = frozenset(slot for slot, state in states.items() if state not in ("", ACTIVE))
     profiles = next(_profiles(model, fleet), None)
     if engine != "xdit" and profiles is None and not asleep and not sleepers:
         return None
-    return Rules(engine, profiles, asleep, sleepers)
+    sleeping = next((pod for pod in model.pods if states[pod.slot] == SLEEPING), model.pods[0])
+    return Rules(engine, profiles, asleep, sleepers, sleeping if asleep == SLEEPING else None)
 
 
 def awake(candidates: Candidates, rules: Rules) -> Candidates:
@@ -80,31 +81,24 @@ def filtered(candidates: Candidates, selector: str) -> Candidates | None:
             matches = parse_selector(selector).matches
         except SelectorError:
             return None
-        places = [i for i, pod in enumerate(candidates.pods) if matches(pod.record.labels)]
+        places = [i for i, pod in enumerate(candidates.pods) if matches(labels_of(pod))]
         if len(known) >= _MOST_SELECTORS:
             known.clear()
         found = known[selector] = candidates if len(places) == len(candidates) else candidates.subset(places)
     return found
 
 
+def labels_of(pod: Pod) -> dict[str, str]:
+    """A pod's labels, and those that AIBrix's pods always carry, where nobody has set them to something else."""
+    record = pod.record
+    known = {NAME: record.models[0], ENGINE: record.engine, PORT: record.address.rpartition(":")[2]}
+    if record.role:
+        known |= {"role-name": record.role, "roleset-name": record.roleset}
+    return {**known, **record.labels}
+
+
 def _engine(labels: Mapping[str, str], engine: str) -> str:
     return labels.get(ENGINE) or engine
-
-
-def _claimed(claim: str | None) -> str:
-    """The state in a claim, empty where there is none."""
-    if claim is None:
-        return ""
-    try:
-        document = orjson.loads(claim)
-    except orjson.JSONDecodeError:
-        return _state(claim)
-    return _state(document.get("state")) if isinstance(document, dict) else ""
-
-
-def _state(value: Any) -> str:
-    state = value.strip().lower() if isinstance(value, str) else ""
-    return state if state in _STATES else ""
 
 
 def _profiles(model: Model, fleet: Fleet) -> Iterator[Profiles]:

@@ -30,7 +30,7 @@ _MOST_REPLIES = 8192
 class Decision:
     """Where a request goes. Release it exactly once: with `Scheduler.release`, or by handing it to the access log."""
 
-    __slots__ = ("charge", "endpoints", "held", "model", "pod", "receipt", "replies", "strategy", "tokens")
+    __slots__ = ("charge", "endpoints", "held", "model", "pod", "receipt", "replies", "strategy", "tokens", "tried")
 
     def __init__(self, pod: Pod, model: str, strategy: str, charge: Charge, held: bool, replies: RoutedReplies) -> None:
         self.pod = pod
@@ -42,6 +42,8 @@ class Decision:
         self.replies = replies
         self.endpoints = b""
         """To be added to the reply: the pods for Envoy's retries, where it takes them from a list."""
+        self.tried: tuple[str, ...] = ()
+        """Their addresses, the pod's own first."""
         self.receipt: Receipt | None = None
 
 
@@ -67,6 +69,8 @@ class Scheduler:
         self._ledger = tables.ledger
         self._retry_candidates = retry_candidates
         self._strategies = Strategies(STRATEGIES, Context(seed, **parts))
+        self.wake: Callable[[Pod, str], None] | None = None
+        """Asks a pod to wake a model; does not wait."""
         self._latency = Histogram(self.series, "decision_seconds")
         self._decision_cells: dict[tuple[str, int, int, str], int] = {}
         self._replies: dict[tuple[int, int, str, Destination, bool, bool, int], RoutedReplies] = {}
@@ -97,6 +101,8 @@ class Scheduler:
             rules = self._rules[model] = rules_of(self.fleet.models[model], self.fleet)
         if rules is not None:
             if rules.asleep:
+                if rules.sleeper is not None and self.wake is not None:
+                    self.wake(rules.sleeper, model)
                 raise model_asleep(model, rules.asleep)
             candidates = awake(candidates, rules)
         if not candidates.pods:
@@ -150,6 +156,7 @@ class Scheduler:
         decision = Decision(pod, request.model, strategy_name, charge, held, replies)
         if order:
             decision.endpoints = self._in_order(candidates, order, duplex)
+            decision.tried = tuple([candidates.pods[place].address for place in order])
         decision.receipt = receipt
         return decision
 
@@ -185,6 +192,12 @@ class Scheduler:
             found = endpoints_in_order(",".join(pod.address for pod in pods), duplex=duplex)
             self._endpoints[key] = found
         return found
+
+    def response_of(self, decision: Decision, pod: Pod, id_bytes: int) -> RoutedReplies:
+        """The replies to a response of another pod than the one decided on."""
+        return self._routed_replies(
+            pod, decision.strategy, Destination.OVERRIDE_HOST, not decision.held, False, id_bytes
+        )
 
     def release(self, decision: Decision) -> None:
         """The request is over. Only for held charges: the others are released by the access log."""
@@ -231,5 +244,6 @@ class Scheduler:
                 ticket=f"{pod.slot}.{pod.generation}" if to_log else None,
                 duplex=duplex,
                 id_bytes=id_bytes,
+                told_as=self._strategies.get(strategy).told_as,
             )
         return found

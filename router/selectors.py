@@ -23,8 +23,8 @@ MOST_CACHED: Final = 256
 _TOKEN: Final = re.compile(r"\s*(?:(==|!=|[=<>!(),])|([^\s=<>!(),]+))")
 _NAME: Final = re.compile(r"(?:[A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
 _PREFIX: Final = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?(?:\.[a-z0-9](?:[-a-z0-9]*[a-z0-9])?)*")
-_INTEGER: Final = re.compile(r"[+-]?\d{1,19}", re.ASCII)
-_WORDS: Final = ("in", "notin")
+_INTEGER: Final = re.compile(r"\d{1,19}", re.ASCII)
+"""Of a label's value, which cannot begin with a sign."""
 
 
 class SelectorError(ValueError):
@@ -56,8 +56,7 @@ def parse_selector(text: str) -> Selector:
         requirements.append(parser.requirement())
         while not parser.ended:
             parser.expect(",")
-            if not parser.ended:  # a comma at the end is allowed
-                requirements.append(parser.requirement())
+            requirements.append(parser.requirement())
     return Selector(text, tuple(requirements))
 
 
@@ -130,7 +129,7 @@ class _Parser:
 
     def _key(self) -> str:
         key = self._next()
-        if not key or key in _WORDS or not (key[0].isalnum() or key[0] in "-_./"):
+        if not key or not (key[0].isalnum() or key[0] in "-_./"):
             raise SelectorError(
                 f"unable to parse requirement: found '{key}', expected: !, identifier, or end of string"
             )

@@ -34,9 +34,17 @@ def normalise(status: int, body: bytes) -> Normalised | None:
     if found is not None:
         return Normalised(status, _rendered(found), ((X_ERROR_RESPONSE_UNKNOWN, TRUE),))
     try:
-        text = body.decode()
+        return _in_words(status, body.decode())
     except UnicodeDecodeError:
         return None
+
+
+def without_words(status: int) -> Normalised:
+    """AIBrix's reply for an error whose body came and was empty: an error that says nothing."""
+    return _in_words(status, "")
+
+
+def _in_words(status: int, text: str) -> Normalised:
     code = SERVICE_UNAVAILABLE if status == 503 else None
     return Normalised(status, error_body(text, error_type(status), code), ())
 

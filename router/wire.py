@@ -35,7 +35,7 @@ REQUEST = (
 )
 """Request headers that anybody here reads."""
 
-RESPONSE = (":status", "content-type", "content-length", "content-encoding")
+RESPONSE = (":status", "content-type", "content-length", "content-encoding", "target-pod-ip")
 """Response headers that anybody here reads."""
 
 
@@ -44,19 +44,25 @@ class Names:
 
     __slots__ = ("find", "first", "in_value", "of", "wanted")
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], *, any_case: bool = False) -> None:
         self.wanted = frozenset(names)
         self.first = names[0]
         self.of = {name.encode(): name for name in names}
         any_of = b"|".join(map(re.escape, self.of))
+        if any_case:
+            # A name that could begin so: the look ahead costs less than to try them all regardless of case.
+            beginnings = {name[:1] for name in self.of} | {name[:1].upper() for name in self.of}
+            any_of = b"(?=[" + re.escape(b"".join(sorted(beginnings))) + b"])(?i:" + any_of + b")"
         self.find = re.compile(
             b"\n.(" + any_of + b")(?:\x1a[\x80-\xff]*[\0-\x7f]([^\n]*)|(?=\n)|\\Z)", re.DOTALL
         ).findall
         self.in_value = re.compile(b"\n.(?:" + any_of + b")\x12", re.DOTALL).search
 
 
-REQUEST_NAMES = Names(REQUEST)
-RESPONSE_NAMES = Names(RESPONSE)
+REQUEST_NAMES, RESPONSE_NAMES = Names(REQUEST), Names(RESPONSE)
+"""As Envoy writes them, in lower case."""
+ANY_REQUEST_NAMES, ANY_RESPONSE_NAMES = Names(REQUEST, any_case=True), Names(RESPONSE, any_case=True)
+"""For whoever may be no Envoy; 1 µs a message more."""
 _END_OF_HEADERS = b"\x18\x01"
 _END_OF_BODY = b"\x10\x01"
 
@@ -112,7 +118,11 @@ def read_headers(message: bytes, part: Part, names: Names) -> tuple[dict[str, by
     else:
         return None
     of = names.of
-    found = {of[name]: value for name, value in names.find(message, begin, stop)}
+    listed = names.find(message, begin, stop)
+    try:
+        found = {of[name]: value for name, value in listed}
+    except KeyError:
+        found = {of[name.lower()]: value for name, value in listed}
     if names.first not in found and names.in_value(message, begin, stop) is not None:
         return None
     return found, over

@@ -1,5 +1,6 @@
 """Addresses as they are written in the configuration: "host:port", "[v6]:port" or "unix:/path"."""
 
+from ipaddress import ip_address
 from typing import Literal, NamedTuple
 
 
@@ -35,3 +36,12 @@ def parse_address(text: str) -> Parsed:
 def join_address(host: str, port: int) -> str:
     """The text form, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_ip(host: str) -> bool:
+    """Whether a host is written as an address and needs no look-up."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True

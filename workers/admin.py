@@ -41,7 +41,7 @@ class Admin:
                 web.get("/healthz", self.healthz),
                 web.get("/readyz", self.readyz),
                 web.get("/metrics", self.metrics),
-                web.get("/v1/models", self.models),
+                web.route("*", "/v1/models", self.models),
                 web.get("/debug/pods", self.pods),
             ]
         )
@@ -77,10 +77,12 @@ class Admin:
 
     async def models(self, request: web.Request) -> web.Response:
         """OpenAI's list of models, with AIBrix's fields."""
+        if request.method != "GET":
+            return _json({"error": "method not allowed"}, status=405)
         _, document = self._tables.catalog.read()
         names = sorted({name for pod in document.pods if not pod.draining for name in pod.models})
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "aibrix"} for name in names]
-        return web.json_response({"object": "list", "data": data})
+        return _json({"object": "list", "data": data})
 
     async def pods(self, request: web.Request) -> web.Response:
         """Everything the router believes of each pod."""
@@ -118,6 +120,10 @@ class Admin:
             body=orjson.dumps({"catalog_version": version, "pods": listed}, option=orjson.OPT_INDENT_2),
             content_type="application/json",
         )
+
+
+def _json(document: dict[str, Any], *, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(document), status=status, content_type="application/json")
 
 
 def _known(row: Any) -> dict[str, float]:

@@ -50,10 +50,13 @@ class CallError(Exception):
 
 
 def status_of(error: BaseException) -> tuple[int, str] | None:
-    """The status and message that an error of a call ends it with; None for one that nobody meant."""
+    """The status and message that an error of a call ends it with; None for one that nobody meant.
+
+    What is no message is INTERNAL: gRPC says so where a message cannot be read, and AIBrix where one is empty.
+    """
     if isinstance(error, CallError):
         return error.code, error.message
-    return (Status.INVALID_ARGUMENT, str(error)) if isinstance(error, MessageError) else None
+    return (Status.INTERNAL, str(error)) if isinstance(error, MessageError) else None
 
 
 class Call(Protocol):

@@ -12,6 +12,7 @@ is then added by Envoy from dynamic metadata.
 
 from typing import Any
 
+from router.errors import SERVICE_UNAVAILABLE, error_type
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY
 from router.replies import (
     DESTINATION_HEADERS,
@@ -21,14 +22,18 @@ from router.replies import (
     RESPONSE_HEADERS,
     RESPONSE_NAMESPACE,
     TARGET_POD,
+    TARGET_POD_IP,
 )
 from workers.address import parse_address
 from workers.config import Config, ConfigError
 from workers.discovery.endpoints_file import read_endpoints
+from workers.discovery.file_source import fixed_names
 
 Json = dict[str, Any]
 
 _TYPE = "type.googleapis.com/envoy"
+OWN_ERRORS = ("UH", "UF", "UO", "UT", "UC", "URX", "LR", "UR", "UPE", "NC", "NR", "SI", "DT", "UMSDR")
+"""Flags of the errors that Envoy answers by itself: no pod, no connection, a breaker, a time-out, a reset."""
 ROUTER_CLUSTER, POD_CLUSTER, ADMIN_CLUSTER = "pointsman", "pods", "pointsman_admin"
 
 
@@ -98,6 +103,7 @@ def _listener(config: Config) -> Json:
     )
     if config.envoy.accounting == "access-log":
         manager["access_log"] = [_access_log()]
+        manager["local_reply_config"] = {"mappers": [_own_errors(503), _own_errors(None)]}
     return {
         "name": "llm",
         "address": _address(config.envoy.listen, config),
@@ -121,21 +127,9 @@ def _routes(config: Config) -> list[Json]:
             "retry_on": "connect-failure,refused-stream,reset-before-request",
             "num_retries": max(config.retry_candidates, 1),
         }
-    if config.envoy.accounting == "access-log":
-        pods["response_headers_to_add"] = [
-            {
-                "header": {"key": key, "value": f"%DYNAMIC_METADATA({namespace}:{field})%"},
-                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-                "keep_empty_value": False,
-            }
-            for key, namespace, field in (
-                (TARGET_POD, NAMESPACE, "pod"),
-                ("target-pod-ip", NAMESPACE, "target"),
-                ("request-id", NAMESPACE, "request-id"),
-                ("routing-strategy", NAMESPACE, "strategy"),
-                *((name, RESPONSE_NAMESPACE, name) for name in RESPONSE_HEADERS),
-            )
-        ]
+    told = _told_in_responses(config)
+    if told:
+        pods["response_headers_to_add"] = [_set_header(key, value) for key, value in told]
     return [
         {
             "match": {"path": "/v1/models"},
@@ -152,15 +146,43 @@ def _routes(config: Config) -> list[Json]:
                     '"code":null,"param":null}}'
                 },
             },
-            "response_headers_to_add": [
-                {
-                    "header": {"key": "content-type", "value": "application/json"},
-                    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-                }
-            ],
+            "response_headers_to_add": [_set_header("content-type", "application/json")],
             "typed_per_filter_config": no_router,
         },
     ]
+
+
+def _told_in_responses(config: Config) -> list[tuple[str, str]]:
+    """Names and values of what Envoy itself adds to the pods' responses. Later ones win where they have a value.
+
+    After a retry it is Envoy alone who knows which pod answered. With access log accounting that goes to the client as
+    it is; otherwise the router reads it and tells the pod by its name.
+    """
+    told = []
+    if config.envoy.accounting == "access-log":
+        told += [
+            (key, f"%DYNAMIC_METADATA({namespace}:{field})%")
+            for key, namespace, field in (
+                (TARGET_POD, NAMESPACE, "pod"),
+                (TARGET_POD_IP, NAMESPACE, "target"),
+                ("request-id", NAMESPACE, "request-id"),
+                ("routing-strategy", NAMESPACE, "strategy"),
+                *((name, RESPONSE_NAMESPACE, name) for name in RESPONSE_HEADERS),
+            )
+        ]
+        if config.envoy.destination == "override-host":
+            told.append((TARGET_POD, f"%UPSTREAM_METADATA({NAMESPACE}:pod)%"))
+    if config.envoy.destination == "override-host":
+        told.append((TARGET_POD_IP, "%UPSTREAM_REMOTE_ADDRESS%"))
+    return told
+
+
+def _set_header(name: str, value: str) -> Json:
+    return {
+        "header": {"key": name, "value": value},
+        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+        "keep_empty_value": False,
+    }
 
 
 def _ext_proc(config: Config) -> Json:
@@ -227,6 +249,23 @@ def _access_log() -> Json:
             },
         ),
     }
+
+
+def _own_errors(status: int | None) -> Json:
+    """Errors of Envoy's own in the shape of all others, where the router sees no responses. They are told by their
+    flags: the router's refusals have none."""
+    flagged: Json = {"response_flag_filter": {"flags": list(OWN_ERRORS)}}
+    only = flagged
+    if status is not None:
+        comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "pointsman.own_errors"}}
+        only = {"and_filter": {"filters": [flagged, {"status_code_filter": {"comparison": comparison}}]}}
+    error = {
+        "message": "%LOCAL_REPLY_BODY%",
+        "type": error_type(status or 500),
+        "code": SERVICE_UNAVAILABLE if status == 503 else None,
+        "param": None,
+    }
+    return {"filter": only, "body_format_override": {"json_format": {"error": error}}}
 
 
 def _router_cluster(config: Config) -> Json:
@@ -324,16 +363,7 @@ def _pod_cluster(config: Config) -> Json:
 def _override_host(config: Config) -> Json:
     if config.endpoints is None:
         raise ConfigError("envoy.destination override-host needs an endpoints file: Envoy must know the pods itself")
-    addresses = sorted(
-        {
-            endpoint.address
-            for model in read_endpoints(config.endpoints)
-            for endpoint in (
-                *model.endpoints,
-                *(pod for roleset in model.rolesets for pod in (*roleset.prefill, *roleset.decode)),
-            )
-        }
-    )
+    names = fixed_names(read_endpoints(config.endpoints))
     round_robin = {
         "typed_extension_config": {
             "name": "envoy.load_balancing_policies.round_robin",
@@ -358,11 +388,17 @@ def _override_host(config: Config) -> Json:
         },
         "load_assignment": {
             "cluster_name": POD_CLUSTER,
-            "endpoints": [
-                {"lb_endpoints": [{"endpoint": {"address": _address(address, config)}} for address in addresses]}
-            ],
+            "endpoints": [{"lb_endpoints": [_pod(address, names[address], config) for address in sorted(names)]}],
         },
     }
+
+
+def _pod(address: str, name: str, config: Config) -> Json:
+    """A pod as Envoy's endpoint, with the router's name for it where that is known beforehand."""
+    pod: Json = {"endpoint": {"address": _address(address, config)}}
+    if name:
+        pod["metadata"] = {"filter_metadata": {NAMESPACE: {"pod": name}}}
+    return pod
 
 
 def _admin_cluster(config: Config) -> Json:

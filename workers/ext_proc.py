@@ -22,6 +22,7 @@ from workers.health import EXT_PROC_SERVICE, Health
 from workers.limits import open_gate
 from workers.process import Stop
 from workers.transport import Meter, make_server, tls_context
+from workers.wake import Waker
 
 PROCESS = f"/{EXT_PROC_SERVICE}/Process"
 STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
@@ -98,6 +99,8 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
         user_tokens=tables.user_tokens,
         session_secret=session_secret(config),
     )
+    waker = Waker()
+    scheduler.wake = waker.ask
     async with open_gate(config, tables) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
         server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)
@@ -111,6 +114,7 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
         policy.draining = True
         await server.stop(config.drain_seconds)
         copying.cancel()
+        waker.close()
 
 
 def session_secret(config: Config) -> bytes:

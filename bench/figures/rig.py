@@ -97,17 +97,30 @@ class Rig:
 
     # Programs
 
-    def pods(self, count: int) -> list[str]:
-        """Start stub pods that serve a captured vLLM page and answer chats at once: host:port of each."""
+    def pods(self, count: int, *options: object) -> list[str]:
+        """Start stub pods that serve a captured vLLM page and answer chats at once, streamed ones in chunks with
+        pauses between them: host:port of each. More options are those of `extload pods`."""
         port = 8000 if _is_free("127.0.1.1", 8000) else free_ports(1)[0]
         self._spawn(
-            [generator(), "pods", "-n", count, "-port", port, "-metrics", METRICS_PAGE], load_core(), "listening"
+            [generator(), "pods", "-n", count, "-port", port, "-metrics", METRICS_PAGE, *options],
+            load_core(),
+            "listening",
         )
         return [f"127.0.1.{number}:{port}" for number in range(1, count + 1)]
 
-    def router(self, pods: Sequence[str], *, scrape_seconds: float = 5.0, pinned: bool = True, **arguments: Any) -> Lab:
-        """Start a router that knows these pods and polls each every `scrape_seconds`. More arguments are `Lab`'s."""
-        lab = Lab(pods=0, with_envoy=False, settings=self.settings(pods, scrape_seconds), **arguments)
+    def router(
+        self,
+        pods: Sequence[str],
+        *,
+        scrape_seconds: float = 5.0,
+        pinned: bool = True,
+        limits: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Lab:
+        """Start a router that knows these pods and polls each every `scrape_seconds`. `limits` are those of the
+        configuration, more arguments are `Lab`'s."""
+        settings = {**self.settings(pods, scrape_seconds), **({"limits": dict(limits)} if limits else {})}
+        lab = Lab(pods=0, with_envoy=False, settings=settings, **arguments)
         self._open.enter_context(lab)
         if pinned:
             pin(all_pids(lab), {server_core()})
@@ -119,6 +132,12 @@ class Rig:
         file.write_text(yaml.safe_dump({"models": [{"name": MODEL, "endpoints": list(pods)}]}))
         scrape = {"interval_min_seconds": scrape_seconds, "interval_max_seconds": scrape_seconds}
         return {"endpoints": str(file), "scrape": scrape}
+
+    def users(self, *names: str) -> Path:
+        """A file of users whose tokens are counted and never run out."""
+        file = self._new_file(".yaml")
+        file.write_text(yaml.safe_dump({"users": [{"name": name, "rpm": 10**8, "tpm": 10**12} for name in names]}))
+        return file
 
     def program(self, module: str) -> Server:
         """Start one of our own servers that route nothing, as `python -m module ADDRESS`."""

@@ -1,6 +1,6 @@
 """All sections, in the order of the document."""
 
-from bench.figures import processes, streams, through_envoy
+from bench.figures import accounting, processes, streams, through_envoy
 from bench.figures.figure import Section
 
 SECTIONS: dict[str, Section] = {
@@ -41,6 +41,16 @@ SECTIONS: dict[str, Section] = {
             "is against a second route of the same Envoy that leads past the router to the same pods; one client "
             "takes the two in turns.",
             through_envoy.envoy,
+        ),
+        Section(
+            "accounting",
+            "Watching responses",
+            "Three Envoys with `--concurrency 1` before one router: with AIBrix's processing modes (request body "
+            "buffered, response headers and body streamed by, no mode overrides), and with what `pointsman envoy` "
+            f"writes for accounting by stream and by access log. 2 KB chats, wrk -c32, `{accounting.STRATEGY}`; "
+            f"streamed answers come in {accounting.CHUNKS} chunks 5 ms apart. Usage is counted for a user with a limit "
+            "of tokens. CPU is that of all the router's processes. Added latency as above, of JSON answers.",
+            accounting.accounting,
         ),
         Section(
             "idle-streams",

@@ -7,7 +7,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -18,7 +18,7 @@ import orjson
 from bench.figures.figure import Figure
 from bench.figures.rig import MODEL, BenchError, Missing, Rig, all_pids, cpu_seconds, load_core, pin, run, tool
 from bench.lab import Lab
-from workers.config import ConfigError
+from workers.config import Config, ConfigError
 from workers.envoy import bootstrap
 from workers.envoy_binary import envoy_path
 
@@ -45,12 +45,12 @@ end
 
 def envoy(rig: Rig) -> list[Figure]:
     """CPU per request and added latency."""
-    binary, wrk = _envoy(), tool("wrk", "wrk")
+    binary, wrk = envoy_binary(), tool("wrk", "wrk")
     pods = rig.pods(64)
     lab = rig.router(pods, workers=1, strategy=STRATEGY)
     rig.progress("starting Envoy")
-    rig.envoy(binary, with_bare_route(lab, pods))
-    return [*_cpu_per_request(rig, lab, wrk), *_added_latency(rig, lab)]
+    rig.envoy(binary, with_bare_route(bootstrap(lab.config), pods))
+    return [*_cpu_per_request(rig, lab, wrk), *_added_latency(rig, lab.config)]
 
 
 def _cpu_per_request(rig: Rig, lab: Lab, wrk: str) -> list[Figure]:
@@ -64,7 +64,7 @@ def _cpu_per_request(rig: Rig, lab: Lab, wrk: str) -> list[Figure]:
 
             def measured() -> float:
                 before = cpu_seconds(router)
-                count, seconds = _wrk(wrk, lab.envoy_url, script, rig.seconds / rig.rounds)
+                count, seconds = run_wrk(wrk, lab.envoy_url, script, rig.seconds / rig.rounds)
                 rates.append(count / seconds)
                 return (cpu_seconds(router) - before) / count * 1e6
 
@@ -80,40 +80,60 @@ def _cpu_per_request(rig: Rig, lab: Lab, wrk: str) -> list[Figure]:
     return [Figure.over(f"envoy/cpu/{name}", f"{what}, {name}", values[name], "µs", note) for name in cells]
 
 
-def _added_latency(rig: Rig, lab: Lab) -> list[Figure]:
-    host, _, port = lab.config.envoy.listen.rpartition(":")
-    added: dict[str, list[float]] = {"p50": [], "p99": []}
-    bare: dict[str, list[float]] = {"p50": [], "p99": []}
-    everywhere = os.sched_getaffinity(0)
-    pin([os.getpid()], {load_core()})
-    try:
-        client = OneAtATime(host, int(port))
-        client.measure(0.5)  # opens the connections to all pods, on both ways
-        for number in range(rig.rounds):
-            rig.progress(f"added latency, round {number + 1} of {rig.rounds}")
-            ours, none = client.measure(2 * rig.seconds / rig.rounds)
-            for name, place in (("p50", 49), ("p99", 98)):
-                with_router, without = quantiles(ours, n=100)[place], quantiles(none, n=100)[place]
-                added[name].append((with_router - without) * 1000)
-                bare[name].append(without * 1000)
-    finally:
-        pin([os.getpid()], everywhere)
+def _added_latency(rig: Rig, config: Config) -> list[Figure]:
+    added, bare = added_latency(rig, {"": config})[""]
     return [
         *(Figure.over(f"envoy/{name}", f"4 KB, one at a time: added {name}", added[name], "ms") for name in added),
         *(Figure.over(f"envoy/{name}/bare", f"without a router: {name}", bare[name], "ms") for name in bare),
     ]
 
 
-def _envoy() -> str:
+Milliseconds = dict[str, list[float]]
+"""By quantile (p50, p99), what each round gave."""
+
+
+def added_latency(rig: Rig, envoys: Mapping[str, Config]) -> dict[str, tuple[Milliseconds, Milliseconds]]:
+    """What the router adds to a request through each of these Envoys, and what a request takes past it."""
+    found: dict[str, tuple[Milliseconds, Milliseconds]] = {
+        name: ({"p50": [], "p99": []}, {"p50": [], "p99": []}) for name in envoys
+    }
+    everywhere = os.sched_getaffinity(0)
+    pin([os.getpid()], {load_core()})
+    clients = {name: OneAtATime(*_host_and_port(config.envoy.listen)) for name, config in envoys.items()}
+    try:
+        for client in clients.values():
+            client.measure(0.5)  # opens the connections to all pods, on both ways
+        for number in range(rig.rounds):
+            for name, client in clients.items():
+                rig.progress(f"added latency, round {number + 1} of {rig.rounds} {name}")
+                ours, none = client.measure(2 * rig.seconds / rig.rounds)
+                added, bare = found[name]
+                for quantile, place in (("p50", 49), ("p99", 98)):
+                    with_router, without = quantiles(ours, n=100)[place], quantiles(none, n=100)[place]
+                    added[quantile].append((with_router - without) * 1000)
+                    bare[quantile].append(without * 1000)
+    finally:
+        pin([os.getpid()], everywhere)
+        for client in clients.values():
+            client.close()
+    return found
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+def envoy_binary() -> str:
+    """Raises Missing without Envoy."""
     try:
         return envoy_path()
     except ConfigError as error:
         raise Missing(str(error)) from None
 
 
-def with_bare_route(lab: Lab, pods: list[str]) -> dict[str, Any]:
+def with_bare_route(document: dict[str, Any], pods: list[str]) -> dict[str, Any]:
     """Our bootstrap and, beside its own route, /bare/: to the same pods, but past the router."""
-    document = bootstrap(lab.config)
     manager = document["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     disabled = {"@type": "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute",
                 "disabled": True}  # fmt: skip
@@ -136,7 +156,7 @@ def with_bare_route(lab: Lab, pods: list[str]) -> dict[str, Any]:
     return document
 
 
-def _wrk(wrk: str, url: str, script: Path, seconds: float) -> tuple[int, float]:
+def run_wrk(wrk: str, url: str, script: Path, seconds: float) -> tuple[int, float]:
     """Requests answered, and in how many seconds. Raises BenchError if one was not answered well."""
     said = run([wrk, "-t1", "-c32", f"-d{max(1, round(seconds))}s", "-s", str(script), url], timeout=60)
     done = re.search(r"(\d+) requests in ([\d.]+)s", said)
@@ -151,6 +171,10 @@ class OneAtATime:
     def __init__(self, host: str, port: int) -> None:
         self._connection = http.client.HTTPConnection(host, port, timeout=10)
         self._turn = 0
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
 
     def measure(self, seconds: float) -> tuple[list[float], list[float]]:
         """Seconds of each request through the router, and past it."""
@@ -181,7 +205,7 @@ class OneAtATime:
 
 def failover(rig: Rig) -> list[Figure]:
     """Requests that fail when a worker is killed."""
-    _envoy()
+    envoy_binary()
     seconds = max(4.0, 2 * rig.seconds)
     with Lab(pods=4, workers=2, strategy=STRATEGY, progress=rig.progress) as lab:
         failures, sent, back = asyncio.run(_killed_under_load(lab, seconds, rig.progress))

@@ -18,7 +18,8 @@ PHASES = (
 )  # fmt: skip
 NAMES = (
     ":path", ":method", ":status", "content-type", "routing-strategy", "user", "authorization", "external-filter",
-    "config-profile", "x-session-id", "x-aibrix-session-key", "traceparent", "x-pointsman-explain", "target-pod", "x",
+    "config-profile", "x-session-id", "x-aibrix-session-key", "traceparent", "x-pointsman-explain", "target-pod",
+    "target-pod-ip", "x",
 )  # fmt: skip
 VALUES = (
     b"/v1/chat/completions", b"/v1/completions?x", b"/v1/audio/transcriptions", b"/v1/messages", b"/v1/embeddings",

@@ -19,6 +19,7 @@ from router.strategies.random_choice import Random
 from router.strategies.round_robin import RoundRobin
 from router.strategies.session_affinity import SessionAffinity
 from router.strategies.sglang_cache_aware import SglangCacheAware
+from router.strategies.slo import Slo, SloLeastLoad, SloLeastLoadPulling, SloPackLoad
 from router.strategies.throughput import Throughput
 from router.strategies.vtc_basic import VtcBasic
 
@@ -47,6 +48,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
         LMetric,
         Preble,
         SglangCacheAware,
+        Slo,
+        SloPackLoad,
+        SloLeastLoad,
+        SloLeastLoadPulling,
     )
 }
 

@@ -57,6 +57,8 @@ class Strategy(ABC):
     """Picks a pod. One instance per process; state that must be shared between processes lives in `state`."""
 
     name: ClassVar[str]
+    told_as: ClassVar[str] = ""
+    """What responses say instead of the name that was asked for."""
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -4,7 +4,7 @@ A reply carries `x-session-id`; a client that sends it back reaches the same pod
 A client that has its own key sends `x-aibrix-session-key` instead, and rendezvous hashing gives all requests of a key
 to one pod, on every replica alike, moving only the keys of pods that go. Without either the pod is drawn at random.
 
-The id is the first 128 bits of HMAC-SHA256(secret, pod), in base64url. It says nothing about the pod, and nobody
+The id is the first 128 bits of HMAC-SHA256(secret, address), in base64url. It says nothing about the pod, and nobody
 without the secret can make one, so a client may stay where it was sent but not choose. AIBrix's ids, the base64 of
 `ip:port`, do neither, and are ignored.
 
@@ -56,7 +56,7 @@ class SessionAffinity(Scoring):
         super().__init__(context)
         secret = context.parts.get(SECRET)
         self._secret: bytes = secret if isinstance(secret, bytes) and secret else token_bytes(32)
-        self._ids: dict[tuple[str, str], str] = {}
+        self._ids: dict[str, str] = {}
         self._fleets: OrderedDict[tuple[str, ...], _Addresses] = OrderedDict()
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
@@ -82,13 +82,13 @@ class SessionAffinity(Scoring):
 
     def session_id(self, pod: Pod) -> str:
         """The id that leads back to this pod."""
-        identity = (pod.name, pod.address)
-        found = self._ids.get(identity)
+        address = pod.address  # a name may change when the endpoints file does
+        found = self._ids.get(address)
         if found is None:
             if len(self._ids) >= 65536:
                 self._ids.clear()
-            digest = hmac.digest(self._secret, "\0".join(identity).encode(), "sha256")
-            found = self._ids[identity] = base64.urlsafe_b64encode(digest[:16]).decode().rstrip("=")
+            digest = hmac.digest(self._secret, address.encode(), "sha256")
+            found = self._ids[address] = base64.urlsafe_b64encode(digest[:16]).decode().rstrip("=")
         return found
 
     def _home(self, request: RoutingRequest, candidates: Candidates) -> int:

@@ -1,5 +1,6 @@
 """`pointsman bench`: real servers under very short loads, whose figures mean nothing, and what is made of figures."""
 
+import http.client
 import io
 import json
 import shutil
@@ -12,20 +13,26 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from bench.figures import document, plot, rig
+from bench.figures import accounting, document, plot, rig
 from bench.figures.bars import BARS, BODY_KILOBYTES, Bar
 from bench.figures.command import bench
 from bench.figures.figure import Figure, Outcome, Section, markdown, number, table
 from bench.figures.rig import BenchError, Missing, Rig
 from bench.figures.sections import SECTIONS
 from bench.figures.streams import PROCESS, two_messages
+from bench.lab import get
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
+from workers.config import Config
+from workers.envoy import bootstrap
+from workers.envoy_binary import envoy_path
 
 ROOT = Path(__file__).parents[2]
 needs_go = pytest.mark.skipif(
     shutil.which("go") is None and not (ROOT / "bin" / "extload").exists(),
     reason="needs Go to build the load generator",
 )
+
+needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk")
 
 
 @needs_go
@@ -99,6 +106,62 @@ def test_a_section_prints_its_figures_beside_bars_that_it_has() -> None:
     assert figures["strategies/errors"]["value"] == 0
     assert figures["strategies/round-robin"]["bar"] == 10
     assert {key for key in BARS if key.startswith("strategies/")} <= set(figures)
+
+
+@needs_go
+@needs_wrk
+@pytest.mark.envoy
+def test_every_mode_is_measured_with_every_kind_of_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {name: accounting.ANSWERS[name] for name in ("json", "sse-usage")}
+    monkeypatch.setattr(accounting, "ANSWERS", kinds)
+    done = CliRunner().invoke(bench, ["accounting", "--seconds", "0.3", "--rounds", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    section = json.loads(done.stdout)["sections"]["accounting"]
+    assert {figure["key"] for figure in section["figures"]} == {
+        f"accounting/{mode}/{what}" for mode in accounting.MODES for what in (*kinds, "p50", "p99")
+    }
+    assert all(figure["value"] > 0 for figure in section["figures"] if figure["unit"] == "µs")
+
+
+def _messages(config: Config) -> int:
+    """What this Envoy has sent to the router."""
+    status, stats = get(config.envoy.admin, "/stats?filter=ext_proc.stream_msgs_sent")
+    assert status == 200
+    return int(stats.rpartition(b":")[2])
+
+
+@needs_go
+@pytest.mark.envoy
+def test_the_modes_differ_in_how_much_of_a_response_the_router_sees() -> None:
+    seen = {}
+    with Rig(seconds=0.1, rounds=1) as bench_rig:
+        pods = bench_rig.pods(1, "-chunks", 10, "-gap", "20ms")
+        limits = {"users_file": str(bench_rig.users(accounting.COUNTED_USER))}
+        lab = bench_rig.router(pods, workers=1, limits=limits)
+        for mode in accounting.MODES:
+            config = accounting.envoy_of(lab.config, mode)
+            document = bootstrap(config)
+            bench_rig.envoy(envoy_path(), accounting.as_aibrix(document) if mode == "aibrix" else document)
+            for user in ("", accounting.COUNTED_USER):
+                before = _messages(config)
+                _ask_for_a_stream(config, user)
+                seen[mode, user] = _messages(config) - before
+    assert (seen["access-log", ""], seen["stream", ""]) == (2, 3)
+    assert seen["aibrix", ""] > 10
+    assert all(seen[mode, accounting.COUNTED_USER] > 10 for mode in accounting.MODES)
+
+
+def _ask_for_a_stream(config: Config, user: str) -> None:
+    body = {"model": rig.MODEL, "stream": True, "stream_options": {"include_usage": True},
+            "messages": [{"role": "user", "content": "hi"}]}  # fmt: skip
+    connection = http.client.HTTPConnection(config.envoy.listen, timeout=10)
+    headers = {"content-type": "application/json", **({"user": user} if user else {})}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body, separators=(",", ":")), headers)
+    response = connection.getresponse()
+    said = response.read()
+    connection.close()
+    assert (response.status, said.count(b"data: ")) == (200, 12)
+    assert said.endswith(b"data: [DONE]\n\n") and b'"usage":{' in said
 
 
 def test_every_bar_belongs_to_a_section() -> None:

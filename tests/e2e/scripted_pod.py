@@ -107,6 +107,12 @@ class ScriptedPod:
         headers = {"content-encoding": "gzip", "content-type": "application/json"}
         return web.Response(body=body, status=502, headers=headers)
 
+    async def _vanish(self, request: web.Request) -> web.Response:
+        """Hang up without a word."""
+        if request.transport is not None:
+            request.transport.close()
+        return web.Response()
+
     async def _sse(self, request: web.Request) -> web.StreamResponse:
         return await self._in_pieces(request, EVENTS, 200, "text/event-stream", 37)
 

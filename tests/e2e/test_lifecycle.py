@@ -17,6 +17,7 @@ import yaml
 from scripted_pod import EVENTS, FLAT_ERROR, ScriptedPod
 
 import bench.lab
+from bench.figures.accounting import as_aibrix
 from bench.lab import Lab, free_ports, get
 from workers.envoy import bootstrap
 
@@ -30,21 +31,6 @@ USERS = {
         {"name": "bob", "rpm": 2, "tpm": 0},
     ]
 }
-
-
-def as_aibrix(document: dict[str, Any], *, overrides: bool) -> dict[str, Any]:
-    """Our bootstrap with AIBrix's processing mode."""
-    manager = document["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-    manager.pop("access_log", None)
-    ext_proc = manager["http_filters"][0]["typed_config"]
-    ext_proc["processing_mode"] = {
-        "request_header_mode": "SEND", "request_body_mode": "BUFFERED", "response_header_mode": "SEND",
-        "response_body_mode": "STREAMED", "request_trailer_mode": "SKIP", "response_trailer_mode": "SKIP",
-    }  # fmt: skip
-    ext_proc["allow_mode_override"] = overrides
-    ext_proc.pop("route_cache_action")
-    ext_proc["grpc_service"].pop("initial_metadata")
-    return document
 
 
 class Ground:
@@ -172,6 +158,17 @@ async def test_a_compressed_error_is_left_alone(ground: Ground) -> None:
 async def test_a_201_is_no_error(ground: Ground) -> None:
     status, _, body = await ground.ask("created")
     assert (status, json.loads(body)) == (201, {"made": True})
+
+
+async def test_an_error_of_envoys_own_has_the_shape_of_all_others(ground: Ground) -> None:
+    status, _, body = await ground.ask("vanish")
+    assert status == 503
+    error = json.loads(body)["error"]
+    assert "disconnect/reset before headers" in error.pop("message")
+    assert error == {"type": "overloaded_error", "code": "service_unavailable", "param": None}
+    refused, _, body = await ground.ask(**{"routing-strategy": "nonsense"})
+    assert (refused, json.loads(body)["error"]["message"]) == (400, "incorrect routing strategy nonsense")
+    await released(ground)
 
 
 async def test_a_get_passes_without_a_pod(ground: Ground) -> None:

@@ -18,26 +18,39 @@ pytestmark = pytest.mark.envoy
 
 async def hammer(lab: Lab, count: int, **headers: str) -> Counter[int]:
     """Statuses of so many requests, all at once."""
+    return Counter(status for status, _ in await answers(lab, count, **headers))
+
+
+async def answers(lab: Lab, count: int, **headers: str) -> list[tuple[int, dict[str, str]]]:
+    """Statuses and headers of so many requests, all at once."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=30)) as session:
 
-        async def one() -> int:
+        async def one() -> tuple[int, dict[str, str]]:
             body = chat(lab.model, max_tokens=1)
             async with session.post(lab.envoy_url + "/v1/chat/completions", json=body, headers=headers) as answer:
                 await answer.read()
-                return answer.status
+                return answer.status, {name.lower(): value for name, value in answer.headers.items()}
 
-        return Counter(await asyncio.gather(*(one() for _ in range(count))))
+        return await asyncio.gather(*(one() for _ in range(count)))
 
 
-async def test_a_request_to_a_dead_pod_is_answered_by_the_next_best() -> None:
+@pytest.mark.parametrize("accounting", ["access-log", "stream"])
+async def test_a_request_to_a_dead_pod_is_answered_by_the_next_best_and_says_by_whom(accounting: str) -> None:
     settings = {"scrape": {"failures": 100}}  # that it is dead is for Envoy to find out
     with Lab(
-        pods=3, workers=1, destination="override-host", strategy="round-robin", process_per_pod=True, settings=settings
-    ) as lab:
+        pods=3, workers=1, destination="override-host", strategy="round-robin", process_per_pod=True,
+        settings=settings, accounting=accounting,
+    ) as lab:  # fmt: skip
         dead = lab.addresses[0]
         await asyncio.to_thread(lab.stop_process, lab.pod_processes[0])
-        assert await hammer(lab, 6) == {200: 6}
+        for status, headers in await answers(lab, 6, **{"routing-strategy": "round-robin"}):
+            assert status == 200
+            assert headers["target-pod-ip"] in lab.addresses[1:]
+            assert headers["target-pod"] == f"pod-{lab.addresses.index(headers['target-pod-ip'])}"
+            assert (headers["routing-strategy"], len(headers["request-id"])) == ("round-robin", 36)
+        for status, headers in await answers(lab, 2, **{"routing-strategy": "nonsense"}):
+            assert (status, "target-pod" in headers, "target-pod-ip" in headers) == (400, False, False)
 
         def outcomes() -> dict[str, tuple[int, int]]:
             return {pod["address"]: (pod["own"]["succeeded"], pod["own"]["failed"]) for pod in lab.believed_pods()}

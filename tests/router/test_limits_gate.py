@@ -100,7 +100,7 @@ def test_requests_of_a_minute(bench: Bench) -> None:
     assert [bench.admit("carol").requests for _ in range(2)] == [1, 2]
     error = bench.refused("carol")
     assert (error.status, error.message) == (429, "user: carol has exceeded RPM: 2")
-    assert header(error, "retry-after") == b"50"
+    assert header(error, "Retry-After") == b"50"
     assert header(error, "x-error-rpm-exceeded") == b"true"
     bench.now = 660.0
     assert bench.admit("carol") == Grant("carol", True, 1, 0)
@@ -115,7 +115,7 @@ def test_tokens_of_a_minute(bench: Bench) -> None:
     error = bench.refused("", key)
     assert (error.status, error.message) == (429, "user: bob has exceeded TPM: 10")
     assert header(error, "x-error-tpm-exceeded") == b"true"
-    assert header(error, "retry-after") == b"60"
+    assert header(error, "Retry-After") == b"60"
     assert bench.gate.add_tokens("bob", 0) == Totals(2, 39), "the refused one is not counted"
 
 
@@ -202,7 +202,7 @@ def test_requests_of_a_model_in_a_second(bench: Bench) -> None:
         bench.gate.admit_model("m", 2)
     assert (caught.value.status, caught.value.message) == (429, "model: m has exceeded RPS: 2")
     assert header(caught.value, "x-error-model-rps-exceeded") == b"true"
-    assert header(caught.value, "retry-after") == b"1"
+    assert header(caught.value, "Retry-After") == b"1"
     bench.gate.give_back_model(first)
     bench.gate.admit_model("m", 2)
     bench.now += 1
@@ -228,7 +228,7 @@ def test_more_users_than_rows_meet_the_outage_policy() -> None:
             assert bench.admit("", f"Bearer {BOBS_KEY}").user == "bob"
         else:
             error = bench.refused("", f"Bearer {BOBS_KEY}")
-            assert (error.status, header(error, "retry-after")) == (503, b"1")
+            assert (error.status, header(error, "Retry-After")) == (503, b"1")
         assert bench.outages() == {policy: 1.0}
         assert bench.gate.add_tokens("bob", 1) is None
 

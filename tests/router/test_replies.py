@@ -35,7 +35,7 @@ def test_only_the_request_id_and_the_tokens_differ(destination: Destination, tic
     assert second == replaced
     reply = ProcessingResponse.FromString(second)
     assert reply.WhichOneof("response") == ("request_headers" if duplex else "request_body")
-    assert set_headers(reply)["x-request-id"] == TWO.decode()
+    assert set_headers(reply)["X-Request-Id"] == TWO.decode()
     if ticket:
         assert reply.dynamic_metadata.fields[NAMESPACE].struct_value.fields["ticket"].string_value == "3.7.99999999"
 
@@ -85,5 +85,5 @@ def test_unrouted_response_headers_repeat_the_status() -> None:
 def test_immediate_answers_carry_status_headers_and_body() -> None:
     reply = ProcessingResponse.FromString(immediate(429, [("retry-after", b"1")], b"{}", "over"))
     assert reply.immediate_response.status.code == 429
-    assert [option.header.key for option in header_mutation(reply).set_headers] == ["content-type", "retry-after"]
+    assert [option.header.key for option in header_mutation(reply).set_headers] == ["Content-Type", "retry-after"]
     assert (reply.immediate_response.body, reply.immediate_response.details) == (b"{}", "over")

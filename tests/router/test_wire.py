@@ -8,7 +8,22 @@ from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import wire
 from router.exchange import _plain
 
-NAMES = st.sampled_from([*wire.REQUEST, ":method", "x-request-id", "x-user", "userx", "cookie", "path", "a", "pat:h"])
+NAMES = st.sampled_from(
+    [
+        *wire.REQUEST,
+        "User",
+        "ROUTING-STRATEGY",
+        "Content-Type",
+        ":method",
+        "x-request-id",
+        "x-user",
+        "userx",
+        "cookie",
+        "path",
+        "a",
+        "pat:h",
+    ]
+)
 # What an HTTP header may hold: no control characters but the tab, anything from 0x80 on.
 VALUES = st.text(
     st.characters(min_codepoint=0x20, max_codepoint=0x2FF, blacklist_characters="\x7f") | st.just("\t"), max_size=200
@@ -34,7 +49,10 @@ def read(message: bytes, names: wire.Names) -> tuple[dict[str, bytes], bool] | N
 @given(st.lists(st.tuples(NAMES, VALUES), max_size=20), st.booleans())
 def test_headers_are_those_a_parser_finds(pairs: list[tuple[str, str]], over: bool) -> None:
     message = headers_message(pairs, over)
-    assert read(message.SerializeToString(), wire.REQUEST_NAMES) == _plain(message.request_headers, wire.REQUEST_NAMES)
+    expected = _plain(message.request_headers, wire.REQUEST_NAMES)
+    assert read(message.SerializeToString(), wire.ANY_REQUEST_NAMES) == expected
+    lower = headers_message([(name.lower(), value) for name, value in pairs], over)
+    assert read(lower.SerializeToString(), wire.REQUEST_NAMES) == expected
 
 
 @given(VALUES, VALUES)
@@ -43,6 +61,14 @@ def test_a_value_cannot_feign_a_header(before: str, after: str) -> None:
     message = headers_message([("cookie", feigned.replace("\n", "")), ("user", "alice")], False)
     found = read(message.SerializeToString(), wire.REQUEST_NAMES)
     assert found is not None and found[0] == {"user": b"alice"}
+
+
+def test_names_count_in_any_case_and_the_last_of_several_wins() -> None:
+    pairs = [("User", "ann"), ("USER", ""), ("user", "bob"), ("Routing-Strategy", "random")]
+    message = headers_message(pairs, False)
+    expected = ({"user": b"bob", "routing-strategy": b"random"}, False)
+    assert read(message.SerializeToString(), wire.ANY_REQUEST_NAMES) == expected
+    assert _plain(message.request_headers, wire.REQUEST_NAMES) == expected
 
 
 def test_a_header_in_value_is_left_to_the_parser() -> None:

@@ -126,6 +126,14 @@ async def test_only_get(site: Site, path: str) -> None:
         assert response.status == 405
 
 
+async def test_the_list_of_models_is_only_got(site: Site) -> None:
+    for method in ("POST", "DELETE", "HEAD", "PROPFIND"):
+        async with site.client.request(method, "/v1/models") as response:
+            assert (response.status, response.content_type) == (405, "application/json")
+            if method != "HEAD":
+                assert await response.read() == b'{"error":"method not allowed"}'
+
+
 async def test_what_is_not_there(site: Site) -> None:
     async with site.client.get("/") as response:
         assert response.status == 404

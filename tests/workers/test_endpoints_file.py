@@ -76,7 +76,8 @@ def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
         ('models: [{name: "a\\nb"}]', "models.0.name: 'a\\nb' must be printable"),
         ('models: [{name: "\\uE000"}]', "must be printable"),
         ("models: [{name: a, engine: tgi}]", "models.0.engine: "),
-        ("models: [{name: a, endpoints: [nonsense]}]", "models.0.endpoints.0.address: 'nonsense' is no address"),
+        ("models: [{name: a, endpoints: ['a:b']}]", "models.0.endpoints.0.address: 'a:b' is no address"),
+        ("models: [{name: a, endpoints: ['']}]", "':8000' is no address"),
         ("models: [{name: a, endpoints: ['unix:/x']}]", "'unix:/x' is no pod address: write host:port"),
         ("models: [{name: a, endpoints: ['a:0']}]", "is no address"),
         ("models: [{name: a, endpoints: [{address: 'a:1', metrics_port: 70000}]}]", "metrics_port"),
@@ -112,3 +113,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"models: [\xff]")
     with pytest.raises(EndpointsError, match="no UTF-8"):
         read_endpoints(tmp_path / "latin")
+
+
+@pytest.mark.parametrize("text", ["vllm-host", "{address: vllm-host}", "vllm-host:8000"])
+def test_a_pod_without_a_port_has_aibrixs(tmp_path: Path, text: str) -> None:
+    (model,) = read_endpoints(write(tmp_path, f"models: [{{name: a, endpoints: [{text}]}}]"))
+    assert model.endpoints[0].address == "vllm-host:8000"

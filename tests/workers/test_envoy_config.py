@@ -162,3 +162,46 @@ def test_nothing_in_it_is_left_unwritten(endpoints: Path) -> None:
     for destination, accounting in itertools.product(DESTINATIONS, ACCOUNTINGS):
         document = bootstrap(make_config(endpoints, {"destination": destination, "accounting": accounting}))
         assert not [text for text in strings(document) if "{i}" in text or "None" in text]
+
+
+def pod_names(document: dict[str, Any]) -> dict[str, str]:
+    (locality,) = cluster(document, POD_CLUSTER)["load_assignment"]["endpoints"]
+    return {
+        one["endpoint"]["address"]["socket_address"]["address"]: one.get("metadata", {})
+        .get("filter_metadata", {})
+        .get("pointsman", {})
+        .get("pod", "")
+        for one in locality["lb_endpoints"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("['10.0.0.1:8000', '[fd00::1]:1']", {"10.0.0.1": "a-10-0-0-1-0", "fd00::1": "a-fd00::1-1"}),
+        ("[{address: '10.0.0.1:8000', name: x}]", {"10.0.0.1": "x"}),
+        (
+            "['vllm.svc:1', {address: '10.0.0.2:1', name: x}, '10.0.0.3:1']",
+            {"vllm.svc": "", "10.0.0.2": "x", "10.0.0.3": ""},
+        ),
+        ("[{address: 'vllm.svc:1', name: x}]", {"vllm.svc": ""}),
+    ],
+)
+def test_envoy_knows_the_pods_names_where_they_do_not_depend_on_a_look_up(
+    tmp_path: Path, text: str, names: dict[str, str]
+) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text(f"models: [{{name: a, endpoints: {text}}}]")
+    assert pod_names(bootstrap(make_config(path, {"destination": "override-host"}))) == names
+
+
+@pytest.mark.parametrize("accounting", ACCOUNTINGS)
+@pytest.mark.parametrize("destination", DESTINATIONS)
+def test_where_envoy_may_retry_it_says_which_pod_answered(endpoints: Path, destination: str, accounting: str) -> None:
+    document = bootstrap(make_config(endpoints, {"destination": destination, "accounting": accounting}))
+    routes = manager(document)["route_config"]["virtual_hosts"][0]["routes"]
+    (pods,) = [one for one in routes if one["match"] == {"prefix": "/v1/"}]
+    told = [(each["header"]["key"], each["header"]["value"]) for each in pods.get("response_headers_to_add", [])]
+    assert (("target-pod-ip", "%UPSTREAM_REMOTE_ADDRESS%") in told) == (destination == "override-host")
+    if told and destination == "override-host":
+        assert told[-1][0] == "target-pod-ip", "later ones win"

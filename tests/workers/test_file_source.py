@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from workers.discovery.file_source import FileSource
+from workers.discovery.file_source import FileSource, pod_name
 from workers.discovery.registry import FoundPod
 
 ONE = "models: [{name: llama, endpoints: ['10.0.0.1:8000']}]"
@@ -56,7 +56,7 @@ async def test_pods_of_a_file(tmp_path: Path) -> None:
     assert not source.loaded
     pods = await found(source)
     assert source.loaded
-    assert [pod.name for pod in pods.values()] == ["llama-10.0.0.1-0", "llama-10.0.0.2-1"]
+    assert [pod.name for pod in pods.values()] == ["llama-10-0-0-1-0", "llama-10-0-0-2-1"]
     assert pods["10.0.0.1:8000"].metrics_address == "10.0.0.1:8000"
 
 
@@ -180,9 +180,25 @@ async def test_one_pod_of_two_models_and_its_adapters(tmp_path: Path) -> None:
 
 async def test_names_are_told_apart(tmp_path: Path) -> None:
     source = source_of(
-        tmp_path, "models: [{name: A.B, endpoints: ['10.0.0.1:1']}, {name: a-b, endpoints: ['10.0.0.1:2']}]"
+        tmp_path,
+        "models: [{name: A_B, endpoints: ['10.0.0.1:1']}, {name: a/b, endpoints: ['10.0.0.1:2', "
+        "{address: '10.0.0.2:1', name: x}, {address: '10.0.0.3:1', name: x}]}]",
     )
-    assert {pod.name for pod in (await found(source)).values()} == {"a-b-10.0.0.1-0", "a-b-10.0.0.1-0-10.0.0.1:2"}
+    names = [pod.name for pod in (await found(source)).values()]
+    assert names == ["a-b-10-0-0-1-0", "a-b-10-0-0-1-1", "x", "x-10.0.0.3:1"]
+
+
+@pytest.mark.parametrize(
+    ("model", "host", "name"),
+    [
+        ("meta-llama/Llama-3.1-8B_it", "10.0.0.1", "meta-llama-llama-3.1-8b-it-10-0-0-1-7"),
+        ("/_x_/", "vllm-0.svc", "x-vllm-0-svc-7"),
+        ("m" * 49 + "/" + "n" * 9, "h", "m" * 49 + "-h-7"),
+        ("m", "fd00::1", "m-fd00::1-7"),
+    ],
+)
+def test_pods_have_the_names_that_aibrix_gives_them(model: str, host: str, name: str) -> None:
+    assert pod_name(model, host, 7) == name
 
 
 def test_look_ups_run_side_by_side(tmp_path: Path, resolver: Resolver) -> None:
@@ -191,3 +207,34 @@ def test_look_ups_run_side_by_side(tmp_path: Path, resolver: Resolver) -> None:
     listed = ", ".join(f"'{host}:1'" for host in hosts)
     source = source_of(tmp_path, f"models: [{{name: m, endpoints: [{listed}]}}]")
     assert len(asyncio.run(found(source))) == 8
+
+
+async def test_a_pod_listed_under_two_models_has_the_labels_of_both_and_drains_for_both(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path,
+        """
+models:
+  - name: a
+    endpoints: [{address: "10.0.0.1:8000", labels: {modelclaim.aibrix.ai/a: sleeping}, draining: true}]
+  - name: b
+    labels: {zone: z}
+    endpoints: ["10.0.0.1:8000", "10.0.0.2:8000"]
+""",
+    )
+    pods = await found(source)
+    assert pods["10.0.0.1:8000"].labels == {"modelclaim.aibrix.ai/a": "sleeping", "zone": "z"}
+    assert [pod.draining for pod in pods.values()] == [True, False]
+
+
+async def test_a_claim_makes_its_model_known(tmp_path: Path) -> None:
+    source = source_of(
+        tmp_path,
+        """
+models:
+  - name: warm
+    endpoints:
+      - address: "10.0.0.1:8000"
+        labels: {modelclaim.aibrix.ai/one: '{"model": "org/qwen", "port": 0, "state": "sleeping"}'}
+""",
+    )
+    assert (await found(source))["10.0.0.1:8000"].models == ("warm", "org/qwen")

@@ -12,7 +12,7 @@ from state.catalog import PodRecord
 from state.ledger import Charge
 from state.pods import Health
 from state.tables import SCRAPER, Capacity, Tables
-from workers.discovery.registry import REST_SECONDS, FoundPod, Registry, RegistryFull, sanitised
+from workers.discovery.registry import REST_SECONDS, FoundPod, Registry, RegistryFull
 
 FOUR = Capacity(pods=4, writers=12, catalog_bytes=1 << 14, series=64, prefix_ring_bytes=1 << 16)
 
@@ -48,6 +48,16 @@ class World:
 
     def charge(self, name: str, held: bool = True) -> Charge:
         return self.worker.ledger.charge(published(self.tables)[name].slot, 100, 100, held=held)
+
+
+def test_a_pod_whose_source_wants_it_to_drain_stays_until_the_source_wants_otherwise() -> None:
+    world = World()
+    world.update([pod(1, draining=True), pod(2)])
+    assert draining(world.tables) == {"pod-1"}
+    assert world.registry.draining == {published(world.tables)["pod-1"].slot}
+    assert world.registry.sweep(1e6) == []
+    world.update(pods(1, 2))
+    assert draining(world.tables) == set()
 
 
 def test_pods_get_rows_unseen_and_published() -> None:
@@ -245,10 +255,3 @@ def test_whatever_comes_and_goes_each_pod_has_one_row_and_each_generation_one_po
             assert int(world.tables.pods.generation[record.slot]) == record.generation
             assert owners.setdefault(record.generation, record.name) == record.name
         assert loads(world.tables) == [0] * 16
-
-
-@pytest.mark.parametrize(
-    ("text", "name"), [("meta/Llama-3.1-8B", "meta-llama-3-1-8b"), ("x", "x"), ("///", "model"), ("Ä b", "b")]
-)
-def test_sanitised(text: str, name: str) -> None:
-    assert sanitised(text) == name

@@ -10,9 +10,10 @@
             prefill: ["10.0.1.1:8000"]
             decode: ["10.0.1.2:8000"]
 
-Beyond AIBrix's keys an endpoint may be a mapping {address, name, metrics_port, labels, adapters}, and a model may
-carry `metrics_port`, `labels`, `adapters` (further model names its pods answer to, such as LoRA adapters) and
-`config` (AIBrix's routing profiles, the JSON of its `model.aibrix.ai/config` annotation, as a mapping).
+An address without a port has port 8000. Beyond AIBrix's keys an endpoint may be a mapping {address, name,
+metrics_port, labels, adapters, draining}, where a draining pod gets no new requests but its models stay known. A
+model may carry `metrics_port`, `labels`, `adapters` (further model names its pods answer to, such as LoRA adapters)
+and `config` (AIBrix's routing profiles, the JSON of its `model.aibrix.ai/config` annotation, as a mapping).
 """
 
 from collections.abc import Mapping
@@ -25,12 +26,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from workers.address import parse_address
 from workers.documents import NotYaml, read_yaml
 
+DEFAULT_PORT = 8000
+"""Of a pod that is given without one."""
+
 
 class EndpointsError(Exception):
     """The file cannot be used. The message is one line for a person."""
 
 
 def _tcp(value: str) -> str:
+    if ":" not in value and "/" not in value:
+        value = f"{value}:{DEFAULT_PORT}"
     if parse_address(value).kind != "tcp":
         raise ValueError(f"{value!r} is no pod address: write host:port")
     return value
@@ -66,6 +72,7 @@ class Endpoint(_Strict):
     metrics_port: Port | None = None
     labels: Mapping[str, str] = {}
     adapters: tuple[Name, ...] = ()
+    draining: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -6,19 +6,24 @@ follows). A file that cannot be used is reported once and the pods stay as they 
 
 import asyncio
 import socket
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from workers.address import join_address, parse_address
+from router.claims import claims_of
+from workers.address import is_ip, join_address, parse_address
 from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, read_endpoints
-from workers.discovery.registry import FoundPod, sanitised
+from workers.discovery.registry import FoundPod
 
 log = structlog.get_logger()
 
 Settings = Mapping[str, Mapping[str, Any]]
+
+LONGEST_MODEL_IN_NAMES = 50
+"""Characters of a model's name in the names of its pods."""
 
 
 class FileSource:
@@ -66,7 +71,7 @@ class FileSource:
         """The pods with the addresses their host names have at this moment. A name that cannot be resolved keeps the
         addresses it had last."""
         loop = asyncio.get_running_loop()
-        hosts = {parse_address(endpoint.address).place for endpoint, *_ in self._endpoints()}
+        hosts = {parse_address(endpoint.address).place for endpoint, *_ in _lines(self._models)}
 
         async def look_up(host: str) -> None:
             try:
@@ -80,49 +85,76 @@ class FileSource:
             self._addresses[host] = tuple(v4 or v6)
 
         await asyncio.gather(*(look_up(host) for host in hosts))
-        return self._pods()
-
-    def _endpoints(self) -> list[tuple[Endpoint, ModelEntry, str, str]]:
-        """(endpoint, model, role, roleset) of every line of the file."""
-        lines = []
-        for model in self._models:
-            lines += [(endpoint, model, "", "") for endpoint in model.endpoints]
-            for roleset in model.rolesets:
-                lines += [(endpoint, model, "prefill", roleset.name) for endpoint in roleset.prefill]
-                lines += [(endpoint, model, "decode", roleset.name) for endpoint in roleset.decode]
-        return lines
-
-    def _pods(self) -> tuple[list[FoundPod], Settings]:
-        pods: dict[str, FoundPod] = {}
-        numbers: dict[str, int] = {}
-        names_taken: set[str] = set()
-        for endpoint, model, role, roleset in self._endpoints():
-            _, host, port = parse_address(endpoint.address)
-            names = (model.name, *model.adapters, *endpoint.adapters)
-            ips = self._addresses.get(host, ())
-            for ip in ips:
-                number = numbers.get(model.name, 0)
-                numbers[model.name] = number + 1
-                address = join_address(ip, port)
-                known = pods.get(address)
-                if known is not None:
-                    name = known.name
-                else:
-                    name = endpoint.name or f"{sanitised(model.name)}-{host if len(ips) == 1 else ip}-{number}"
-                    if name in names_taken:  # a host with several addresses, or model names that differ in case alone
-                        name = f"{name}-{address}"
-                    names_taken.add(name)
-                metrics_port = endpoint.metrics_port or model.metrics_port or port
-                pods[address] = FoundPod(
-                    address=address,
-                    name=name,
-                    models=tuple(dict.fromkeys((*(known.models if known else ()), *names))),
-                    engine=model.engine,
-                    host=host,
-                    metrics_address=join_address(ip, metrics_port),
-                    role=role,
-                    roleset=roleset,
-                    labels={**model.labels, **endpoint.labels},
-                )
         settings = {model.name: dict(model.config) for model in self._models if model.config}
-        return list(pods.values()), settings
+        return _pods(self._models, self._addresses), settings
+
+
+def fixed_names(models: Iterable[ModelEntry]) -> dict[str, str]:
+    """The names of the pods by host:port as the file has it; empty where a name depends on how many addresses a host
+    name has."""
+    models = tuple(models)
+    lines = _lines(models)
+    hosts = {endpoint.address: parse_address(endpoint.address).place for endpoint, *_ in lines}
+    literal = {host: (host,) for host in hosts.values() if is_ip(host)}
+    names = dict.fromkeys(hosts, "")
+    if len(literal) == len(set(hosts.values())):
+        by_address = {pod.address: pod.name for pod in _pods(models, literal)}
+        names = {text: by_address[join_address(host, parse_address(text).port)] for text, host in hosts.items()}
+    else:
+        given = Counter(endpoint.name for endpoint, *_ in lines)
+        for endpoint, *_ in lines:
+            if endpoint.name and given[endpoint.name] == 1 and hosts[endpoint.address] in literal:
+                names[endpoint.address] = endpoint.name
+    return names
+
+
+def _lines(models: Iterable[ModelEntry]) -> list[tuple[Endpoint, ModelEntry, str, str]]:
+    """(endpoint, model, role, roleset) of every line of the file."""
+    lines = []
+    for model in models:
+        lines += [(endpoint, model, "", "") for endpoint in model.endpoints]
+        for roleset in model.rolesets:
+            lines += [(endpoint, model, "prefill", roleset.name) for endpoint in roleset.prefill]
+            lines += [(endpoint, model, "decode", roleset.name) for endpoint in roleset.decode]
+    return lines
+
+
+def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]) -> list[FoundPod]:
+    """The pods of the file, one for each of the `addresses` of a host."""
+    pods: dict[str, FoundPod] = {}
+    names_taken: set[str] = set()
+    for number, (endpoint, model, role, roleset) in enumerate(_lines(models)):
+        _, host, port = parse_address(endpoint.address)
+        labels = {**model.labels, **endpoint.labels}
+        names = (model.name, *model.adapters, *endpoint.adapters, *claims_of(labels))
+        ips = addresses.get(host, ())
+        for ip in ips:
+            address = join_address(ip, port)
+            known = pods.get(address)
+            if known is not None:
+                name = known.name
+            else:
+                name = endpoint.name or pod_name(model.name, host if len(ips) == 1 else ip, number)
+                if name in names_taken:  # only where the file gives it twice, or to a host with several addresses
+                    name = f"{name}-{address}"
+                names_taken.add(name)
+            metrics_port = endpoint.metrics_port or model.metrics_port or port
+            pods[address] = FoundPod(
+                address=address,
+                name=name,
+                models=tuple(dict.fromkeys((*(known.models if known else ()), *names))),
+                engine=model.engine,
+                host=host,
+                metrics_address=join_address(ip, metrics_port),
+                role=role,
+                roleset=roleset,
+                labels={**known.labels, **labels} if known else labels,
+                draining=endpoint.draining or (known is not None and known.draining),
+            )
+    return list(pods.values())
+
+
+def pod_name(model: str, host: str, number: int) -> str:
+    """What AIBrix calls the pod of the endpoint with this number, counted over the whole file from 0."""
+    name = model.lower().replace("/", "-").replace("_", "-").strip("-")[:LONGEST_MODEL_IN_NAMES].rstrip("-")
+    return f"{name}-{host.replace('.', '-')}-{number}"

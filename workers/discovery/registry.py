@@ -7,7 +7,6 @@ had been. A row that was given up rests for a while before another pod gets it, 
 predecessor's requests still add or take is recognised by its generation and ignored.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +36,8 @@ class FoundPod:
     role: str = ""
     roleset: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    draining: bool = False
+    """Its source wants no new requests sent there."""
 
 
 @dataclass(slots=True)
@@ -45,6 +46,10 @@ class _Row:
     slot: int
     generation: int
     leaving_since: float | None = None
+
+    @property
+    def draining(self) -> bool:
+        return self.leaving_since is not None or self.pod.draining
 
 
 class Registry:
@@ -77,8 +82,8 @@ class Registry:
 
     @property
     def draining(self) -> set[int]:
-        """The slots of the pods that are about to go."""
-        return {row.slot for row in self._rows.values() if row.leaving_since is not None}
+        """The slots of the pods that get no new requests: they are about to go, or their source wants it so."""
+        return {row.slot for row in self._rows.values() if row.draining}
 
     def update(
         self, found: Sequence[FoundPod], settings: Mapping[str, Mapping[str, Any]], now: float
@@ -171,7 +176,7 @@ def _document(rows: Mapping[str, _Row], settings: Mapping[str, Mapping[str, Any]
             engine=row.pod.engine,
             host=row.pod.host,
             metrics_address=row.pod.metrics_address,
-            draining=row.leaving_since is not None,
+            draining=row.draining,
             role=row.pod.role,
             roleset=row.pod.roleset,
             labels=row.pod.labels,
@@ -179,8 +184,3 @@ def _document(rows: Mapping[str, _Row], settings: Mapping[str, Mapping[str, Any]
         for row in sorted(rows.values(), key=lambda row: row.slot)
     ]
     return CatalogDocument(tuple(records), settings)
-
-
-def sanitised(text: str) -> str:
-    """A model's name as part of a pod's name: lower case, everything but letters and digits a dash."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"
