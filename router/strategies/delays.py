@@ -190,7 +190,7 @@ class Delays:
         free as much as there is."""
         requests, tokens, wait = self._loads
         speeds = self.speeds
-        filled = (tokens + prompt) * self._rooms if self._rooms is not None else np.zeros(self._n)
+        filled: Floats = (tokens + prompt) * self._rooms if self._rooms is not None else np.zeros(self._n)
         if speeds.seats is not None:
             np.maximum(filled, (requests + 1.0) * speeds.seats, out=filled)
         filled -= 1.0
