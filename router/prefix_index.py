@@ -172,8 +172,7 @@ class PrefixIndex:
         self._tags: list[int] = []
         self._swept = 0
         self._sweep_at = 0.0
-        self.uses = 0.0
-        """How many prompts were routed of late, as of the last of them."""
+        self._uses = 0.0
         self._used_at = 0.0
         self.heard: list[tuple[int, int, int]] = []
         """What other processes of this replica have routed, as of the last news and until somebody takes it: the row of
@@ -275,9 +274,9 @@ class PrefixIndex:
             groups.append((place, left))
         return Match(chain, groups, runs)
 
-    def demand(self, run: Run, now: float) -> float:
-        """The share of the prompts of late that had this run."""
-        return min(_faded(run.uses, run.used_at, now) / max(_faded(self.uses, self._used_at, now), 1.0), 1.0)
+    def heat(self, now: float) -> float:
+        """How many prompts were routed of late, at least 1: a run's share of them is the demand for it."""
+        return max(self._uses * exp((self._used_at - now) / DEMAND_SECONDS), 1.0)
 
     def remember(self, chain: Chain, slot: int, now: float) -> None:
         """The prompt goes to the pod in row `slot`: tell everybody."""
@@ -370,9 +369,9 @@ class PrefixIndex:
         since = self._used_at
         if since < at:
             self._used_at = at
-            self.uses = self.uses * exp((since - at) / DEMAND_SECONDS) + 1.0
+            self._uses = self._uses * exp((since - at) / DEMAND_SECONDS) + 1.0
         else:
-            self.uses += 1.0
+            self._uses += 1.0
         new = self._used[slot] - used
         while self._used[slot] > self._room[slot] * self._bytes_per_token and order:
             self._drop_or_cut(slot, order)
@@ -463,10 +462,6 @@ class PrefixIndex:
                 return
             del order[run]
             self._drop(slot, run)
-
-
-def _faded(uses: float, since: float, now: float) -> float:
-    return uses * exp((since - now) / DEMAND_SECONDS) if since < now else uses
 
 
 def _common_blocks(run: bytes, packed: bytes, place: int) -> int:

@@ -1,13 +1,14 @@
 """Prefix knowledge as strategies use it: a request and candidates in, cached tokens per candidate out."""
 
 from collections.abc import Sequence
+from math import exp
 from typing import Any
 
 import numpy as np
 
 from router.fleet import Candidates
 from router.prefix_hash import BLOCK_BYTES, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, block_bytes_for
-from router.prefix_index import Match, PrefixIndex, SlotIndex
+from router.prefix_index import DEMAND_SECONDS, Match, PrefixIndex, SlotIndex
 from router.request import RoutingRequest
 from state.pods import Floats, Ints
 from state.tables import Tables
@@ -50,56 +51,60 @@ class LookUp:
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
         compute it once more is no waste but an investment, and it counts (k / wanted)^2.
         """
-        slots, block_tokens, prompt = self.slots, self.block_tokens, self.prompt_tokens
-        match = self.match
-        if not match.groups:
+        prompt, groups = self.prompt_tokens, self.match.groups
+        if not groups:
             return prompt, prompt, ()
-        common, others = match.split(slots)
-        n, mask = slots.count, slots.mask
+        slots, block_tokens = self.slots, self.block_tokens
+        worth = self._worth(index, now)
         most = prompt - 1.0  # an engine computes at least the last token again
-        scarce: dict[int, float] | None = None
-        before = 0
-        total = 0.0
-        for place, run in match.runs:
-            tokens = (place - before) * block_tokens
+        left = slots.mask
+        common = pods = 0
+        usual = (0, prompt, prompt)
+        shares: list[tuple[int | Ints, float, float]] = []
+        for blocks, bitmap in groups:
+            left ^= bitmap
+            tokens = blocks * block_tokens
+            uncached = prompt - (tokens if tokens < most else most)
+            scarce = uncached if worth is None else worth[-1] - worth[blocks]
+            count = bitmap.bit_count()
+            if count <= pods:
+                shares.append((slots.places(bitmap), uncached, scarce))
+                continue
+            if common:
+                shares.append((slots.places(usual[0]), usual[1], usual[2]))
+            common, pods, usual = blocks, count, (bitmap, uncached, scarce)
+        if not left:
+            return usual[1], usual[2], shares
+        scarce = prompt if worth is None else worth[-1]
+        if left.bit_count() < pods:
+            shares.append((slots.places(left), prompt, scarce))
+            return usual[1], usual[2], shares
+        shares.append((slots.places(usual[0]), usual[1], usual[2]))
+        return prompt, scarce, shares
+
+    def _worth(self, index: PrefixIndex, now: float) -> dict[int, float] | None:
+        """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
+        block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
+        worth: dict[int, float] | None = None
+        heat = before = 0.0
+        for place, run in self.match.runs:
             holders = run.holders & mask
             if holders != mask:
+                if not heat:
+                    heat = index.heat(now) / (SPARE * n)
+                wanted = run.uses / heat  # at most, since it fades
                 copies = holders.bit_count()
-                # Without the fading a bound from above, which mostly does.
-                if copies * index.uses < SPARE * n * run.uses:
-                    wanted = min(SPARE * index.demand(run, now), 1.0) * n
+                if copies < wanted:
+                    wanted = min(wanted * exp((run.used_at - now) / DEMAND_SECONDS), n)
                     if copies < wanted:
-                        if scarce is None:
-                            scarce = self._plain(before)
-                        tokens *= (copies / wanted) ** 2
-            total += tokens
-            if scarce is not None:
-                scarce[place] = total
+                        if worth is None:
+                            worth = {at: at * block_tokens for at, _ in self.match.runs}
+                            worth[-1] = self.prompt_tokens
+                        less = (place - before) * block_tokens * (1.0 - (copies / wanted) ** 2)
+                        for at in worth:
+                            if at >= place or at < 0:
+                                worth[at] -= less
             before = place
-        uncached = prompt - min(common * block_tokens, most)
-        if scarce is None:
-            if len(others) == 1:
-                blocks, bitmap = others[0]
-                rest = prompt - min(blocks * block_tokens, most)
-                return uncached, uncached, ((slots.places(bitmap), rest, rest),)
-            shares = []
-            for blocks, bitmap in others:
-                rest = prompt - min(blocks * block_tokens, most)
-                shares.append((slots.places(bitmap), rest, rest))
-            return uncached, uncached, shares
-        total += max(prompt - before * block_tokens, 0.0)
-        shares = []
-        for blocks, bitmap in others:
-            rest = prompt - min(blocks * block_tokens, most)
-            shares.append((slots.places(bitmap), rest, max(total - scarce[blocks], 0.0)))
-        return uncached, max(total - scarce[common], 0.0), shares
-
-    def _plain(self, blocks: int) -> dict[int, float]:
-        """Tokens up to each run's end, of those that end within so many blocks."""
-        worth = {0: 0.0}
-        for place, _ in self.match.runs:
-            if place <= blocks:
-                worth[place] = place * self.block_tokens
         return worth
 
     def tokens(self) -> list[float]:
