@@ -62,6 +62,8 @@ class LookUp:
         if not any_scarce:
             return uncached
         total += max(self.prompt_tokens - before * block_tokens, 0.0)
+        for blocks, place in self.match.ends.items():
+            worth[blocks] = worth[place] + (blocks - place) * block_tokens
         common, others = self.match.split(slots)
         out: Floats = np.empty(slots.count)
         out.fill(max(total - worth[common], 0.0))
@@ -102,8 +104,11 @@ class Prefixes:
         self.hasher = hasher
         self._block_bytes = block_bytes
 
-    def look_up(self, request: RoutingRequest, candidates: Candidates, now: float) -> LookUp:
-        """What the candidates hold of this prompt. Done once per request, however many strategies ask."""
+    def look_up(
+        self, request: RoutingRequest, candidates: Candidates, now: float, answer_tokens: float = 0.0
+    ) -> LookUp:
+        """What the candidates hold of this prompt. Done once per request, however many strategies ask. With
+        `answer_tokens`, a prompt that goes on where an answered one ended is taken to begin with that answer."""
         found: LookUp | None = request.prefix
         if found is not None and found.slots is candidates.derived.get(SlotIndex):
             return found
@@ -119,7 +124,8 @@ class Prefixes:
         else:
             chain = self.hasher.chain(text, request.model, candidates.derived["block_bytes"])
         tokens = request.prompt_tokens or len(text) / NOMINAL_BYTES_PER_TOKEN
-        found = LookUp(chain, index.match(chain, slots.mask), slots, tokens, len(text))
+        answer = int(answer_tokens * len(text) / (tokens * chain.block_bytes)) if answer_tokens and tokens else 0
+        found = LookUp(chain, index.match(chain, slots.mask, answer), slots, tokens, len(text))
         request.prefix = found
         return found
 

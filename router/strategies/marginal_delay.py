@@ -15,49 +15,49 @@ from state.pods import Floats
 class _Space:
     """Room for one epoch's arithmetic, so that it allocates little: `weights` times `loads` gives `terms`."""
 
-    __slots__ = ("added", "half", "loads", "ones", "price", "requests", "step", "terms", "weights")
+    __slots__ = ("added", "half", "loads", "ones", "price", "step", "terms", "weights")
 
     def __init__(self, n: int) -> None:
         self.weights = np.zeros((3, 3))
         self.loads = np.zeros((3, n))
         self.terms = np.zeros((3, n))
-        self.requests = self.loads[0]
         self.step, self.added, self.price = self.terms
         self.ones = np.ones(n)
         self.half = np.zeros(n)
 
-
-WAIT_SHARE = 2.0 / 3.0
-"""Of half the pod's requests, how many the wait is taken to concern."""
 
 MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 """What a decision could be made from, best first; `MarginalDelay.modes` says which, per model."""
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + N + n / 2 + w) * C' + n / 3 * W' + n * M * d. [seconds]
+    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + free * n / 2 * W + n' * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
-    W'    the same times c / (c + the shortest wait of any pod), where c is the mean prompt's prefill
     C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
     TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
           steps free as much as there is), plus C, plus the share of decoding in the engine steps this takes (token
           budget 8192 each) at s; half a step more where no prompt is under way, since steps are not interrupted
-    s     the pod's step now: a0 + n * per-request cost + context tokens of its requests * per-KV-token cost
+    s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand counts less (`LookUp.scarce`)
     n     requests in flight on the pod, whose answers a second of prefill interrupts; half, as some still wait and
           the others can be many
+    n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
+          for the context tokens)
     N     mean requests in flight per pod: those that it takes capacity from sooner or later, on whichever pod
-    w     requests waiting for prefill on the pod: those that wait for it
+    w     requests waiting for prefill on the pod, or as many as come during the wait: those that wait for it
+    free  the share of the pods where nobody waits: the mean of c / (c + the pod's wait), c being the mean prompt's
+          prefill
     d     seconds that this request adds to each of the pod's steps
 
-    All terms are delays, this request's or others', in seconds; but for two shares of n they have weight one. That a
+    All terms are delays, this request's or others', in seconds; but for the halves they have weight one. That a
     request waits costs nobody else a second, and yet a pod where one waits has no slack for what comes next: without
-    n / 3 * W' whole answers come as soon, and first tokens later. Once requests wait on all pods there is no slack to
-    keep, and evening out the waits would only cost cache hits. Speeds are learnt per pod (`router.rates`), load is
-    the shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other gateways
-    sent. Source: our own, found by simulation (docs/routing.md).
+    n / 2 * W whole answers come as soon, and first tokens later. Where requests wait on all pods there is no slack to
+    keep: evening out the waits would only cost cache hits, and let the short prompts wait behind the long ones
+    everywhere. So the long ones then come to wait on few pods (their p99 is what it costs). Speeds are learnt per pod
+    (`router.rates`), load is the shared ledger's, so it is right to the last decision of any worker; engines' own
+    counts add what other gateways sent. Source: our own, found by simulation (docs/routing.md).
 
     Cost: 30 µs for 64 pods, 35 for 256, beside hashing and look-up (`bench.decision_cost`).
 
@@ -86,7 +86,7 @@ class MarginalDelay(Scoring):
         uncached: Floats | None = None
         mode = "full"
         if self._prefixes is not None:
-            found = self._prefixes.look_up(request, candidates, now)
+            found = self._prefixes.look_up(request, candidates, now, speeds.output_tokens)
             prompt = found.prompt_tokens
             uncached = found.uncached()
             scarce = found.scarce(self._prefixes.index, now, uncached)
@@ -106,9 +106,10 @@ class MarginalDelay(Scoring):
         space = candidates.derived.get(_Space)
         if space is None:
             space = candidates.derived[_Space] = _Space(len(candidates.pods))
-        requests = space.requests
-        np.add(loads[0], speeds.elsewhere, requests)
-        space.loads[1] = loads[1]
+        requests = loads[0] + speeds.elsewhere
+        np.add(loads[:2], speeds.usual, space.loads[:2])
+        space.loads[:2] *= 0.5
+        space.loads[0] += speeds.elsewhere
         space.loads[2] = todo
         weights = space.weights
         # Steps at factor 1; a running request has made half of its output, on average.
@@ -126,14 +127,9 @@ class MarginalDelay(Scoring):
         if speeds.seats is not None:
             served = np.minimum(requests, 1.0 / np.maximum(speeds.seats, 1e-6))
         np.multiply(served, 0.5, out=half)
-        price += half
-        price += 1.0 + float(served.dot(space.ones)) / space.ones.size
-        price *= scarce
-        price += uncached
-        price *= speeds.prefill_seconds
-        wait = todo * speeds.prefill_seconds
-        half *= wait
-        filled = (space.loads[1] + prompt) * speeds.rooms if speeds.rooms is not None else None
+        prefills = todo * speeds.prefill_seconds
+        wait = prefills
+        filled = (loads[1] + prompt) * speeds.rooms if speeds.rooms is not None else None
         if speeds.seats is not None:
             places = (requests + 1.0) * speeds.seats
             filled = places if filled is None else np.maximum(filled, places, out=filled)
@@ -141,11 +137,19 @@ class MarginalDelay(Scoring):
             filled -= 1.0
             filled *= step
             filled *= speeds.output_tokens
-            np.maximum(wait, filled, out=wait)
-        price += wait
+            wait = np.maximum(wait, filled)
         typical = self._backlog.mean_tokens * float(speeds.prefill_seconds[0])
-        half *= WAIT_SHARE * typical / (typical + float(wait.min()))
-        price += half  # n / 3 * W, while some pod has slack
+        slack = float((typical / (typical + wait)).dot(space.ones)) / space.ones.size
+        price *= slack
+        price += half
+        price += 1.0 + float(served.dot(space.ones)) / space.ones.size
+        price *= scarce
+        price += uncached
+        price *= speeds.prefill_seconds
+        price += wait
+        half *= prefills
+        half *= slack
+        price += half
         steps = np.where(todo > 0.0, 0.0, FIRST_STEPS)
         steps += uncached / budget
         steps += output
