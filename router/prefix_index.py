@@ -60,7 +60,7 @@ class PodRows(Protocol):
 class Run:
     """Consecutive blocks held by the same pods."""
 
-    __slots__ = ("block_bytes", "blocks", "hashes", "holders", "key", "parent", "start", "used_at", "uses")
+    __slots__ = ("answered", "block_bytes", "blocks", "hashes", "holders", "key", "parent", "start", "used_at", "uses")
 
     def __init__(self, key: int, parent: "Run | None", start: int, hashes: bytes, block_bytes: int) -> None:
         self.key = key
@@ -70,19 +70,24 @@ class Run:
         self.blocks = len(hashes) >> 3
         self.block_bytes = block_bytes
         self.holders = 0
+        self.answered = 0
+        """The pods whose last prompt along here ended with this run: they have its answer too."""
         self.uses = 0.0
         """How often it was routed of late, as of `used_at`: fading over DEMAND_SECONDS."""
         self.used_at = 0.0
 
 
 class Match:
-    """What a look-up found. `groups` holds (blocks matched, bitmap of slots) with the bitmaps disjoint and the
-    lengths rising; pods in none of them have no block. `runs` are those that some pod holds, with the blocks matched
-    up to the end of each."""
+    """What a look-up found. `groups` holds (blocks matched, bitmap of slots) with the bitmaps disjoint; pods in none
+    of them have no block. `runs` are those that some pod holds, with the blocks matched up to the end of each. `ends`
+    says of lengths that include an answer where it begins."""
 
-    __slots__ = ("chain", "groups", "runs")
+    __slots__ = ("chain", "ends", "groups", "runs")
 
-    def __init__(self, chain: Chain, groups: list[tuple[int, int]], runs: list[tuple[int, Run]]) -> None:
+    def __init__(
+        self, chain: Chain, groups: list[tuple[int, int]], runs: list[tuple[int, Run]], ends: dict[int, int]
+    ) -> None:
+        self.ends = ends
         self.chain = chain
         self.groups = groups
         self.runs = runs
@@ -244,8 +249,11 @@ class PrefixIndex:
         if now >= self._sweep_at:
             self._sweep(now)
 
-    def match(self, chain: Chain, mask: int) -> Match:
-        """How much of the prompt each pod of the bitmap `mask` holds."""
+    def match(self, chain: Chain, mask: int, answer_blocks: int = 0) -> Match:
+        """How much of the prompt each pod of the bitmap `mask` holds. Where a prompt goes on after the end of one that
+        a pod has answered, its next `answer_blocks` blocks are taken to be that answer, which the pod holds as well."""
+        ends: dict[int, int] = {}
+        answered = 0
         groups: list[tuple[int, int]] = []
         runs: list[tuple[int, Run]] = []
         hashes, packed = chain.hashes, chain.packed
@@ -259,20 +267,22 @@ class PrefixIndex:
             holding = left & run.holders
             if holding != left:
                 if place:
-                    groups.append((place, left ^ holding))
+                    _end(groups, ends, place, left ^ holding, answered, min(answer_blocks, n - place))
                 left = holding
                 if not left:
                     break
             if packed.startswith(run.hashes, place << 3):
                 place += run.blocks
+                answered = run.answered
                 runs.append((place, run))
             else:
+                answered = 0
                 place += _common_blocks(run.hashes, packed, place)
                 runs.append((place, run))
                 break
         if left and place:
-            groups.append((place, left))
-        return Match(chain, groups, runs)
+            _end(groups, ends, place, left, answered, min(answer_blocks, n - place))
+        return Match(chain, groups, runs, ends)
 
     def heat(self, now: float) -> float:
         """How many prompts were routed of late, at least 1: a run's share of them is the demand for it."""
@@ -355,8 +365,11 @@ class PrefixIndex:
                 run.holders |= bit
                 self._used[slot] += run.blocks * block_bytes
                 self.pairs += 1
+            run.answered &= ~bit
             path.append(run)
             parent = run
+        if byte == size and path and (path[-1].start + path[-1].blocks) << 3 == size:
+            path[-1].answered |= bit
         for run in reversed(path):
             order[run] = at
             order.move_to_end(run)
@@ -419,6 +432,7 @@ class PrefixIndex:
         self._used[slot] -= blocks * run.block_bytes
         self.blocks -= blocks
         run.blocks -= blocks
+        run.answered = 0
         run.hashes = run.hashes[: run.blocks << 3]
         order[run] = at
         order.move_to_end(run, last=False)
@@ -426,6 +440,7 @@ class PrefixIndex:
     def _drop(self, slot: int, run: Run) -> None:
         """The pod no longer holds a run, which has left its order of use."""
         run.holders &= ~(1 << slot)
+        run.answered &= ~(1 << slot)
         self._used[slot] -= run.blocks * run.block_bytes
         self.pairs -= 1
         if not run.holders:
@@ -462,6 +477,19 @@ class PrefixIndex:
                 return
             del order[run]
             self._drop(slot, run)
+
+
+def _end(
+    groups: list[tuple[int, int]], ends: dict[int, int], place: int, pods: int, answered: int, answer: int
+) -> None:
+    """The match of these pods ends here; `answered` of them hold `answer` blocks more."""
+    more = pods & answered if answer > 0 else 0
+    if more:
+        ends[place + answer] = place
+        groups.append((place + answer, more))
+        pods ^= more
+    if pods:
+        groups.append((place, pods))
 
 
 def _common_blocks(run: bytes, packed: bytes, place: int) -> int:

@@ -105,6 +105,9 @@ class LookUp:
                             if at >= place or at < 0:
                                 worth[at] -= less
             before = place
+        if worth is not None:
+            for blocks, place in self.match.ends.items():
+                worth[blocks] = worth[place] + (blocks - place) * block_tokens
         return worth
 
     def tokens(self) -> list[float]:
@@ -140,8 +143,11 @@ class Prefixes:
         self.hasher = hasher
         self._block_bytes = block_bytes
 
-    def look_up(self, request: RoutingRequest, candidates: Candidates, now: float) -> LookUp:
-        """What the candidates hold of this prompt. Done once per request, however many strategies ask."""
+    def look_up(
+        self, request: RoutingRequest, candidates: Candidates, now: float, answer_tokens: float = 0.0
+    ) -> LookUp:
+        """What the candidates hold of this prompt. Done once per request, however many strategies ask. With
+        `answer_tokens`, a prompt that goes on where an answered one ended is taken to begin with that answer."""
         found: LookUp | None = request.prefix
         if found is not None and found.slots is candidates.derived.get(SlotIndex):
             return found
@@ -157,7 +163,8 @@ class Prefixes:
         else:
             chain = self.hasher.chain(text, request.model, candidates.derived["block_bytes"])
         tokens = request.prompt_tokens or len(text) / NOMINAL_BYTES_PER_TOKEN
-        found = LookUp(chain, index.match(chain, slots.mask), slots, tokens, len(text))
+        answer = int(answer_tokens * len(text) / (tokens * chain.block_bytes)) if answer_tokens and tokens else 0
+        found = LookUp(chain, index.match(chain, slots.mask, answer), slots, tokens, len(text))
         request.prefix = found
         return found
 

@@ -28,7 +28,7 @@ which counts what else such a decision finds changed).
 """
 
 from dataclasses import dataclass
-from math import isfinite
+from math import exp, isfinite
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,8 @@ _LIMIT = 50.0
 LEAST_PLACES = 16
 """Fewer requests running may be as many as before by chance."""
 FLEETS_KEPT = 256
+LOAD_SECONDS = 3.0
+"""Over which a pod's usual load is averaged: a few polls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,12 @@ class Speeds:
         "sampled_at",
         "seats",
         "select",
+        "usual",
     )
 
     def __init__(self) -> None:
+        self.usual: Floats
+        """[2][n]: requests and tokens in flight as the ledger had them over the last LOAD_SECONDS."""
         self.seats: Floats | None = None
         """1 / (requests that run at once) where that is all that the pod can take and others wait; 0 for other pods,
         None if there are no such."""
@@ -180,6 +185,7 @@ class Rates:
         if fleet.crowded:
             out.seats = fleet.seats
         out.rooms = fleet.rooms
+        out.usual = fleet.average(candidates.loads()[:2], now)
         out.select = fleet.select
         out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
         self._elsewhere(out, candidates, sampled, now)
@@ -224,6 +230,8 @@ class _Fleet:
         "_prefill",
         "_queued",
         "_sums",
+        "_usual",
+        "_usual_at",
         "_young",
         "crowded",
         "output_tokens",
@@ -248,6 +256,8 @@ class _Fleet:
         self._sums: Floats = np.array([pod.sums for pod in pods], float).T.copy()
         self._prefill: Floats | None = None
         self._decode: Floats = np.zeros(0)
+        self._usual: Floats | None = None
+        self._usual_at = 0.0
 
     def observe(self, i: int, row: dict[str, float], prior: Prior) -> None:
         """Take a sample of one pod in."""
@@ -277,6 +287,16 @@ class _Fleet:
         known = capacity > 0
         if known.any():
             self.rooms = np.where(known, self.spread / np.where(known, capacity, 1.0), 0.0)
+
+    def average(self, loads: Ints, now: float) -> Floats:
+        """Take in what the load is now."""
+        usual: Floats
+        if self._usual is None:
+            usual = loads.astype(float)
+        else:
+            usual = self._usual + (1.0 - exp((self._usual_at - now) / LOAD_SECONDS)) * (loads - self._usual)
+        self._usual, self._usual_at = usual, now
+        return usual
 
     def factors(self, now: float) -> tuple[Floats, Floats]:
         """On the prior's prefill and decode rates, for each pod."""

@@ -20,8 +20,6 @@ from router.fleet import Candidates
 from router.rates import Speeds
 from state.pods import Floats, Ints
 
-WAIT_SHARE = 2.0 / 3.0
-"""Of half the pod's requests, how many the wait is taken to concern."""
 KEPT_SECONDS = 0.004
 """How old finished requests and finished prefills may be."""
 JITTER_SECONDS = 1e-9
@@ -74,7 +72,7 @@ class Delays:
         # Single numbers are read and written through views: half the price.
         self._form_of, self._weight_of = _numbers(self._form), _numbers(self._weights)
         self._of_request, self._of_token = _numbers(self._request_step), _numbers(self._token_step)
-        self._of_decode = _numbers(speeds.decode)
+        self._of_decode, self._load_of = _numbers(speeds.decode), _numbers(self._loads)
         self._place_of = {slot: place for place, slot in enumerate(candidates.slots.tolist())}
         self._n = n
         self._mean_tokens = 1.0
@@ -110,28 +108,34 @@ class Delays:
         if excess.any:
             wait -= np.where(excess.since > now, excess.seconds, 0.0)
         np.maximum(wait, 0.0, out=wait)
-        self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
+        mean_tokens = self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
 
-        np.multiply(requests, self._request_step, out=step)
-        step += tokens * self._token_step
+        # What decodes is taken to be half of what there is now and half of what there usually is.
+        decoding, context = 0.5 * (loads[:2] + speeds.usual)
+        decoding += speeds.elsewhere
+        np.multiply(decoding, speeds.decode, out=shared)
+        np.multiply(decoding, self._request_step, out=step)
+        step += context * self._token_step
         step += self._idle_step
-        served = requests if self._places is None else np.minimum(requests, self._places)
-        np.multiply(wait, speeds.drain, out=price)
-        price /= self._mean_tokens
-        np.minimum(price, requests, out=price)
-        price += 0.5 * served
-        price *= prefill
-        np.multiply(requests, speeds.decode, out=shared)
-        typical = self._mean_tokens * float(prefill[0])
-        self._slack = 0.5 * WAIT_SHARE * typical / (typical + float(wait.min()))
-        np.multiply(served, self._slack, out=fixed)
-        fixed += 1.0
-        fixed *= wait
-        fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
-        fixed += self._chance.draw(self._n)
-        self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
+        typical = mean_tokens * float(prefill[0])
         if self._rooms is not None:
             self._fullest = float((tokens * self._rooms).max())
+        waits = wait + self.wait_for_room(mean_tokens) if self.crowded(mean_tokens) else wait
+        slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
+        served = requests if self._places is None else np.minimum(requests, self._places)
+        self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
+        np.multiply(wait, speeds.drain, out=price)
+        price /= mean_tokens
+        np.minimum(price, requests, out=price)
+        price *= slack
+        half = 0.5 * served
+        price += half
+        price *= prefill
+        half *= slack
+        half += 1.0
+        np.multiply(half, wait, out=fixed)
+        fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
+        fixed += self._chance.draw(self._n)
 
     def add(self, place: int, tokens: int, uncached_tokens: int, now: float) -> None:
         """This process sends a request to a pod: promise its prefill, and enter to first order what that changes, until
@@ -143,11 +147,17 @@ class Delays:
         self._enter(place, tokens, until - max(before, now))
 
     def _enter(self, place: int, tokens: float, longer: float) -> None:
-        n, form = self._n, self._form_of
-        form[place] += longer * (1.0 + self._slack)
-        form[n + place] += self._of_request[place] + tokens * self._of_token[place]
-        form[2 * n + place] += 0.5 * form[4 * n + place] + longer / self._mean_tokens
-        form[3 * n + place] += self._of_decode[place]
+        n, form, load, half_slack = self._n, self._form_of, self._load_of, 0.5 * self._slack
+        requests, wait = load[place] + 1.0, load[2 * n + place] + longer
+        load[place], load[2 * n + place] = requests, wait
+        load[n + place] += tokens
+        fixed = longer + half_slack * (requests * longer + wait)
+        if wait == longer:
+            fixed -= FIRST_STEPS * form[n + place]  # now there is a prompt before the next
+        form[place] += fixed
+        form[n + place] += 0.5 * (self._of_request[place] + tokens * self._of_token[place])
+        form[2 * n + place] += 0.5 * form[4 * n + place] + self._slack * longer / self._mean_tokens
+        form[3 * n + place] += 0.5 * self._of_decode[place]
         self._price_of_all += 1.0 / n
         if self._rooms is not None:
             self._fullest += tokens * self._most_room

@@ -15,29 +15,33 @@ MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + N + n / 2 + w) * C' + n / 3 * W' + n * M * d. [seconds]
+    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + free * n / 2 * W + n' * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
-    W'    the same times c / (c + the shortest wait of any pod), where c is the mean prompt's prefill
     C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
     TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
           steps free as much as there is), plus C, plus the share of decoding in the engine steps this takes (token
           budget 8192 each) at s; half a step more where no prompt is under way, since steps are not interrupted
-    s     the pod's step now: a0 + n * per-request cost + context tokens of its requests * per-KV-token cost
+    s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand counts less (`LookUp.scarce`)
     n     requests in flight on the pod, whose answers a second of prefill interrupts; half, as some still wait and
           the others can be many
+    n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
+          for the context tokens)
     N     mean requests in flight per pod: those that it takes capacity from sooner or later, on whichever pod
-    w     requests waiting for prefill on the pod: those that wait for it
+    w     requests waiting for prefill on the pod, or as many as come during the wait: those that wait for it
+    free  the share of the pods where nobody waits: the mean of c / (c + the pod's wait), c being the mean prompt's
+          prefill
     d     seconds that this request adds to each of the pod's steps
 
-    All terms are delays, this request's or others', in seconds; but for two shares of n they have weight one. That a
+    All terms are delays, this request's or others', in seconds; but for the halves they have weight one. That a
     request waits costs nobody else a second, and yet a pod where one waits has no slack for what comes next: without
-    n / 3 * W' whole answers come as soon, and first tokens later. Once requests wait on all pods there is no slack to
-    keep, and evening out the waits would only cost cache hits. Speeds are learnt per pod (`router.rates`), load is
-    the shared ledger's, so it is right to the last decision of any worker; engines' own counts add what other gateways
-    sent. Source: our own, found by simulation (docs/routing.md).
+    n / 2 * W whole answers come as soon, and first tokens later. Where requests wait on all pods there is no slack to
+    keep: evening out the waits would only cost cache hits, and let the short prompts wait behind the long ones
+    everywhere. So the long ones then come to wait on few pods (their p99 is what it costs). Speeds are learnt per pod
+    (`router.rates`), load is the shared ledger's, so it is right to the last decision of any worker; engines' own
+    counts add what other gateways sent. Source: our own, found by simulation (docs/routing.md).
 
     The arithmetic is in `router.strategies.delays`. Equal pods are told apart by chance, in the tenth digit.
 
@@ -58,10 +62,11 @@ class MarginalDelay(Scoring):
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """Seconds of delay. The array is written over by the next call for the same candidates."""
+        speeds = self._rates.speeds(candidates, now)
         prefixes = self._prefixes
         others: Shares = ()
         if prefixes is not None:
-            found = prefixes.look_up(request, candidates, now)
+            found = prefixes.look_up(request, candidates, now, speeds.output_tokens)
             prompt = found.prompt_tokens
             mode = "full" if found.chain.hashes else "no-prefix"
             uncached, scarce, others = found.shares(prefixes.index, now)
@@ -69,7 +74,6 @@ class MarginalDelay(Scoring):
             mode = "no-prefix"
             prompt = uncached = scarce = float(request.prompt_tokens)
         delays = self._delays(candidates, now)
-        speeds = delays.speeds
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode

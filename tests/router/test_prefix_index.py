@@ -72,6 +72,28 @@ def test_every_pod_is_known_by_how_much_of_the_prompt_it_holds() -> None:
     assert matched(index, chain(("nobody", 9))) == [0, 0, 0, 0]
 
 
+def test_the_pod_that_answered_a_prompt_holds_the_answer_too() -> None:
+    index = Room().view()
+    index.remember(chain(("system", 4), ("alice", 6)), 0, 1.0)
+    index.remember(chain(("system", 4)), 1, 1.0)
+    slots = SlotIndex(range(4))
+
+    def lengths(prompt: Chain) -> list[int]:
+        return index.match(prompt, slots.mask, 3).blocks(slots)
+
+    assert lengths(chain(("system", 4), ("alice", 6), ("answer", 3), ("next", 5))) == [13, 7, 0, 0]
+    assert lengths(chain(("system", 4), ("alice", 6), ("answer", 2))) == [12, 7, 0, 0]
+    assert lengths(chain(("system", 4), ("alice", 6))) == [10, 7, 0, 0]
+    assert lengths(chain(("system", 4), ("bob", 6))) == [4, 7, 0, 0]
+    assert lengths(chain(("system", 2), ("carol", 6))) == [2, 2, 0, 0]
+    # Once the chat has gone on, what follows its first turn is known.
+    index.remember(chain(("system", 4), ("alice", 6), ("answer", 3), ("next", 5)), 0, 2.0)
+    assert lengths(chain(("system", 4), ("alice", 6), ("other", 9))) == [10, 7, 0, 0]
+    assert lengths(chain(("system", 4), ("alice", 6), ("answer", 3), ("next", 5), ("more", 9))) == [21, 7, 0, 0]
+    index.forget(0)
+    assert lengths(chain(("system", 4), ("alice", 6), ("answer", 3))) == [0, 7, 0, 0]
+
+
 def test_only_candidates_count() -> None:
     index = Room().view()
     index.remember(chain(("a", 5)), 0, 1.0)

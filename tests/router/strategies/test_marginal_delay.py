@@ -50,6 +50,39 @@ def test_the_score_is_the_sum_of_the_delays(lab: Any) -> None:
     assert fleet.scores(NAME, fleet.request(tokens=1000)) == pytest.approx(expected)
 
 
+def test_the_load_of_the_last_seconds_counts_for_decoding(lab: Any) -> None:
+    """Two pods that are equally loaded now, one of which had nothing to do until a moment ago."""
+    fleet = lab(2)
+    fleet.load(0, 20)
+    fleet.scores(NAME, fleet.request(tokens=500))
+    fleet.load(1, 20)
+    fleet.now += 0.5
+    fleet.poll(0)
+    old, new = fleet.scores(NAME, fleet.request(tokens=500))
+    assert old > new
+    for _ in range(30):
+        fleet.now += 1
+        fleet.poll(0)
+        old, new = fleet.scores(NAME, fleet.request(tokens=500))
+    assert old == pytest.approx(new, rel=1e-3)
+
+
+def test_once_requests_wait_everywhere_waits_are_no_longer_evened_out(lab: Any) -> None:
+    """Of two pods with a long and a short queue, how much more the long one costs than its wait: for a small prompt
+    and a large one, while a third pod has nothing to do, and when it has."""
+
+    def extra(third: int, tokens: int) -> float:
+        fleet = lab(3)
+        for slot, promised in ((0, 140_000), (1, 70_000), (2, third)):
+            fleet.load(slot, 40)
+            fleet.promise(slot, promised)
+        scores = fleet.scores(NAME, fleet.request(tokens=tokens))
+        return float(scores[0] - scores[1] - 5.0)
+
+    for tokens in (100, 10_000):
+        assert 0 < extra(140_000, tokens) < 0.4 * extra(0, tokens)
+
+
 def test_what_other_workers_promised_a_pod_counts_at_once_and_drains(lab: Any) -> None:
     fleet = lab(2)
     idle = fleet.scores(NAME, fleet.request(tokens=500))
@@ -116,9 +149,19 @@ def test_the_chosen_pods_uncached_tokens_are_noted(lab: Any, prompt: Any) -> Non
     fleet = lab(4)
     fleet.send(NAME, fleet.request(prompt("system", 16)))
     fleet.now += 5
-    request = fleet.request(prompt("system", 16) + prompt("alice", 4))
+    request = fleet.request(prompt("system", 8) + prompt("alice", 4))
     fleet.send(NAME, request)
     assert request.uncached_tokens == 1024
+
+
+def test_a_chat_that_goes_on_is_taken_to_begin_with_the_answer(lab: Any, prompt: Any) -> None:
+    """200 tokens, the mean answer, are three blocks of 64."""
+    fleet = lab(4)
+    fleet.send(NAME, fleet.request(prompt("chat", 16)))
+    fleet.now += 5
+    request = fleet.request(prompt("chat", 16) + prompt("answer and question", 4))
+    fleet.send(NAME, request)
+    assert request.uncached_tokens == 1024 - 3 * 64
 
 
 def steps(slower_decode: float, slower_prefill: float, decoding: float, chunk: float) -> dict[str, float]:
