@@ -46,6 +46,8 @@ _TOGETHER = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
 _LIMIT = 50.0
+FULL_USAGE = 0.95
+"""Of the KV cache, above which requests may wait for room in it and not for a place."""
 LEAST_PLACES = 16
 """Fewer requests running may be as many as before by chance."""
 FLEETS_KEPT = 256
@@ -91,8 +93,7 @@ class Speeds:
         self.usual: Floats
         """[2][n]: requests and tokens in flight as the ledger had them over the last LOAD_SECONDS."""
         self.seats: Floats | None = None
-        """1 / (requests that run at once) where that is all that the pod can take and others wait; 0 for other pods,
-        None if there are no such."""
+        """1 / (requests that the pod can run at once), 0 where that is not known; None if nowhere."""
         self.rooms: Floats | None = None
         """1 / (prompt tokens in flight that fill the pod's KV cache), 0 where that is not known; None if nowhere."""
         self.select: slice | Ints
@@ -226,6 +227,9 @@ class _Fleet:
 
     __slots__ = (
         "_decode",
+        "_full",
+        "_most",
+        "_places",
         "_pods",
         "_prefill",
         "_queued",
@@ -251,6 +255,9 @@ class _Fleet:
         self.rooms: Floats | None = None
         self.spread = 1.0
         self._queued: Floats = np.zeros(len(pods))
+        self._full: Floats = np.zeros(len(pods))
+        self._places: Floats = np.zeros(len(pods))
+        self._most: Floats = np.zeros(len(pods))
         self.output_tokens = prior.output_tokens
         self._young = max((pod.seen for pod in pods), default=0.0)
         self._sums: Floats = np.array([pod.sums for pod in pods], float).T.copy()
@@ -269,21 +276,34 @@ class _Fleet:
     def measure_room(self, polled: list[int], candidates: Candidates) -> None:
         """See how many requests and tokens the pods can take at once.
 
-        Places show where requests wait in polls one after the other and the same number runs. Room in the KV cache is
-        known; how much of it a prompt token takes is learnt where nobody waits: less than its own where prompts share
-        blocks, more for the answers.
+        Places show where requests wait in polls one after the other and the same number runs. Where that is not for
+        want of room in the KV cache it is the engine's limit, which is remembered, and expected of pods that were never
+        seen at theirs too. Room in the KV cache is known; how much of it a prompt token takes is learnt where nobody
+        waits: less than its own where prompts share blocks, more for the answers.
         """
         waiting, running = candidates.metric("waiting"), candidates.metric("running")
         capacity = candidates.metric("num_gpu_blocks") * candidates.metric("block_size")
-        used = candidates.metric("kv_usage") * capacity
+        usage = candidates.metric("kv_usage")
+        used = usage * capacity
         tokens = candidates.metric("own_tokens_at_sample")
         for i in polled:
-            queued = float(running[i]) if waiting[i] > 0 else 0.0
-            self.seats[i] = 1.0 / queued if queued >= LEAST_PLACES and queued == self._queued[i] else 0.0
+            runs = float(running[i])
+            queued = runs if waiting[i] > 0 else 0.0
+            stands = queued >= LEAST_PLACES and queued == self._queued[i]
+            self._full[i] = queued if stands else 0.0
             self._queued[i] = queued
+            self._most[i] = max(self._most[i], runs)
+            if stands and not usage[i] > FULL_USAGE:
+                self._places[i] = runs
+            elif runs > self._places[i]:
+                self._places[i] = 0.0
             if waiting[i] == 0 and tokens[i] > 0 and used[i] > 0:
                 self.spread += 0.1 * min(used[i] / tokens[i], 2.0) - 0.1 * self.spread
-        self.crowded = bool(self.seats.any())
+        usual = float(self._places.max())
+        places = np.where(self._places > 0, self._places, np.where(self._most <= usual, usual, 0.0))
+        places = np.where(self._full > 0, self._full, places)
+        self.crowded = bool(places.any())
+        self.seats = np.where(places > 0, 1.0 / np.maximum(places, 1.0), 0.0)
         known = capacity > 0
         if known.any():
             self.rooms = np.where(known, self.spread / np.where(known, capacity, 1.0), 0.0)

@@ -63,7 +63,8 @@ class Delays:
         self._token_step = self._per_token * speeds.decode
         self._rooms = speeds.rooms
         self._most_room = float(speeds.rooms.max()) if speeds.rooms is not None else 0.0
-        self._fullest = 0.0
+        self._fullest = self._most_taken = 0.0
+        self._most_seat = float(speeds.seats.max()) if speeds.seats is not None else 0.0
         self._loads: Floats = np.zeros((3, n))
         self._form: Floats = np.zeros((5, n))
         self._form[_PREFILL] = speeds.prefill_seconds
@@ -120,6 +121,8 @@ class Delays:
         typical = mean_tokens * float(prefill[0])
         if self._rooms is not None:
             self._fullest = float((tokens * self._rooms).max())
+        if speeds.seats is not None:
+            self._most_taken = float(((requests + 1.0) * speeds.seats).max())
         waits = wait + self.wait_for_room(mean_tokens) if self.crowded(mean_tokens) else wait
         slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
         served = requests if self._places is None else np.minimum(requests, self._places)
@@ -161,6 +164,7 @@ class Delays:
         self._price_of_all += 1.0 / n
         if self._rooms is not None:
             self._fullest += tokens * self._most_room
+        self._most_taken += self._most_seat
 
     def of_all(self, prompt: float, output: float, uncached: float, scarce: float) -> Floats:
         """The score of every pod, if all of them hold as much of the prompt. The array is written over by the next
@@ -193,7 +197,7 @@ class Delays:
 
     def crowded(self, prompt: float) -> bool:
         """Whether some pod may be out of places, or out of room in its KV cache with this prompt."""
-        return self._fullest + prompt * self._most_room > 1.0 or self.speeds.seats is not None
+        return self._fullest + prompt * self._most_room > 1.0 or self._most_taken > 1.0
 
     def wait_for_room(self, prompt: float) -> Floats:
         """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: M steps
