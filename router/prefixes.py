@@ -44,18 +44,21 @@ class LookUp:
             out[slots.places(bitmap)] = prompt - self._tokens(blocks)
         return out
 
-    def shares(self, index: PrefixIndex, now: float) -> tuple[float, float, Shares]:
-        """(uncached, scarce) of most candidates, and the candidates for which they are others.
+    def shares(self, index: PrefixIndex, now: float, full: int = 0) -> tuple[float, float, Shares]:
+        """(uncached, scarce) of most candidates, and the candidates for which they are others. `full` is the bitmap of
+        pods that have no room for a request now.
 
         Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
-        compute it once more is no waste but an investment, and it counts (k / wanted)^2.
+        compute it once more is no waste but an investment, and it counts (k / wanted)^2. A run of which full pods have
+        all copies is as good as gone until they have room: those that ask for it, `uses` of late, share the price of a
+        copy on another pod, the more so the more pods have room.
         """
         prompt, groups = self.prompt_tokens, self.match.groups
         if not groups:
             return prompt, prompt, ()
         slots, block_tokens = self.slots, self.block_tokens
-        worth = self._worth(index, now)
+        worth = self._worth(index, now, full)
         most = prompt - 1.0  # an engine computes at least the last token again
         left = slots.mask
         common = pods = 0
@@ -82,14 +85,18 @@ class LookUp:
         shares.append((slots.places(usual[0]), usual[1], usual[2]))
         return prompt, scarce, shares
 
-    def _worth(self, index: PrefixIndex, now: float) -> dict[int, float] | None:
+    def _worth(self, index: PrefixIndex, now: float, full: int) -> dict[int, float] | None:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
         worth: dict[int, float] | None = None
         heat = before = 0.0
         for place, run in self.match.runs:
             holders = run.holders & mask
-            if holders != mask:
+            less = 0.0
+            if full and not holders & ~full:
+                uses = run.uses * exp((run.used_at - now) / DEMAND_SECONDS)
+                less = uses / (1.0 + uses) * (1.0 - full.bit_count() / n)
+            elif holders != mask:
                 if not heat:
                     heat = index.heat(now) / (SPARE * n)
                 wanted = run.uses / heat  # at most, since it fades
@@ -97,13 +104,15 @@ class LookUp:
                 if copies < wanted:
                     wanted = min(wanted * exp((run.used_at - now) / DEMAND_SECONDS), n)
                     if copies < wanted:
-                        if worth is None:
-                            worth = {at: at * block_tokens for at, _ in self.match.runs}
-                            worth[-1] = self.prompt_tokens
-                        less = (place - before) * block_tokens * (1.0 - (copies / wanted) ** 2)
-                        for at in worth:
-                            if at >= place or at < 0:
-                                worth[at] -= less
+                        less = 1.0 - (copies / wanted) ** 2
+            if less:
+                if worth is None:
+                    worth = {at: at * block_tokens for at, _ in self.match.runs}
+                    worth[-1] = self.prompt_tokens
+                tokens = less * (place - before) * block_tokens
+                for at in worth:
+                    if at >= place or at < 0:
+                        worth[at] -= tokens
             before = place
         if worth is not None:
             for blocks, place in self.match.ends.items():

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from router.fleet import Candidates
-from router.prefixes import Shares
+from router.prefixes import LookUp, Shares
 from router.rates import STALE_SECONDS
 from router.request import RoutingRequest
 from router.strategies.base import Context, Scoring
@@ -24,7 +24,8 @@ class MarginalDelay(Scoring):
           budget 8192 each) at s; half a step more where no prompt is under way, since steps are not interrupted
     s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
-    C'    the same as C, but what has too few copies for its demand counts less (`LookUp.scarce`)
+    C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less
+          (`LookUp.shares`)
     n     requests in flight on the pod, whose answers a second of prefill interrupts; half, as some still wait and
           the others can be many
     n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
@@ -64,16 +65,24 @@ class MarginalDelay(Scoring):
         """Seconds of delay. The array is written over by the next call for the same candidates."""
         speeds = self._rates.speeds(candidates, now)
         prefixes = self._prefixes
-        others: Shares = ()
+        found: LookUp | None = None
+        mode = "no-prefix"
+        prompt = float(request.prompt_tokens)
         if prefixes is not None:
             found = prefixes.look_up(request, candidates, now, speeds.output_tokens)
             prompt = found.prompt_tokens
-            mode = "full" if found.chain.hashes else "no-prefix"
-            uncached, scarce, others = found.shares(prefixes.index, now)
-        else:
-            mode = "no-prefix"
-            prompt = uncached = scarce = float(request.prompt_tokens)
+            if found.chain.hashes:
+                mode = "full"
         delays = self._delays(candidates, now)
+        room: Floats | None = None
+        full = 0
+        if delays.crowded(prompt):
+            room = delays.wait_for_room(prompt)
+            full = sum([1 << candidates.pods[place].slot for place in room.nonzero()[0].tolist()])
+        uncached = scarce = prompt
+        others: Shares = ()
+        if prefixes is not None and found is not None:
+            uncached, scarce, others = found.shares(prefixes.index, now, full)
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode
@@ -84,8 +93,8 @@ class MarginalDelay(Scoring):
         scores = delays.of_all(prompt, output, uncached, scarce)
         for places, uncached, scarce in others:
             scores[places] = delays.of(places, output, uncached, scarce)
-        if delays.crowded(prompt):
-            scores += delays.wait_for_room(prompt)
+        if room is not None:
+            scores += room
         return scores
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
