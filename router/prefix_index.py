@@ -343,36 +343,40 @@ class PrefixIndex:
         byte = 0
         parent: Run | None = None
         path: list[Run] = []
+        run: Run | None
         while byte < size:
-            key = hashes[byte >> 3] if hashes else int.from_bytes(packed[byte : byte + 8], "little")
+            place = byte >> 3
+            key = hashes[place] if hashes else int.from_bytes(packed[byte : byte + 8], "little")
             run = runs.get(key)
             if run is None:
-                run = Run(key, parent, byte >> 3, packed[byte:], block_bytes)
-                runs[key] = run
+                run = runs[key] = Run(key, parent, place, packed[byte:] if byte else packed, block_bytes)
+                run.used_at = at
                 self.blocks += run.blocks
                 byte = size
-            elif run.start != byte >> 3 or run.parent is not parent:
+            elif run.start != place or run.parent is not parent:
                 break  # another text with the same hash: believe nothing from here on
             elif packed.startswith(run.hashes, byte):
                 byte += len(run.hashes)
             elif run.holders & bit and run.hashes.startswith(packed[byte:]):
                 byte = size  # used in part: no reason to cut it
             else:
-                common = _common_blocks(run.hashes, packed, byte >> 3)
+                common = _common_blocks(run.hashes, packed, place)
                 run = self._split(run, common)
                 byte += common << 3
             if not run.holders & bit:
                 run.holders |= bit
                 self._used[slot] += run.blocks * block_bytes
                 self.pairs += 1
-            run.answered &= ~bit
+            elif run.answered:
+                run.answered &= ~bit
             path.append(run)
             parent = run
-        if byte == size and path and (path[-1].start + path[-1].blocks) << 3 == size:
-            path[-1].answered |= bit
+        if byte == size and parent is not None and (parent.start + parent.blocks) << 3 == size:
+            parent.answered |= bit
+        move = order.move_to_end
         for run in reversed(path):
             order[run] = at
-            order.move_to_end(run)
+            move(run)
             since = run.used_at
             if since < at:
                 run.used_at = at

@@ -73,8 +73,20 @@ Part = tuple[int, int]
 
 def phase_part(message: bytes) -> Part | None:
     """The extent of the first field. None: read it with the general parser."""
-    length, start = _varint(message, 1)
-    end = start + length
+    try:
+        end = message[1] + 2
+        start = 2
+        if end >= 0x82:
+            # Two bytes of length, as in most messages, or more.
+            more = message[2]
+            if more < 0x80:
+                start = 3
+                end += (more - 1 << 7) + 1
+            else:
+                length, start = _varint(message, 1)
+                end = start + length
+    except IndexError:
+        return None
     return (start, end) if start and end <= len(message) else None
 
 
@@ -105,9 +117,16 @@ def _varint(message: bytes, place: int) -> tuple[int, int]:
 def read_headers(message: bytes, part: Part, names: Names) -> tuple[dict[str, bytes], bool] | None:
     """(those of the headers that are there, end of stream). Of a repeated header the last one counts."""
     start, end = part
-    if start >= end or message[start] != 0x0A:
+    if end - start < 2 or message[start] != 0x0A:
         return None
-    length, begin = _varint(message, start + 1)
+    length = message[start + 1]
+    if length < 0x80:
+        begin = start + 2
+    elif start + 2 < end and message[start + 2] < 0x80:
+        begin = start + 3
+        length += message[start + 2] - 1 << 7
+    else:
+        length, begin = _varint(message, start + 1)
     stop = begin + length
     if not begin or stop > end:
         return None

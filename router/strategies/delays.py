@@ -73,7 +73,7 @@ class Delays:
         # Single numbers are read and written through views: half the price.
         self._form_of, self._weight_of = _numbers(self._form), _numbers(self._weights)
         self._of_request, self._of_token = _numbers(self._request_step), _numbers(self._token_step)
-        self._of_decode, self._load_of = _numbers(speeds.decode), _numbers(self._loads)
+        self._of_decode, self._requests_of = _numbers(speeds.decode), _numbers(self._loads[0])
         self._place_of = {slot: place for place, slot in enumerate(candidates.slots.tolist())}
         self._n = n
         self._mean_tokens = 1.0
@@ -150,14 +150,8 @@ class Delays:
         self._enter(place, tokens, until - max(before, now))
 
     def _enter(self, place: int, tokens: float, longer: float) -> None:
-        n, form, load, half_slack = self._n, self._form_of, self._load_of, 0.5 * self._slack
-        requests, wait = load[place] + 1.0, load[2 * n + place] + longer
-        load[place], load[2 * n + place] = requests, wait
-        load[n + place] += tokens
-        fixed = longer + half_slack * (requests * longer + wait)
-        if wait == longer:
-            fixed -= FIRST_STEPS * form[n + place]  # now there is a prompt before the next
-        form[place] += fixed
+        n, form = self._n, self._form_of
+        form[place] += longer * (1.0 + 0.5 * self._slack * self._requests_of[place])
         form[n + place] += 0.5 * (self._of_request[place] + tokens * self._of_token[place])
         form[2 * n + place] += 0.5 * form[4 * n + place] + self._slack * longer / self._mean_tokens
         form[3 * n + place] += 0.5 * self._of_decode[place]
