@@ -6,8 +6,6 @@ pick the same pod; what each adds is visible to the other at its next decision.)
 """
 
 from collections.abc import Callable
-from heapq import nsmallest
-from math import isnan
 from typing import Any
 
 from router.errors import header_value, model_asleep, no_pods, not_selected, unknown_model
@@ -16,7 +14,7 @@ from router.receipts import Receipt
 from router.replies import MOST_TOKENS, Destination, RoutedReplies, endpoints_in_order
 from router.request import RoutingRequest
 from router.rules import Rules, awake, filtered, rules_of
-from router.strategies import STRATEGIES, Context, Scoring, Strategy
+from router.strategies import STRATEGIES, Context, Strategy
 from router.strategies.marginal_delay import MODES, MarginalDelay
 from router.strategies.weighted import Strategies
 from state.ledger import Charge
@@ -142,7 +140,9 @@ class Scheduler:
             self.series.add(strategy.fallbacks, "fallbacks", label)
             strategy.fallbacks = 0
         retries = destination is Destination.OVERRIDE_HOST and self._retry_candidates > 0
-        order = self._order(strategy, request, candidates, index, started) if retries and len(candidates) > 1 else ()
+        order: tuple[int, ...] = ()
+        if retries and len(candidates) > 1:
+            order = (index, *strategy.next_best(request, candidates, index, self._retry_candidates, started))
         receipt = Receipt(strategy_name, strategy, request, candidates, index, started) if explain else None
         strategy.chosen(request, candidates, index, started)
         pod = candidates.pods[index]
@@ -167,20 +167,6 @@ class Scheduler:
         index = strategy.pick(request, candidates, now)
         strategy.fallbacks = 0
         return Receipt(strategy_name, strategy, request, candidates, index, now)
-
-    def _order(
-        self, strategy: Strategy, request: RoutingRequest, candidates: Candidates, first: int, now: float
-    ) -> tuple[int, ...]:
-        """Indices of the chosen pod and the next best."""
-        loads = candidates.requests().tolist()
-        scores = strategy.scores(request, candidates, now).tolist() if isinstance(strategy, Scoring) else loads
-
-        def worth(index: int) -> tuple[bool, float, int]:
-            score = scores[index]
-            return (True, 0.0, loads[index]) if isnan(score) else (False, score, loads[index])
-
-        others = (index for index in range(len(loads)) if index != first)
-        return (first, *nsmallest(self._retry_candidates, others, key=worth))
 
     def _in_order(self, candidates: Candidates, order: tuple[int, ...], duplex: bool) -> bytes:
         pods = [candidates.pods[index] for index in order]

@@ -13,7 +13,7 @@ decision is counted as a fallback.
 
 import random
 from abc import ABC, abstractmethod
-from math import isfinite, isnan
+from math import inf, isfinite, isnan
 from typing import Any, ClassVar
 
 from router.backlog import Backlog
@@ -68,6 +68,12 @@ class Strategy(ABC):
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The index of the chosen pod. `candidates` is never empty; `now` is in monotonic seconds."""
 
+    def next_best(
+        self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
+    ) -> list[int]:
+        """The indices of the pods to try after `first`, at most `count`. Called right after `pick`."""
+        return smallest([*map(float, candidates.requests_now(now))], first, count)
+
     def chosen(  # noqa: B027 (most strategies remember nothing)
         self, request: RoutingRequest, candidates: Candidates, index: int, now: float
     ) -> None:
@@ -89,6 +95,27 @@ class Scoring(Strategy):
             self.fallbacks += 1
             index = fewest(candidates.requests().tolist(), self.context.random)
         return index
+
+    def next_best(
+        self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
+    ) -> list[int]:
+        """The next lowest scores; what is not known comes after all others, by requests in flight."""
+        scores: list[float] = self.scores(request, candidates, now).tolist()
+        if isnan(sum(scores)):
+            loads = candidates.requests_now(now)
+            scores = [1e300 + 1e290 * loads[place] if isnan(score) else score for place, score in enumerate(scores)]
+        return smallest(scores, first, count)
+
+
+def smallest(values: list[float], first: int, count: int) -> list[int]:
+    """The indices of the smallest values but the one at `first`. Writes over `values`."""
+    found = []
+    values[first] = inf
+    for _ in range(min(count, len(values) - 1)):
+        index = values.index(min(values))
+        values[index] = inf
+        found.append(index)
+    return found
 
 
 def fewest(counts: list[int], rng: random.Random) -> int:

@@ -2,11 +2,13 @@
 
 from typing import ClassVar
 
+import numpy as np
+
 from router.fleet import Candidates
 from router.prefixes import LookUp, Shares
 from router.rates import STALE_SECONDS
 from router.request import RoutingRequest
-from router.strategies.base import Context, Scoring
+from router.strategies.base import Context, Scoring, smallest
 from router.strategies.delays import Chance, Delays
 from state.pods import Floats
 
@@ -58,6 +60,7 @@ class MarginalDelay(Scoring):
         self._rates = context.rates
         self._backlog = context.backlog
         self._chance = Chance(context.random)
+        self._scores: Floats = np.zeros(0)
         self.modes: dict[str, str] = {}
         """What the last decision for a model was made from."""
 
@@ -99,7 +102,14 @@ class MarginalDelay(Scoring):
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The lowest score; none of them is ever unknown."""
-        return int(self.scores(request, candidates, now).argmin())
+        self._scores = self.scores(request, candidates, now)
+        return int(self._scores.argmin())
+
+    def next_best(
+        self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
+    ) -> list[int]:
+        """The next lowest of the scores that `pick` went by."""
+        return smallest(self._scores.tolist(), first, count)
 
     def _delays(self, candidates: Candidates, now: float) -> Delays:
         found: Delays | None = candidates.derived.get(Delays)
