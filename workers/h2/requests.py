@@ -7,8 +7,9 @@ lookup.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
+from types import MappingProxyType
 
 from workers.calls import Call, Metadata, Method, Methods, Status
 from workers.h2.faults import StreamFault
@@ -31,20 +32,29 @@ class Refusal:
     body: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
 class Request:
-    """A well-formed request. `method` is None when the answer is `refusal`.
+    """A well-formed request. `method` is None when the answer is `refusal`, `content_length` -1 when it is not stated.
 
     `plain_method` is `method.open` for the many requests that have no length and whose method does not push.
     """
 
-    method: Method | None
-    metadata: Metadata = field(default_factory=dict)
-    timeout_seconds: float = inf
-    content_length: int = -1
-    """-1: not stated."""
-    refusal: Refusal | None = None
-    plain_method: Callable[[Metadata], Call] | None = None
+    __slots__ = ("content_length", "metadata", "method", "plain_method", "refusal", "timeout_seconds")
+
+    def __init__(
+        self,
+        method: Method | None,
+        metadata: Metadata = MappingProxyType({}),
+        timeout_seconds: float = inf,
+        content_length: int = -1,
+        refusal: Refusal | None = None,
+        plain_method: Callable[[Metadata], Call] | None = None,
+    ) -> None:
+        self.method = method
+        self.metadata = metadata
+        self.timeout_seconds = timeout_seconds
+        self.content_length = content_length
+        self.refusal = refusal
+        self.plain_method = plain_method
 
 
 TOO_LARGE = Request(None, refusal=Refusal(plain(431, b"request headers too large\n"), b"request headers too large\n"))
@@ -53,7 +63,7 @@ TOO_LARGE = Request(None, refusal=Refusal(plain(431, b"request headers too large
 class RequestReader:
     """Reads the header blocks of one connection."""
 
-    __slots__ = ("_cache", "_cache_entries", "_decoder", "_methods", "cached")
+    __slots__ = ("_but_for_deadline", "_cache", "_cache_entries", "_decoder", "_methods", "cached")
 
     def __init__(self, methods: Methods, max_header_list_bytes: int, cache_entries: int) -> None:
         self._methods = methods
@@ -62,6 +72,7 @@ class RequestReader:
         self.cached = self._cache.get
         """The first half of `read`, for callers in a hurry."""
         self._cache_entries = cache_entries
+        self._but_for_deadline: dict[tuple[object, ...], Request] = {}
 
     def read(self, block: bytes) -> Request:
         """Raises `ConnectionFault` if the block cannot be decoded, `StreamFault` if it is no request."""
@@ -73,7 +84,12 @@ class RequestReader:
         fields = decoder.decode(block)
         if decoder.version != version:
             self._cache.clear()
-            return TOO_LARGE if fields is None else read_request(fields, self._methods)
+            if fields is None:
+                return TOO_LARGE
+            newest = decoder.newest
+            if newest is None or newest[0] != "grpc-timeout" or len(block) > _LONGEST_CACHED:
+                return read_request(fields, self._methods)
+            return self._with_deadline(fields, newest)
         if fields is None:
             return TOO_LARGE
         request = read_request(fields, self._methods)
@@ -81,6 +97,24 @@ class RequestReader:
             if len(self._cache) >= self._cache_entries:
                 self._cache.clear()
             self._cache[block] = request
+        return request
+
+    def _with_deadline(self, fields: list[Field], deadline: Field) -> Request:
+        """A request like others but for its deadline, which is one of its fields."""
+        if deadline not in fields:
+            return read_request(fields, self._methods)
+        place = fields.index(deadline)
+        key = (place, *fields[:place], *fields[place + 1 :])
+        known = self._but_for_deadline.get(key)
+        match = _TIMEOUT(deadline[1])
+        if known is not None and match:
+            seconds = int(match[1]) * _UNIT_SECONDS[match[2]]
+            return Request(known.method, known.metadata, seconds, -1, None, known.plain_method)
+        request = read_request(fields, self._methods)
+        if request.plain_method is not None:
+            if len(self._but_for_deadline) >= self._cache_entries:
+                self._but_for_deadline.clear()
+            self._but_for_deadline[key] = request
         return request
 
     def skip(self, block: bytes) -> None:
@@ -143,6 +177,7 @@ def read_request(fields: list[Field], methods: Methods) -> Request:
         if not match:
             return _trailers_only(content_length, Status.INTERNAL, "malformed grpc-timeout")
         timeout = int(match[1]) * _UNIT_SECONDS[match[2]]
+        del metadata["grpc-timeout"]  # no two calls of a client have the same
     for name in [name for name in metadata if name.endswith("-bin")]:
         del metadata[name]
     plain_method = method.open if content_length < 0 and not method.pushes else None
