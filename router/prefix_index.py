@@ -131,6 +131,15 @@ class SlotIndex:
         self.mask = sum(self.positions)
         self._places: dict[int, int | Ints] = {}
 
+    def all_of(self, bitmap: int, values: Floats) -> bool:
+        """Whether the values of all pods of a bitmap are above 0."""
+        while bitmap:
+            low = bitmap & -bitmap
+            if values[self.positions[low]] <= 0.0:
+                return False
+            bitmap ^= low
+        return True
+
     def places(self, bitmap: int) -> int | Ints:
         """Where the pods of a bitmap stand, as an index into arrays. The same sets of pods come again and again."""
         found = self._places.get(bitmap)

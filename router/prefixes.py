@@ -44,9 +44,9 @@ class LookUp:
             out[slots.places(bitmap)] = prompt - self._tokens(blocks)
         return out
 
-    def shares(self, index: PrefixIndex, now: float, full: int = 0) -> tuple[float, float, Shares]:
-        """(uncached, scarce) of most candidates, and the candidates for which they are others. `full` is the bitmap of
-        pods that have no room for a request now.
+    def shares(self, index: PrefixIndex, now: float, room: Floats | None = None) -> tuple[float, float, Shares]:
+        """(uncached, scarce) of most candidates, and the candidates for which they are others. `room` are the
+        seconds that each would wait for room.
 
         Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
@@ -58,7 +58,7 @@ class LookUp:
         if not groups:
             return prompt, prompt, ()
         slots, block_tokens = self.slots, self.block_tokens
-        worth = self._worth(index, now, full)
+        worth = self._worth(index, now, room)
         most = prompt - 1.0  # an engine computes at least the last token again
         left = slots.mask
         common = pods = 0
@@ -85,7 +85,7 @@ class LookUp:
         shares.append((slots.places(usual[0]), usual[1], usual[2]))
         return prompt, scarce, shares
 
-    def _worth(self, index: PrefixIndex, now: float, full: int) -> dict[int, float] | None:
+    def _worth(self, index: PrefixIndex, now: float, room: Floats | None) -> dict[int, float] | None:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
         worth: dict[int, float] | None = None
@@ -93,9 +93,9 @@ class LookUp:
         for place, run in self.match.runs:
             holders = run.holders & mask
             less = 0.0
-            if full and not holders & ~full:
+            if room is not None and self.slots.all_of(holders, room):
                 uses = run.uses * exp((run.used_at - now) / DEMAND_SECONDS)
-                less = uses / (1.0 + uses) * (1.0 - full.bit_count() / n)
+                less = uses / (1.0 + uses) * (1.0 - np.count_nonzero(room) / n)
             elif holders != mask:
                 if not heat:
                     heat = index.heat(now) / (SPARE * n)

@@ -20,7 +20,7 @@ from router.fleet import Candidates
 from router.rates import Speeds
 from state.pods import Floats, Ints
 
-KEPT_SECONDS = 0.004
+KEPT_SECONDS = 0.01
 """How old finished requests and finished prefills may be."""
 JITTER_SECONDS = 1e-9
 """Chance between equal pods."""
@@ -63,8 +63,17 @@ class Delays:
         self._token_step = self._per_token * speeds.decode
         self._rooms = speeds.rooms
         self._most_room = float(speeds.rooms.max()) if speeds.rooms is not None else 0.0
+        self._rooms_of = _numbers(speeds.rooms) if speeds.rooms is not None else None
+        self._seats_of = _numbers(speeds.seats) if speeds.seats is not None else None
+        # Seconds that a request would wait for room beyond the prefills before it: for its place, and for its tokens
+        # as short + P * more. Negative where there is room.
+        self._room: Floats = np.zeros(n)
+        self._no_place: Floats = np.zeros(n)
+        self._short: Floats = np.zeros(n)
+        self._more: Floats = np.zeros(n)
+        self._short_of, self._more_of = _numbers(self._short), _numbers(self._more)
+        self._no_place_of = _numbers(self._no_place)
         self._fullest = self._most_taken = 0.0
-        self._most_seat = float(speeds.seats.max()) if speeds.seats is not None else 0.0
         self._loads: Floats = np.zeros((3, n))
         self._form: Floats = np.zeros((5, n))
         self._form[_PREFILL] = speeds.prefill_seconds
@@ -74,6 +83,7 @@ class Delays:
         self._form_of, self._weight_of = _numbers(self._form), _numbers(self._weights)
         self._of_request, self._of_token = _numbers(self._request_step), _numbers(self._token_step)
         self._of_decode, self._requests_of = _numbers(speeds.decode), _numbers(self._loads[0])
+        self._tokens_of = _numbers(self._loads[1])
         self._place_of = {slot: place for place, slot in enumerate(candidates.slots.tolist())}
         self._n = n
         self._mean_tokens = 1.0
@@ -119,10 +129,20 @@ class Delays:
         step += context * self._token_step
         step += self._idle_step
         typical = mean_tokens * float(prefill[0])
+        answer = step * speeds.output_tokens
         if self._rooms is not None:
-            self._fullest = float((tokens * self._rooms).max())
+            np.multiply(self._rooms, answer, out=self._more)
+            filled = tokens * self._rooms
+            self._fullest = float(filled.max())
+            np.subtract(filled, 1.0, out=self._short)
+            self._short *= answer
+            self._short -= wait
         if speeds.seats is not None:
-            self._most_taken = float(((requests + 1.0) * speeds.seats).max())
+            taken = (requests + 1.0) * speeds.seats
+            self._most_taken = float(taken.max())
+            np.subtract(taken, 1.0, out=self._no_place)
+            self._no_place *= answer
+            self._no_place -= wait
         waits = wait + self.wait_for_room(mean_tokens) if self.crowded(mean_tokens) else wait
         slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
         served = requests if self._places is None else np.minimum(requests, self._places)
@@ -156,9 +176,14 @@ class Delays:
         form[2 * n + place] += 0.5 * form[4 * n + place] + self._slack * longer / self._mean_tokens
         form[3 * n + place] += 0.5 * self._of_decode[place]
         self._price_of_all += 1.0 / n
-        if self._rooms is not None:
-            self._fullest += tokens * self._most_room
-        self._most_taken += self._most_seat
+        if self._rooms_of is not None:
+            held = self._tokens_of[place] = self._tokens_of[place] + tokens
+            self._fullest = max(self._fullest, held * self._rooms_of[place])
+            self._short_of[place] += tokens * self._more_of[place] - longer
+        if self._seats_of is not None:
+            taken = self._requests_of[place] = self._requests_of[place] + 1.0
+            self._most_taken = max(self._most_taken, (taken + 1.0) * self._seats_of[place])
+            self._no_place_of[place] += self._seats_of[place] * form[n + place] * self.speeds.output_tokens - longer
 
     def of_all(self, prompt: float, output: float, uncached: float, scarce: float) -> Floats:
         """The score of every pod, if all of them hold as much of the prompt. The array is written over by the next
@@ -195,18 +220,14 @@ class Delays:
 
     def wait_for_room(self, prompt: float) -> Floats:
         """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: M steps
-        free as much as there is."""
-        requests, tokens, wait = self._loads
-        speeds = self.speeds
-        filled: Floats = (tokens + prompt) * self._rooms if self._rooms is not None else np.zeros(self._n)
-        if speeds.seats is not None:
-            np.maximum(filled, (requests + 1.0) * speeds.seats, out=filled)
-        filled -= 1.0
-        filled *= self._form[_STEP]
-        filled *= speeds.output_tokens
-        filled -= wait
-        np.maximum(filled, 0.0, out=filled)
-        return filled
+        free as much as there is. The array is written over by the next call."""
+        room = self._room
+        np.multiply(self._more, prompt, out=room)
+        room += self._short
+        if self._seats_of is not None:
+            np.maximum(room, self._no_place, out=room)
+        np.maximum(room, 0.0, out=room)
+        return room
 
 
 def _numbers(array: Floats) -> "memoryview[float]":

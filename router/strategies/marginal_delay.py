@@ -77,15 +77,11 @@ class MarginalDelay(Scoring):
             if found.chain.hashes:
                 mode = "full"
         delays = self._delays(candidates, now)
-        room: Floats | None = None
-        full = 0
-        if delays.crowded(prompt):
-            room = delays.wait_for_room(prompt)
-            full = sum([1 << candidates.pods[place].slot for place in room.nonzero()[0].tolist()])
+        room = delays.wait_for_room(prompt) if delays.crowded(prompt) else None
         uncached = scarce = prompt
         others: Shares = ()
         if prefixes is not None and found is not None:
-            uncached, scarce, others = found.shares(prefixes.index, now, full)
+            uncached, scarce, others = found.shares(prefixes.index, now, room)
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode

@@ -8,6 +8,7 @@ from router.fleet import Candidates, Fleet
 from router.prefixes import Prefixes
 from router.request import RoutingRequest
 from router.strategies import STRATEGIES, Context, Strategy
+from router.strategies.delays import KEPT_SECONDS
 from state.catalog import CatalogDocument, PodRecord
 from state.ledger import Charge, Entry, Ledger
 from state.pods import COLUMN, Health
@@ -104,13 +105,13 @@ class Lab:
         index = [pod.slot for pod in candidates.pods].index(slot)
         context.backlog.chose(candidates, index, tokens, speeds, self.now)
         tables.ledger.charge(slot, tokens, tokens, held=False)
-        self.now += 0.005
+        self.now += KEPT_SECONDS * 1.01
 
     def load(self, slot: int, requests: int, tokens: int = 400) -> None:
         """Requests that are in flight on a pod, all their prompts done."""
         for _ in range(requests):
             self.tables.ledger.charge(slot, tokens, 0, held=False)
-        self.now += 0.005  # so that all workers have seen it
+        self.now += KEPT_SECONDS * 1.01  # so that all workers have seen it
 
     def scores(self, name: str, request: RoutingRequest) -> list[float]:
         scores: list[float] = self.strategy(name).scores(request, self.candidates(), self.now).tolist()

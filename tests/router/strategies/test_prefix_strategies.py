@@ -113,7 +113,7 @@ def test_dynamo_adds_prefill_and_decode_blocks(lab: Any, prompt: Any) -> None:
     fleet = lab(2)
     fleet.scores("dynamo-kv", fleet.request(tokens=640))
     fleet.promise(0, 640)
-    assert fleet.scores("dynamo-kv", fleet.request(tokens=640)) == pytest.approx([10 + 10 + 10 + 10, 10 + 10], rel=0.05)
+    assert fleet.scores("dynamo-kv", fleet.request(tokens=640)) == pytest.approx([10 + 10 + 10 + 10, 10 + 10], rel=0.1)
 
 
 def test_lmetric_is_tokens_times_requests(lab: Any) -> None:
