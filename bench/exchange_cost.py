@@ -2,14 +2,23 @@
 
 CPU time of this process (not wall time), best of several rounds, in microseconds. The messages are those of
 `extload`: thirteen headers, a chat body of the given size.
+
+`--instructions` counts bytecode instructions instead, function by function. A busy machine changes nothing about
+them, and in this code time follows them (a cold one costs 15 to 40 ns), so they tell whether a change made the hot
+path longer; `tests/router/test_hot_path.py` holds them against a budget.
 """
 
 import argparse
+import itertools
 import json
+import random
 import sys
 import time
 import timeit
+from collections import Counter, deque
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import orjson
@@ -18,6 +27,7 @@ from protos.ext_proc_pb2 import ProcessingRequest
 from router import wire
 from router.bodies import read_body
 from router.exchange import Exchange, Peer, _plain
+from router.prefixes import Prefixes
 from router.scheduler import Scheduler
 from state.catalog import CatalogDocument, PodRecord
 from state.pods import FIELDS, Health
@@ -82,6 +92,58 @@ def measured(run: Callable[[], object], rounds: int = 5, number: int = 5000) -> 
     return min(timeit.repeat(run, number=number, repeat=rounds, timer=time.process_time)) / number * 1e6
 
 
+def exchanges(strategy: str, pods: int, size: int) -> Callable[[], None]:
+    """Runs one two-message exchange per call, of prompts that share their first 70 % with one in 200, while sixteen
+    others are open."""
+    tables = fleet(pods)
+    clock = itertools.count(1000.0, 0.00005).__next__
+    scheduler = Scheduler(tables, strategy, clock, seed=1, prefixes=Prefixes.of(tables))
+    peer, new_id = Peer(), request_ids()
+    chance = random.Random(1)
+    sessions = ["".join(chance.choices("abcdefghij klmnop", k=size * 7 // 10)) for _ in range(200)]
+    headers, _, _ = messages(size)
+    still_open: deque[Exchange] = deque()
+
+    def run() -> None:
+        content = chance.choice(sessions) + "".join(chance.choices("abcdefgh ij", k=size * 3 // 10))
+        document = {"model": MODEL, "max_tokens": 64, "messages": [{"role": "user", "content": content}]}
+        body = ProcessingRequest()
+        body.request_body.body, body.request_body.end_of_stream = orjson.dumps(document), True
+        message = body.SerializeToString()
+        stream = Exchange(scheduler, peer, new_id, 1 << 26)
+        stream.receive(headers)
+        stream.receive(message)
+        still_open.append(stream)
+        if len(still_open) > 16:
+            still_open.popleft().close()
+
+    return run
+
+
+def instructions(run: Callable[[], None], rounds: int = 300, warm: int = 1500) -> Counter[str]:
+    """Bytecode instructions of one call by function, without those of `run` itself."""
+    counts: Counter[str] = Counter()
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any]:
+        if event == "call":
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        elif event == "opcode" and frame.f_code is not code and frame.f_code.co_filename != random.__file__:
+            counts[frame.f_code.co_qualname] += 1
+        return trace
+
+    code = run.__code__
+    for _ in range(warm):
+        run()
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for _ in range(rounds):
+            run()
+    finally:
+        sys.settrace(before)
+    return Counter({name: round(count / rounds) for name, count in counts.items()})
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -89,7 +151,14 @@ def main() -> int:
     parser.add_argument("--pods", type=int, default=64)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--instructions", action="store_true")
     chosen = parser.parse_args()
+    if chosen.instructions:
+        found = instructions(exchanges(chosen.strategy, chosen.pods, chosen.size))
+        print(f"{chosen.strategy}, {chosen.pods} pods, {chosen.size} bytes: {found.total()} bytecode instructions")
+        for name, count in found.most_common(40):
+            print(f"  {name:45} {count:5}")
+        return 0
 
     scheduler = Scheduler(fleet(chosen.pods), chosen.strategy, time.monotonic)
     peer, new_id = Peer(), request_ids()
