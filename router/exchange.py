@@ -30,6 +30,7 @@ from router.errors import RequestError
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
 from router.request_phase import Reply, RequestPhase
 from router.response import Response
+from router.wire import REQUEST_BODY, REQUEST_HEADERS, RESPONSE_BODY, RESPONSE_HEADERS
 
 _ATTRIBUTES = "envoy.filters.http.ext_proc"
 
@@ -54,18 +55,21 @@ class Exchange(RequestPhase):
                 self._headers = {}
                 self._request_id = self._new_request_id()
             phase = message[0]
-            if phase == wire.REQUEST_BODY or phase == wire.RESPONSE_BODY:
+            if phase == REQUEST_BODY:
                 body = wire.read_body(message, part)
                 if body is not None:
                     start, end, over = body
-                    if phase == wire.REQUEST_BODY:
-                        return self._on_request_body(message[start:end], over)
-                    return self._on_response_body(message[start:end], over)
-            elif phase == wire.REQUEST_HEADERS:
+                    return self._on_request_body(message[start:end], over)
+            elif phase == REQUEST_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.request_names)
                 if headers is not None:
                     return self._on_request_headers(*headers)
-            elif phase == wire.RESPONSE_HEADERS:
+            elif phase == RESPONSE_BODY:
+                body = wire.read_body(message, part)
+                if body is not None:
+                    start, end, over = body
+                    return self._on_response_body(message[start:end], over)
+            elif phase == RESPONSE_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.response_names)
                 if headers is not None:
                     return self._on_response_headers(*headers)

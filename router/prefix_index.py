@@ -352,17 +352,21 @@ class PrefixIndex:
         byte = 0
         parent: Run | None = None
         path: list[Run] = []
+        new: Run | None = None
         run: Run | None
         while byte < size:
             place = byte >> 3
             key = hashes[place] if hashes else int.from_bytes(packed[byte : byte + 8], "little")
             run = runs.get(key)
             if run is None:
-                run = runs[key] = Run(key, parent, place, packed[byte:] if byte else packed, block_bytes)
-                run.used_at = at
-                self.blocks += run.blocks
-                byte = size
-            elif run.start != place or run.parent is not parent:
+                new = parent = runs[key] = Run(key, parent, place, packed[byte:] if byte else packed, block_bytes)
+                new.used_at, new.uses, new.holders = at, 1.0, bit
+                self.blocks += new.blocks
+                self._used[slot] += new.blocks * block_bytes
+                self.pairs += 1
+                order[new] = at
+                break
+            if run.start != place or run.parent is not parent:
                 break  # another text with the same hash: believe nothing from here on
             elif packed.startswith(run.hashes, byte):
                 byte += len(run.hashes)
@@ -380,7 +384,7 @@ class PrefixIndex:
                 run.answered &= ~bit
             path.append(run)
             parent = run
-        if byte == size and parent is not None and (parent.start + parent.blocks) << 3 == size:
+        if parent is not None and (parent is new or (byte == size and (parent.start + parent.blocks) << 3 == size)):
             parent.answered |= bit
         move = order.move_to_end
         for run in reversed(path):
@@ -398,12 +402,12 @@ class PrefixIndex:
             self._uses = self._uses * exp((since - at) / DEMAND_SECONDS) + 1.0
         else:
             self._uses += 1.0
-        new = self._used[slot] - used
+        more = self._used[slot] - used
         while self._used[slot] > self._room[slot] * self._bytes_per_token and order:
             self._drop_or_cut(slot, order)
         if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
             self._make_room()
-        return new
+        return more
 
     def _split(self, run: Run, blocks: int) -> Run:
         """Cut a run after its first `blocks` blocks. Returns the new head; the tail keeps the identity, since what

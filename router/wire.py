@@ -153,7 +153,11 @@ def read_body(message: bytes, part: Part) -> tuple[int, int, bool] | None:
     if start == end:
         return start, start, False
     if message[start] == 0x0A:
-        length, begin = _varint(message, start + 1)
+        if start + 3 < end and message[start + 1] >= 0x80 > message[start + 2]:
+            begin = start + 3
+            length = message[start + 1] + (message[start + 2] - 1 << 7)
+        else:
+            length, begin = _varint(message, start + 1)
         stop = begin + length
         if not begin or stop > end:
             return None

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from state.ledger import Charge, Entry
+from state.ledger import FRESH_SECONDS, Charge, Entry
 from state.tables import FIRST_WORKER, Tables
 
 PODS = 4
@@ -41,6 +41,37 @@ def test_one_writer_may_release_what_another_charged() -> None:
     assert settled(tables)
     assert tables.ledger.forfeit(3) == tables.ledger.forfeit(5) == 0
     assert settled(tables)
+
+
+def test_sums_that_are_kept_are_exact_in_what_this_process_does() -> None:
+    tables = make_fleet(PODS)
+    ledger = tables.ledger
+    assert ledger.follow(100.0, PODS)[:PODS] == [0, 0, 0, 0]
+    charge = ledger.charge(1, 10, 10, held=True)
+    ledger.charge(2, 10, 10, held=False)
+    assert ledger.follow(100.0, PODS)[:PODS] == [0, 1, 1, 0]
+    ledger.release(charge, held=True)
+    ledger.settle(3, 2, 0)
+    assert ledger.follow(100.0, PODS)[:PODS] == [0, 0, 1, 2]
+
+
+def test_sums_that_are_kept_are_a_millisecond_old_at_most_in_what_others_do() -> None:
+    tables = make_fleet(PODS)
+    other = Tables.attach(tables.segment.fd, 5).ledger
+    tables.ledger.follow(100.0, PODS)
+    other.charge(1, 10, 10, held=True)
+    assert tables.ledger.follow(100.0 + 0.5 * FRESH_SECONDS, PODS)[1] == 0
+    assert tables.ledger.follow(100.0 + 1.5 * FRESH_SECONDS, PODS)[1] == 1
+    other.charge(0, 10, 10, held=True)
+    assert tables.ledger.follow(99.0, PODS)[0] == 1  # a clock that went back hides nothing
+
+
+def test_sums_are_kept_of_as_many_pods_as_were_asked_for() -> None:
+    tables = make_fleet(PODS)
+    other = Tables.attach(tables.segment.fd, 5).ledger
+    tables.ledger.follow(100.0, 2)
+    other.charge(3, 10, 10, held=True)
+    assert tables.ledger.follow(100.0, 4)[3] == 1
 
 
 def test_rows_count_from_when_they_are_admitted() -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from router.rates import STALE_SECONDS, Prior
@@ -345,3 +346,57 @@ def test_a_queue_for_one_of_an_engines_places_is_a_wait(lab: Any) -> None:
         fleet.poll(1, running=64.0, waiting=0.0, kv_usage=0.1)
         full, free = fleet.scores(NAME, fleet.request(tokens=400))
     assert full - free > 200 * Prior().step_seconds
+
+
+def test_a_limit_that_one_pod_showed_is_expected_of_its_like(lab: Any) -> None:
+    """One pod was seen full with 32 requests and is no more; another now comes to 40, a third ran 64 before."""
+    fleet = lab(3)
+    for slot, requests in ((0, 40), (1, 10), (2, 40)):
+        fleet.load(slot, requests)
+    for _ in range(3):
+        fleet.now += 1
+        fleet.poll(0, running=10.0, waiting=0.0, kv_usage=0.1)
+        fleet.poll(1, running=32.0, waiting=5.0, kv_usage=0.1)
+        fleet.poll(2, running=64.0, waiting=0.0, kv_usage=0.1)
+        fleet.scores(NAME, fleet.request(tokens=400))
+    fleet.now += 1
+    fleet.poll(1, running=10.0, waiting=0.0, kv_usage=0.1)
+    fleet.scores(NAME, fleet.request(tokens=400))
+    seats = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).seats
+    assert seats.tolist() == [1 / 32, 1 / 32, 0.0]
+
+
+def test_requests_that_wait_for_room_in_the_kv_cache_show_no_limit(lab: Any) -> None:
+    fleet = lab(2)
+    fleet.load(0, 40)
+    fleet.load(1, 40)
+    for usage in (0.99, 0.99, 0.99, 0.2):
+        fleet.now += 1
+        fleet.poll(0, running=32.0, waiting=5.0 if usage > 0.9 else 0.0, kv_usage=usage)
+        fleet.poll(1, running=10.0, waiting=0.0, kv_usage=0.1)
+        one, other = fleet.scores(NAME, fleet.request(tokens=400))
+    assert abs(one - other) < 0.1 * 200 * Prior().step_seconds
+
+
+def test_a_prefix_whose_only_pod_is_full_is_worth_a_copy(lab: Any, prompt: Any) -> None:
+    """The more so the more ask for it, and the more pods have room; where one of its pods has room it is not."""
+    fleet = lab(4)
+    _, _, context = fleet.worker()
+    candidates, index = fleet.candidates(), context.prefixes.index
+    hot = prompt("hot", 16)
+    for uses in (1, 8):
+        for _ in range(uses):
+            context.prefixes.remember(fleet.request(hot), candidates, 0, fleet.now)
+        for number in range(400):  # of all prompts of late it is few that have it
+            context.prefixes.remember(fleet.request(prompt(f"{uses} {number}", 1)), candidates, 1, fleet.now)
+        found = context.prefixes.look_up(fleet.request(hot), candidates, fleet.now)
+
+        def price_of_a_copy(*waits: float, found: Any = found) -> float:
+            return float(found.shares(index, fleet.now, np.array(waits))[1])
+
+        assert found.shares(index, fleet.now)[:2] == (4096.0, 4096.0)
+        assert price_of_a_copy(0, 5, 5, 5) == 4096
+        shared = 1 - (1 if uses == 1 else 9) / ((1 if uses == 1 else 9) + 1)
+        assert price_of_a_copy(5, 0, 0, 0) == pytest.approx(4096 * (1 - 0.75 * (1 - shared)))
+        assert price_of_a_copy(5, 5, 5, 0) == pytest.approx(4096 * (1 - 0.25 * (1 - shared)))
+        assert price_of_a_copy(5, 5, 5, 5) == 4096
