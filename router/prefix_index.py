@@ -20,7 +20,7 @@ Cost: 1.8 µs to look a prompt up and 3 µs to remember one, whether of 2 or 220
 anything since the last time, 3 µs per record when somebody has.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from math import exp
 from typing import Protocol
@@ -37,8 +37,7 @@ _BLOCK_SIZE = COLUMN["block_size"]
 
 RECORDS_PER_DRAIN = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
-HEARD_SECONDS = 0.05
-"""What others routed before is old news: it shows in the ledger."""
+MOST_HEARD = 256
 BLOCKS_PER_PAIR = 8
 DEMAND_SECONDS = 10.0
 """Uses of a run count for this long, on average, as demand for it."""
@@ -79,15 +78,15 @@ class Run:
 
 class Match:
     """What a look-up found. `groups` holds (blocks matched, bitmap of slots) with the bitmaps disjoint; pods in none
-    of them have no block. `runs` are those that some pod holds, with the blocks matched up to the end of each. `ends`
-    says of lengths that include an answer where it begins."""
+    of them have no block. `runs` are those that some pod holds, with the blocks matched up to the end of each. `answers`
+    says of a group whose length includes an answer, by its bitmap, where the answer begins."""
 
-    __slots__ = ("chain", "ends", "groups", "runs")
+    __slots__ = ("answers", "chain", "groups", "runs")
 
     def __init__(
-        self, chain: Chain, groups: list[tuple[int, int]], runs: list[tuple[int, Run]], ends: dict[int, int]
+        self, chain: Chain, groups: list[tuple[int, int]], runs: list[tuple[int, Run]], answers: dict[int, int]
     ) -> None:
-        self.ends = ends
+        self.answers = answers
         self.chain = chain
         self.groups = groups
         self.runs = runs
@@ -188,9 +187,11 @@ class PrefixIndex:
         self._sweep_at = 0.0
         self._uses = 0.0
         self._used_at = 0.0
-        self.heard: list[tuple[int, int, int]] = []
-        """What other processes of this replica have routed, as of the last news and until somebody takes it: the row of
-        the pod, the bytes of the prompt, and how many of them are new to the pod."""
+        self.heard: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_HEARD)
+        """What other processes of this replica have routed, the newest last: the row of the pod, the bytes of the
+        prompt, how many of them are new to the pod, and when."""
+        self.heard_count = 0
+        """How much was ever heard."""
         self.blocks = 0
         """Distinct blocks in the view."""
         self.pairs = 0
@@ -240,7 +241,6 @@ class PrefixIndex:
         if self._pods.epoch != self._epoch:
             self._refresh()
         if self._reader.news():
-            self.heard.clear()
             tags = self._tags
             for record in self._reader.read(limit):
                 slot = record.slot
@@ -251,8 +251,9 @@ class PrefixIndex:
                 if known:
                     size = (len(record.hashes) >> 3) * record.block_bytes
                     new = self._note(slot, record.hashes, record.block_bytes, record.at)
-                    if record.kind == ROUTED and now - record.at < HEARD_SECONDS:
-                        self.heard.append((slot, size, new))
+                    if record.kind == ROUTED:
+                        self.heard.append((slot, size, new, record.at))
+                        self.heard_count += 1
                 else:
                     self.foreign += 1
         if now >= self._sweep_at:
@@ -261,7 +262,7 @@ class PrefixIndex:
     def match(self, chain: Chain, mask: int, answer_blocks: int = 0) -> Match:
         """How much of the prompt each pod of the bitmap `mask` holds. Where a prompt goes on after the end of one that
         a pod has answered, its next `answer_blocks` blocks are taken to be that answer, which the pod holds as well."""
-        ends: dict[int, int] = {}
+        answers: dict[int, int] = {}
         answered = 0
         groups: list[tuple[int, int]] = []
         runs: list[tuple[int, Run]] = []
@@ -276,7 +277,7 @@ class PrefixIndex:
             holding = left & run.holders
             if holding != left:
                 if place:
-                    _end(groups, ends, place, left ^ holding, answered, min(answer_blocks, n - place))
+                    _end(groups, answers, place, left ^ holding, answered, min(answer_blocks, n - place))
                 left = holding
                 if not left:
                     break
@@ -290,8 +291,8 @@ class PrefixIndex:
                 runs.append((place, run))
                 break
         if left and place:
-            _end(groups, ends, place, left, answered, min(answer_blocks, n - place))
-        return Match(chain, groups, runs, ends)
+            _end(groups, answers, place, left, answered, min(answer_blocks, n - place))
+        return Match(chain, groups, runs, answers)
 
     def heat(self, now: float) -> float:
         """How many prompts were routed of late, at least 1: a run's share of them is the demand for it."""
@@ -299,8 +300,6 @@ class PrefixIndex:
 
     def remember(self, chain: Chain, slot: int, now: float) -> None:
         """The prompt goes to the pod in row `slot`: tell everybody."""
-        if not chain.hashes:
-            return
         if slot >= len(self._tags):
             self._refresh()
             if slot >= len(self._tags):
@@ -497,12 +496,12 @@ class PrefixIndex:
 
 
 def _end(
-    groups: list[tuple[int, int]], ends: dict[int, int], place: int, pods: int, answered: int, answer: int
+    groups: list[tuple[int, int]], answers: dict[int, int], place: int, pods: int, answered: int, answer: int
 ) -> None:
     """The match of these pods ends here; `answered` of them hold `answer` blocks more."""
     more = pods & answered if answer > 0 else 0
     if more:
-        ends[place + answer] = place
+        answers[more] = place
         groups.append((place + answer, more))
         pods ^= more
     if pods:

@@ -24,13 +24,15 @@ Shares = Sequence[tuple[int | Ints, float, float]]
 class LookUp:
     """What the candidates hold of one prompt."""
 
-    __slots__ = ("block_tokens", "chain", "match", "prompt_tokens", "slots")
+    __slots__ = ("answer_tokens", "block_tokens", "chain", "match", "prompt_tokens", "slots")
 
     def __init__(self, chain: Chain, match: Match, slots: SlotIndex, prompt_tokens: float, text_bytes: int) -> None:
         self.chain = chain
         self.match = match
         self.slots = slots
         self.prompt_tokens = prompt_tokens
+        self.answer_tokens = 0.0
+        """How long answers were taken to be."""
         self.block_tokens = chain.block_bytes * prompt_tokens / text_bytes if text_bytes else 0.0
         """This prompt's tokens in one block of its text."""
 
@@ -54,7 +56,7 @@ class LookUp:
         all copies is as good as gone until they have room: those that ask for it, `uses` of late, share the price of a
         copy on another pod, the more so the more pods have room.
         """
-        prompt, groups = self.prompt_tokens, self.match.groups
+        prompt, groups, answers = self.prompt_tokens, self.match.groups, self.match.answers
         if not groups:
             return prompt, prompt, ()
         slots, block_tokens = self.slots, self.block_tokens
@@ -68,7 +70,14 @@ class LookUp:
             left ^= bitmap
             tokens = blocks * block_tokens
             uncached = prompt - (tokens if tokens < most else most)
-            scarce = uncached if worth is None else worth[-1] - worth[blocks]
+            if worth is None:
+                scarce = uncached
+            else:
+                # What an answer saves is worth as much as the rest of the prompt, block for block.
+                begin = answers.get(bitmap, blocks)
+                scarce = worth[-1] - worth[begin]
+                if begin < blocks:
+                    scarce *= uncached / (prompt - begin * block_tokens)
             count = bitmap.bit_count()
             if count <= pods:
                 shares.append((slots.places(bitmap), uncached, scarce))
@@ -114,9 +123,6 @@ class LookUp:
                     if at >= place or at < 0:
                         worth[at] -= tokens
             before = place
-        if worth is not None:
-            for blocks, place in self.match.ends.items():
-                worth[blocks] = worth[place] + (blocks - place) * block_tokens
         return worth
 
     def tokens(self) -> list[float]:
@@ -158,7 +164,11 @@ class Prefixes:
         """What the candidates hold of this prompt. Done once per request, however many strategies ask. With
         `answer_tokens`, a prompt that goes on where an answered one ended is taken to begin with that answer."""
         found: LookUp | None = request.prefix
-        if found is not None and found.slots is candidates.derived.get(SlotIndex):
+        if (
+            found is not None
+            and found.slots is candidates.derived.get(SlotIndex)
+            and found.answer_tokens == answer_tokens
+        ):
             return found
         slots: SlotIndex | None = candidates.derived.get(SlotIndex)
         if slots is None:
@@ -174,6 +184,7 @@ class Prefixes:
         tokens = request.prompt_tokens or len(text) / NOMINAL_BYTES_PER_TOKEN
         answer = int(answer_tokens * len(text) / (tokens * chain.block_bytes)) if answer_tokens and tokens else 0
         found = LookUp(chain, index.match(chain, slots.mask, answer), slots, tokens, len(text))
+        found.answer_tokens = answer_tokens
         request.prefix = found
         return found
 

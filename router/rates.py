@@ -74,10 +74,8 @@ class Speeds:
 
     __slots__ = (
         "decode",
-        "decode_per_budget",
         "drain",
         "elsewhere",
-        "elsewhere_of",
         "idle_step",
         "output_tokens",
         "polled",
@@ -104,13 +102,10 @@ class Speeds:
         """Prompt tokens per second."""
         self.decode: Floats
         """Factor on the prior's decode rates."""
-        self.decode_per_budget: Floats
-        """The same divided by the step's token budget."""
         self.idle_step: Floats
         """Seconds of a step, at factor 1, before this replica sends anything: a0, and reading what others sent."""
         self.elsewhere: Floats
         """Requests on the pod that this replica does not know of."""
-        self.elsewhere_of: list[float]
         self.output_tokens = 0.0
         """Mean of a request."""
         self.polled: list[int] = []
@@ -181,7 +176,6 @@ class Rates:
         out.prefill_seconds = factor * prior.prefill_token_seconds
         out.drain = 1.0 / out.prefill_seconds
         out.decode = decode
-        out.decode_per_budget = decode / prior.step_tokens
         out.output_tokens = fleet.output_tokens
         if fleet.crowded:
             out.seats = fleet.seats
@@ -217,7 +211,6 @@ class Rates:
         extra = np.maximum(counted - candidates.metric("own_requests_at_sample"), 0.0)
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0
         out.elsewhere = extra
-        out.elsewhere_of = extra.tolist()
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
 

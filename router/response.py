@@ -177,7 +177,9 @@ class Response:
     def _look_who_answered(self, decision: Decision, address: bytes) -> None:
         """Envoy may have retried on another pod than the one chosen first."""
         scheduler, tried = self._scheduler, decision.tried
-        pod = answered_after_retries(scheduler, decision.charge, tried, address.decode("latin-1"))
+        told = address.decode("latin-1")
+        # A charge that was left to the access log is told there what became of it.
+        pod = answered_after_retries(scheduler, decision.charge, tried, told, count=decision.held)
         if pod is not None:
             decision.replies = scheduler.response_of(decision, pod, len(self._request_id))
             decision.pod = pod

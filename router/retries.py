@@ -12,11 +12,16 @@ from router.scheduler import Scheduler
 from state.ledger import Charge
 
 
-def answered_after_retries(scheduler: Scheduler, charge: Charge, tried: Sequence[str], address: str) -> Pod | None:
+def answered_after_retries(
+    scheduler: Scheduler, charge: Charge, tried: Sequence[str], address: str, *, count: bool = True
+) -> Pod | None:
     """The pod at `address`, if it is another of those in `tried` than the first, to which `charge` belongs. The pods
-    before it get a failure. None where nothing was retried, or who answered is not known."""
+    before it get a failure, unless somebody else will `count` it. None where nothing was retried, or who answered is
+    not known."""
     if not tried or address == tried[0] or address not in tried:
         return None
+    if not count:
+        return scheduler.fleet.by_address(address)
     scheduler.outcome(charge, ok=False)
     for other in tried[1 : tried.index(address)]:
         failed = scheduler.fleet.by_address(other)

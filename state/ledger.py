@@ -19,6 +19,7 @@ this process does and at most that old in what the others do.
     64    one int64[W][P] matrix for each Entry, in order
 """
 
+from collections import deque
 from enum import IntEnum
 from math import inf
 from typing import Any, NamedTuple
@@ -60,6 +61,7 @@ class Entry(IntEnum):
 
 FRESH_SECONDS = 0.001
 """How long `follow` takes the other processes' rows to be as they were."""
+MOST_CHARGED = 256
 _LOADS = -1
 _REQUESTS = int(Entry.REQUESTS)
 _BUSY_UNTIL = int(Entry.BUSY_UNTIL)
@@ -102,6 +104,10 @@ class Ledger:
         self.requests_now = [0] * pods
         """Requests in flight on each pod as of the last `follow`, and what this process did since."""
         self._read_at = -inf
+        self.charged: deque[tuple[int, int, int]] = deque(maxlen=MOST_CHARGED)
+        """What this process has charged, the newest last: pod, tokens, tokens not in its cache."""
+        self.charges = 0
+        """How many charges that ever were."""
         self._followed = 0
 
     @staticmethod
@@ -180,6 +186,8 @@ class Ledger:
             self._requests_held[slot] += 1
             self._tokens_held[slot] += tokens
         self.requests_now[slot] += 1
+        self.charged.append((slot, tokens, uncached_tokens))
+        self.charges += 1
         return Charge(slot, generation, tokens)
 
     def release(self, charge: Charge, *, held: bool) -> None:

@@ -140,7 +140,7 @@ class LogReader:
         at = log.writers if own is None else own
         self._before, self._after = log.heads[:at], log.heads[at + 1 :]
         """The heads of everybody else."""
-        self._seen = b""
+        self._seen: bytes | None = None
         self.lost_bytes = 0
         """How much was overwritten, or given up, before it was read."""
 
@@ -159,7 +159,7 @@ class LogReader:
                 head = min(head, self._own_end)
             if head != places[writer] and not self._follow(writer, head, out, limit):
                 done = False
-        self._seen = seen if done else b""
+        self._seen = seen if done else None
         return out
 
     def _follow(self, writer: int, head: int, out: list[Routed], limit: int) -> bool:

@@ -19,6 +19,8 @@ RUNTIME_PORT = 8080
 PATH = "/v1/runtime/models/wake"
 TIMEOUT_SECONDS = 120.0
 """Waking is loading weights; meanwhile the pod is not asked again."""
+PAUSE_SECONDS = 10.0
+"""Until a pod that has answered, or could not be reached, is asked again."""
 MOST_AT_ONCE = 64
 _STATUS_LINE_BYTES = 1024
 
@@ -26,13 +28,16 @@ _STATUS_LINE_BYTES = 1024
 class Waker:
     """`ask` must be called while an event loop runs."""
 
-    def __init__(self, port: int = RUNTIME_PORT, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self, port: int = RUNTIME_PORT, timeout_seconds: float = TIMEOUT_SECONDS, pause_seconds: float = PAUSE_SECONDS
+    ) -> None:
         self._port = port
+        self._pause_seconds = pause_seconds
         self._timeout_seconds = timeout_seconds
         self._asking: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def ask(self, pod: Pod, model: str) -> None:
-        """Have the pod wake the model, unless it was asked to already and has not answered."""
+        """Have the pod wake the model, unless it was asked to a moment ago or has not answered yet."""
         key = (pod.host_ip, model)
         if key in self._asking or len(self._asking) >= MOST_AT_ONCE:
             return
@@ -40,6 +45,10 @@ class Waker:
         task.add_done_callback(lambda _: self._asking.pop(key, None))
 
     async def _wake(self, pod: Pod, model: str) -> None:
+        await self._ask(pod, model)
+        await asyncio.sleep(self._pause_seconds)
+
+    async def _ask(self, pod: Pod, model: str) -> None:
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 status = await self._post(pod, model)

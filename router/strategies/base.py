@@ -13,6 +13,7 @@ decision is counted as a fallback.
 
 import random
 from abc import ABC, abstractmethod
+from heapq import nsmallest
 from math import inf, isfinite, isnan
 from typing import Any, ClassVar
 
@@ -99,16 +100,19 @@ class Scoring(Strategy):
     def next_best(
         self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
     ) -> list[int]:
-        """The next lowest scores; what is not known comes after all others, by requests in flight."""
+        """The next lowest scores, of equal ones the less loaded; what is not known comes after all others."""
         scores: list[float] = self.scores(request, candidates, now).tolist()
-        if isnan(sum(scores)):
-            loads = candidates.requests_now(now)
-            scores = [1e300 + 1e290 * loads[place] if isnan(score) else score for place, score in enumerate(scores)]
-        return smallest(scores, first, count)
+        loads = candidates.requests_now(now)
+
+        def worth(index: int) -> tuple[bool, float, int]:
+            score = scores[index]
+            return (False, score, loads[index]) if isfinite(score) else (True, 0.0, loads[index])
+
+        return nsmallest(count, (index for index in range(len(scores)) if index != first), key=worth)
 
 
 def smallest(values: list[float], first: int, count: int) -> list[int]:
-    """The indices of the smallest values but the one at `first`. Writes over `values`."""
+    """The indices of the smallest values but the one at `first`. They must be finite; writes over them."""
     found = []
     values[first] = inf
     for _ in range(min(count, len(values) - 1)):

@@ -5,8 +5,8 @@
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens; r and k are the prior's rates per request and per KV token. What is left,
 five numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS; in between, what this
-process sends to a pod is added to that pod's numbers, and what it hears from the prefix log that other workers have
-sent. So a decision is one product of a vector with a matrix, and a few multiplications for the pods that hold another
+process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and what it hears
+from the prefix log that other workers have sent. So a decision is one product of a vector with a matrix, and a few multiplications for the pods that hold another
 part of the prompt than most.
 """
 
@@ -17,11 +17,16 @@ import numpy as np
 
 from router.backlog import FIRST_STEPS, Backlog
 from router.fleet import Candidates
+from router.prefix_index import PrefixIndex
 from router.rates import Speeds
 from state.pods import Floats, Ints
 
 KEPT_SECONDS = 0.01
 """How old finished requests and finished prefills may be."""
+LEAD_SECONDS = 0.0002
+"""By how much a record may be older than the charge that it stands for."""
+MOST_ENTERED = 64
+"""More is worked out anew."""
 JITTER_SECONDS = 1e-9
 """Chance between equal pods."""
 _JITTERS = 1024
@@ -90,21 +95,36 @@ class Delays:
         self._price_of_all = 1.0
         self._slack = 0.0
         self._worked_out_at = -inf
+        self._charges = candidates.ledger.charges
+        self._heard = 0
 
-    def follow(self, now: float, heard: list[tuple[int, int, int]], bytes_per_token: float) -> None:
-        """Take in what has changed. `heard` is `PrefixIndex.heard`."""
-        if not 0.0 <= now - self._worked_out_at < KEPT_SECONDS:
+    def follow(self, now: float, index: PrefixIndex | None) -> None:
+        """Take in what has changed: all of it when that was last done too long ago, else what this process has charged
+        (for whatever model and strategy) and what it has heard of other workers."""
+        ledger = self._candidates.ledger
+        charged = ledger.charges - self._charges
+        heard = index.heard_count - self._heard if index is not None else 0
+        if not 0.0 <= now - self._worked_out_at < KEPT_SECONDS or charged > MOST_ENTERED or heard > MOST_ENTERED:
             self._worked_out_at = now
             self._work_out(now)
-        elif heard:
+        elif charged or heard:
             prefill = _PREFILL * self._n
-            for slot, size, new in heard:
+            for number in range(-charged, 0):
+                slot, tokens, uncached = ledger.charged[number]
                 place = self._place_of.get(slot)
                 if place is not None:
-                    seconds = new / bytes_per_token * self._form_of[prefill + place]
-                    self._until[place] = max(self._until[place], now) + seconds
-                    self._enter(place, size / bytes_per_token, seconds)
-        heard.clear()
+                    self._enter(place, tokens, uncached * self._form_of[prefill + place])
+            if heard and index is not None:
+                for number in range(-heard, 0):
+                    slot, size, new, at = index.heard[number]
+                    place = self._place_of.get(slot)
+                    if place is not None and at >= self._worked_out_at - LEAD_SECONDS:
+                        seconds = new / index.bytes_per_token * self._form_of[prefill + place]
+                        self._until[place] = max(self._until[place], now) + seconds
+                        self._enter(place, size / index.bytes_per_token, seconds)
+        self._charges = ledger.charges
+        if index is not None:
+            self._heard = index.heard_count
 
     def _work_out(self, now: float) -> None:
         candidates, speeds, form = self._candidates, self.speeds, self._form
@@ -160,16 +180,16 @@ class Delays:
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
 
-    def add(self, place: int, tokens: int, uncached_tokens: int, now: float) -> None:
-        """This process sends a request to a pod: promise its prefill, and enter to first order what that changes, until
-        all is worked out anew."""
-        before = self._until[place]
+    def promise(self, place: int, uncached_tokens: int, now: float) -> None:
+        """This process sends a request to a pod: say when the pod will have done its prefill."""
         step = self._form_of[self._n + place]
-        until = self._backlog.chose(self._candidates, place, uncached_tokens, self.speeds, now, step, before)
-        self._until[place] = until
-        self._enter(place, tokens, until - max(before, now))
+        until = self._until[place]
+        self._until[place] = self._backlog.chose(
+            self._candidates, place, uncached_tokens, self.speeds, now, step, until
+        )
 
     def _enter(self, place: int, tokens: float, longer: float) -> None:
+        """A request more, and so many seconds of prefill: to first order what that changes."""
         n, form = self._n, self._form_of
         form[place] += longer * (1.0 + 0.5 * self._slack * self._requests_of[place])
         form[n + place] += 0.5 * (self._of_request[place] + tokens * self._of_token[place])
@@ -180,8 +200,8 @@ class Delays:
             held = self._tokens_of[place] = self._tokens_of[place] + tokens
             self._fullest = max(self._fullest, held * self._rooms_of[place])
             self._short_of[place] += tokens * self._more_of[place] - longer
+        taken = self._requests_of[place] = self._requests_of[place] + 1.0
         if self._seats_of is not None:
-            taken = self._requests_of[place] = self._requests_of[place] + 1.0
             self._most_taken = max(self._most_taken, (taken + 1.0) * self._seats_of[place])
             self._no_place_of[place] += self._seats_of[place] * form[n + place] * self.speeds.output_tokens - longer
 

@@ -112,11 +112,7 @@ class MarginalDelay(Scoring):
         if found is None:
             speeds = self._rates.speeds(candidates, now)
             found = candidates.derived[Delays] = Delays(candidates, speeds, self._backlog, self._chance)
-        index = self._prefixes.index if self._prefixes is not None else None
-        if index is None:
-            found.follow(now, [], 1.0)
-        else:
-            found.follow(now, index.heard, index.bytes_per_token)
+        found.follow(now, self._prefixes.index if self._prefixes is not None else None)
         return found
 
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
@@ -126,4 +122,4 @@ class MarginalDelay(Scoring):
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
         delays: Delays = candidates.derived.get(Delays) or self._delays(candidates, now)
-        delays.add(index, request.prompt_tokens, request.uncached_tokens, now)
+        delays.promise(index, request.uncached_tokens, now)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from router.prefix_hash import Chain, PrefixHasher
 from router.prefix_index import PrefixIndex, SlotIndex
+from router.prefixes import LookUp
 from state.pods import COLUMN, FIELDS, PodTable
 from state.prefix_log import PrefixLog
 from state.segment import Segment
@@ -354,3 +355,23 @@ def test_eight_processes_agree_on_who_holds_what_while_pods_restart() -> None:
     assert min(lives) >= 2
     assert [result[:3] for result in results] == [(0, 0, 0)] * WORKERS
     assert all(decisions > 100 and hits > 5 for *_, decisions, hits in results)
+
+
+def test_what_an_answer_saves_is_never_worth_more_than_what_is_left() -> None:
+    """One pod holds a whole prompt that is in demand, another has only answered its first half."""
+    index = Room().view()
+    half, whole = chain(("system", 8)), chain(("system", 8), ("more", 8))
+    for _ in range(20):
+        index.remember(whole, 0, 1.0)
+    index.remember(half, 1, 1.0)
+    slots = SlotIndex(range(4))
+    for answer in (3, 8):
+        found = LookUp(whole, index.match(whole, slots.mask, answer), slots, 1024.0, 4096)
+        uncached, scarce, others = found.shares(index, 1.0)
+        shares = [(uncached, scarce)] * 4
+        for places, u, c in others:
+            for place in np.atleast_1d(places):
+                shares[place] = (u, c)
+        assert all(0 <= c <= u for u, c in shares)
+        assert shares[0] == (1.0, 0.0)
+        assert shares[1][1] >= shares[0][1]

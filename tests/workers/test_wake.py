@@ -69,7 +69,7 @@ async def settled(waker: Waker) -> None:
 
 
 async def test_a_pod_is_asked_once_until_it_has_answered(runtime: Runtime) -> None:
-    waker = Waker(runtime.port)
+    waker = Waker(runtime.port, pause_seconds=0.0)
     for _ in range(5):
         waker.ask(sleeper(), "qwen")
     await until_asked(runtime, 1)
@@ -93,14 +93,14 @@ async def test_a_pod_is_asked_once_until_it_has_answered(runtime: Runtime) -> No
 async def test_no_answer_does_harm(runtime: Runtime, reply: bytes) -> None:
     runtime.reply = reply
     runtime.may_answer.set()
-    waker = Waker(runtime.port)
+    waker = Waker(runtime.port, pause_seconds=0.0)
     waker.ask(sleeper(), "qwen")
     await until_asked(runtime, 1)
     await settled(waker)
 
 
 async def test_nobody_listens_or_nobody_answers(runtime: Runtime) -> None:
-    silent, nobody = Waker(runtime.port, timeout_seconds=0.05), Waker(1)
+    silent, nobody = Waker(runtime.port, timeout_seconds=0.05, pause_seconds=0.0), Waker(1, pause_seconds=0.0)
     silent.ask(sleeper(), "qwen")
     nobody.ask(sleeper(), "qwen")
     await settled(silent)
@@ -108,7 +108,7 @@ async def test_nobody_listens_or_nobody_answers(runtime: Runtime) -> None:
 
 
 async def test_closing_forgets_what_is_under_way(runtime: Runtime) -> None:
-    waker = Waker(runtime.port)
+    waker = Waker(runtime.port, pause_seconds=0.0)
     waker.ask(sleeper(), "qwen")
     await until_asked(runtime, 1)
     waker.close()
@@ -146,3 +146,18 @@ def test_a_request_for_a_sleeping_model_wakes_one_of_its_pods(states: list[str],
 def test_a_model_that_sleeps_by_its_settings_wakes_its_first_pod() -> None:
     contract = Contract(2, settings={"llama": {"state": "sleeping"}})
     assert asked_for(contract, "llama") == [("pod-0", "llama")]
+
+
+async def test_after_an_answer_a_pod_is_left_alone_for_a_while(runtime: Runtime) -> None:
+    waker = Waker(runtime.port, pause_seconds=60.0)
+    runtime.may_answer.set()
+    for _ in range(50):
+        waker.ask(sleeper(), "qwen")
+        await asyncio.sleep(0.001)
+    await until_asked(runtime, 1)
+    await asyncio.sleep(0.05)
+    waker.ask(sleeper(), "qwen")
+    await asyncio.sleep(0.05)
+    assert len(runtime.asked) == 1
+    waker.close()
+    await settled(waker)

@@ -51,7 +51,7 @@ _STATIC_SIZE = len(_STATIC)
 _LAST_STATIC_BYTE = 0x80 | _STATIC_SIZE - 1
 _INDEXED = re.compile(rb"[\x81-\xfe]+").match
 _SHORT = 32
-"""Bytes. Longer literals are not remembered."""
+"""Bytes of a name and of a value. Longer literals are not remembered."""
 
 
 def _bad(reason: str) -> ConnectionFault:
@@ -164,8 +164,8 @@ class HpackDecoder:
             else:  # 6.2.2, 6.2.3 literal that does not
                 field, pos = self._literal(block, pos, 0x0F)
                 fields.append(field)
-        # No field out of the table is longer than the table, and the others are no longer than the block.
-        if len(fields) * TABLE_BYTES + end > self._max_list_bytes and self._size(fields) > self._max_list_bytes:
+        # No field out of the table is larger than the table, and Huffman code makes of a byte less than two.
+        if len(fields) * TABLE_BYTES + 2 * end > self._max_list_bytes and self._size(fields) > self._max_list_bytes:
             return None
         return fields
 
@@ -183,7 +183,8 @@ class HpackDecoder:
             raw, huffman, pos = _string(block, pos)
             name = _decoded(raw, huffman)
         raw, huffman, pos = _string(block, pos)
-        return (_field if len(raw) <= _SHORT else _new_field)(name, raw, huffman), pos
+        short = len(raw) <= _SHORT and len(name) <= _SHORT
+        return (_field if short else _new_field)(name, raw, huffman), pos
 
     def _insert(self, field: Field) -> None:
         self._entries.append(field)

@@ -113,3 +113,42 @@ def test_coefficients_belong_to_one_epoch(lab: Any) -> None:
     fleet.poll(0)
     fleet.scores(NAME, fleet.request(tokens=100))
     assert fleet.candidates().derived[Delays] is not first.derived[Delays]
+
+
+def test_what_this_process_sends_through_other_eyes_counts_at_once(lab: Any) -> None:
+    """Of the same pods another model, another strategy or a part of them, as a label filter leaves: all charge the
+    same ledger, and none waits until all is worked out anew."""
+    fleet = lab(4)
+    before = fleet.scores(NAME, fleet.request(tokens=1000))
+    ledger = fleet.worker()[0].ledger
+    some = fleet.candidates().subset([0])
+    for _ in range(20):
+        fleet.strategy("least-request").pick(fleet.request(tokens=1000), some, fleet.now)
+        ledger.charge(0, 1000, 1000, held=False)
+    kept = fleet.scores(NAME, fleet.request(tokens=1000))
+    assert kept[0] > 2 * before[0]
+    assert kept[1:] == pytest.approx(before[1:], rel=0.5)
+    for _ in range(200):  # more than is remembered one by one
+        ledger.charge(1, 1000, 1000, held=False)
+    assert fleet.scores(NAME, fleet.request(tokens=1000))[1] > kept[1]
+
+
+def test_what_another_worker_sends_is_heard_by_every_model(lab: Any, prompt: Any) -> None:
+    """Whoever asks first takes nothing away from the others."""
+    fleet = lab(3)
+    part = fleet.candidates().subset([1, 2])
+    strategy = fleet.strategy(NAME)
+    for candidates in (fleet.candidates(), part):
+        strategy.scores(fleet.request(tokens=1000), candidates, fleet.now)
+    slot = fleet.send(NAME, fleet.request(prompt("long", 64)), worker=1)
+    strategy.scores(fleet.request(tokens=1000), part, fleet.now)
+    after = fleet.scores(NAME, fleet.request(tokens=1000))
+    assert after[slot] > 1.0 + min(after)
+
+
+def test_short_prompts_of_other_workers_are_heard_too(lab: Any) -> None:
+    fleet = lab(3)
+    before = fleet.scores(NAME, fleet.request(tokens=1000))
+    slots = [fleet.send(NAME, fleet.request(b"hi", tokens=2), worker=1) for _ in range(9)]
+    after = fleet.scores(NAME, fleet.request(tokens=1000))
+    assert all(after[slot] > before[slot] for slot in set(slots))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from router.fleet import Candidates, Fleet
 from router.request import RoutingRequest
 from router.strategies import STRATEGIES, Context, Scoring
-from router.strategies.base import fewest, lowest
+from router.strategies.base import fewest, lowest, smallest
 from state.tables import Tables
 
 NOW = 1005.0
@@ -268,3 +268,18 @@ def test_ties_are_broken_at_random() -> None:
     assert {fewest([2, 1, 1, 5, 1], rng) for _ in range(60)} == {1, 2, 4}
     assert {lowest([2.0, 1.0, 1.0, 5.0, 1.0], rng) for _ in range(60)} == {1, 2, 4}
     assert lowest([NAN, NAN], rng) == -1
+
+
+def test_the_pods_to_try_next_are_others_even_where_nobody_is_fit() -> None:
+    assert smallest([3.0, 1.0, 2.0, 1.0], 0, 2) == [1, 3]
+    assert smallest([3.0, 1.0], 0, 5) == [1]
+    assert smallest([3.0], 0, 2) == []
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_strategy_names_different_pods_for_retries(name: str) -> None:
+    router = Router(make_fleet(4), name)
+    candidates, request = router.candidates(), RoutingRequest(MODEL, 100, text=b"x" * 400)
+    first = router.strategy.pick(request, candidates, NOW)
+    others = router.strategy.next_best(request, candidates, first, 2, NOW)
+    assert len({first, *others}) == 3
