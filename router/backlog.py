@@ -1,8 +1,8 @@
 """Prompt tokens that pods were promised and have not computed yet.
 
 Whoever sends a prompt to a pod says, in its own row of the ledger, when the pod will be done with it: at the pod's
-prefill speed, after everything it was promised before. The latest of all rows counts, so each process sees at
-its next decision what any other has promised, and
+prefill speed, after everything it was promised before. The latest of all rows counts, so each process sees what any
+other has promised, and
 
     backlog = max(0, busy until - now) * prefill speed          [tokens]
 

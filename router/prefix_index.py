@@ -78,8 +78,8 @@ class Run:
 
 class Match:
     """What a look-up found. `groups` holds (blocks matched, bitmap of slots) with the bitmaps disjoint; pods in none
-    of them have no block. `runs` are those that some pod holds, with the blocks matched up to the end of each. `answers`
-    says of a group whose length includes an answer, by its bitmap, where the answer begins."""
+    of them have no block. `runs` are those that some pod holds, with the blocks matched up to the end of each.
+    `answers` says of a group whose length includes an answer, by its bitmap, where the answer begins."""
 
     __slots__ = ("answers", "chain", "groups", "runs")
 

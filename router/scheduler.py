@@ -1,8 +1,8 @@
 """From a parsed request to a pod: candidates, strategy, charge, count.
 
 Selecting and charging are one step: nothing is awaited between reading the load and adding to it, so of a hundred
-simultaneous requests each sees those before it. (Two workers that decide within the same few microseconds may still
-pick the same pod; what each adds is visible to the other at its next decision.)
+simultaneous requests of a worker each sees those before it. What other workers have added is seen a millisecond later
+at most; `marginal-delay` hears of it at its next decision, through the prefix log.
 """
 
 from collections.abc import Callable

@@ -8,9 +8,9 @@ Protobuf encoders write fields in the order of their numbers, so a ProcessingReq
 and HttpHeaders is `0a <len> HeaderMap [18 01]`, HttpBody `[0a <len> bytes] [10 01]`. What stands behind the phase is
 looked up whole. A header is `0a <len> 0a <len> name 1a <len> value`, and is found by its name between a line feed with
 one byte behind it, and 1a: neither a name nor a value can contain a line feed, which is therefore also where a value
-ends. (An Envoy that writes values into field 2, `value`, does so for all of them.) Whatever does not look exactly like
-this is left to the general parser (None), so being quick never decides what a message means; tests hold both against
-each other.
+ends. That is so of all that an HTTP codec lets through; and whoever writes values into field 2, `value`,
+does so for all headers. A message that does not look like this is left to the general parser (None); tests hold both
+against each other.
 
 Costs a quarter to a half of the general parser: `python -m bench.exchange_cost` prints both.
 """

@@ -50,11 +50,6 @@ def strip_query(path: str) -> str:
     return path if at < 0 else path[:at]
 
 
-def known_path(path: str) -> bool:
-    """Whether requests to this path (without its query) are read here."""
-    return path in READERS or path in FORMS
-
-
 def upstream_path(path: str, engine: str) -> str | None:
     """What `:path` must become for this engine; None to leave it, query and all."""
     return XDIT_PATHS.get(path) if engine == "xdit" else None
@@ -70,4 +65,4 @@ def read_body(path: str, content_type: str, body: bytes) -> Body:
     raise unknown_path()
 
 
-__all__ = ["Body", "known_path", "read_body", "read_request", "strip_query", "upstream_path"]
+__all__ = ["Body", "read_body", "read_request", "strip_query", "upstream_path"]

@@ -4,10 +4,10 @@
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens; r and k are the prior's rates per request and per KV token. What is left,
-five numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS; in between, what this
-process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and what it hears
-from the prefix log that other workers have sent. So a decision is one product of a vector with a matrix, and a few multiplications for the pods that hold another
-part of the prompt than most.
+five numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what this
+process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is what it
+hears from the prefix log that other workers have sent. So a decision is one product of a vector with a matrix, and a
+few multiplications for the pods that hold another part of the prompt than most.
 """
 
 from math import inf

@@ -43,10 +43,10 @@ class MarginalDelay(Scoring):
     n / 2 * W whole answers come as soon, and first tokens later. Where requests wait on all pods there is no slack to
     keep: evening out the waits would only cost cache hits, and let the short prompts wait behind the long ones
     everywhere. So the long ones then come to wait on few pods (their p99 is what it costs). Speeds are learnt per pod
-    (`router.rates`), load is the shared ledger's, so it is right to the last decision of any worker; engines' own
-    counts add what other gateways sent. Source: our own, found by simulation (docs/routing.md).
+    (`router.rates`). Load is the shared ledger's, and what any worker sends is in it at the next decision of any other;
+    engines' own counts add what other gateways sent. Source: our own, found by simulation (docs/routing.md).
 
-    The arithmetic is in `router.strategies.delays`. Equal pods are told apart by chance, in the tenth digit.
+    The arithmetic is in `router.strategies.delays`. Equal pods are told apart by chance, a nanosecond at most.
 
     It needs little to work: with old metrics it goes by its own account and the speeds it learnt before; without
     prefix knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
@@ -65,7 +65,7 @@ class MarginalDelay(Scoring):
         """What the last decision for a model was made from."""
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
-        """Seconds of delay. The array is written over by the next call for the same candidates."""
+        """Seconds of delay. The array is written over by the next call."""
         speeds = self._rates.speeds(candidates, now)
         prefixes = self._prefixes
         found: LookUp | None = None

@@ -66,3 +66,13 @@ def test_an_error_after_a_retry_is_the_last_pods() -> None:
     stream, order = routed(contract)
     stream.send(response_with("503", eos=True, target_pod_ip=order[1]))
     assert loads(contract.tables, Entry.FAILED)[:2] == [1, 1]
+
+
+def test_what_the_access_log_will_count_is_not_counted_twice() -> None:
+    contract = Contract(3, usage_metrics=True)
+    stream = contract.exchange("access-log", "override-host")
+    stream.send(request_headers())
+    order = stream.send(request_body(chat())).headers["x-gateway-destination-endpoint"].split(",")
+    said = stream.send(response_with("200", target_pod_ip=order[1]))
+    assert said.headers["target-pod-ip"] == order[1]
+    assert contract.outcomes == (0, 0) and contract.counted("retried") == {}
