@@ -2,8 +2,9 @@
 
 Identity comes from the catalog (parsed when its version moves), health and engine metrics from the pod rows (copied
 when their epoch moves), in-flight load from the ledger (which changes with each decision, and is summed whenever
-somebody asks, or kept for a moment: `requests_now`). A `Candidates` object holds the pods that may take a request of one model as parallel arrays; it is built once per
-epoch and model, so that a request between two polls finds everything ready.
+somebody asks, or kept for a moment: `requests_now`). A `Candidates` object holds the pods that may take a request of
+one model as parallel arrays; it is built once per epoch and model, so that a request between two polls finds
+everything ready.
 """
 
 from collections.abc import Callable, Mapping, Sequence
