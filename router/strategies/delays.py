@@ -150,6 +150,7 @@ class Delays:
         step += self._idle_step
         typical = mean_tokens * float(prefill[0])
         answer = step * speeds.output_tokens
+        filled: Floats | None = None
         if self._rooms is not None:
             np.multiply(self._rooms, answer, out=self._more)
             filled = tokens * self._rooms
@@ -166,6 +167,8 @@ class Delays:
         waits = wait + self.wait_for_room(mean_tokens) if self.crowded(mean_tokens) else wait
         slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
         served = requests if self._places is None else np.minimum(requests, self._places)
+        if self._fullest > 1.0 and filled is not None:
+            served = np.minimum(served, requests / np.maximum(filled, 1.0))
         self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
         np.multiply(wait, speeds.drain, out=price)
         price /= mean_tokens

@@ -28,8 +28,8 @@ class MarginalDelay(Scoring):
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less
           (`LookUp.shares`)
-    n     requests in flight on the pod, whose answers a second of prefill interrupts; half, as some still wait and
-          the others can be many
+    n     requests in flight on the pod, as far as it has places and room for them, whose answers a second of prefill
+          interrupts; half, as some still wait and the others can be many
     n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
           for the context tokens)
     N     mean requests in flight per pod: those that it takes capacity from sooner or later, on whichever pod

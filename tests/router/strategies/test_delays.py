@@ -35,6 +35,8 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
     context_tokens = 0.5 * (loads[1] + speeds.usual[1])
     s = (decoding * per_request + context_tokens * prior.kv_token_seconds + speeds.idle_step) * speeds.decode
     served = n if speeds.seats is None else np.minimum(n, 1 / np.maximum(speeds.seats, 1e-6))
+    if speeds.rooms is not None:
+        served = np.minimum(served, n / np.maximum(loads[1] * speeds.rooms, 1.0))
     wait = todo * speeds.prefill_seconds
     c = mean * speeds.prefill_seconds[0]
     usual_room = strategy._delays(candidates, now).wait_for_room(mean).copy()
