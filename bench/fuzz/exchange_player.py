@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from bench.exchange_cost import MODEL, fleet
+from protos import MessageError
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY
 from router.scheduler import Scheduler
@@ -124,7 +125,7 @@ def make_player() -> Callable[[bytes], None]:
                 reply = loop.run_until_complete(_result(answer)) if isinstance(answer, Awaitable) else answer
                 for one in () if reply is None else (reply,) if isinstance(reply, bytes) else reply:
                     _check(phase, one)
-        except CallError:
+        except (CallError, MessageError):
             pass
         finally:
             call.half_close()
