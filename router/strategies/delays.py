@@ -84,6 +84,7 @@ class Delays:
         self._form[_PREFILL] = speeds.prefill_seconds
         self._weights: Floats = np.ones(5)
         self._scores: Floats = np.zeros(n)
+        self._others: Floats = np.zeros(n)
         # Single numbers are read and written through views: half the price.
         self._form_of, self._weight_of = _numbers(self._form), _numbers(self._weights)
         self._of_request, self._of_token = _numbers(self._request_step), _numbers(self._token_step)
@@ -226,7 +227,8 @@ class Delays:
             weights[_STEP] = output + uncached / self._budget
             weights[_PRICE] = scarce
             weights[_PREFILL] = uncached + scarce * self._price_of_all
-            some: Floats = self._weights @ self._form[:, places]
+            np.dot(self._weights, self._form, out=self._others)
+            some: Floats = self._others[places]
             return some
         n, form = self._n, self._form_of
         return (
