@@ -74,8 +74,7 @@ class Candidates:
         return self._of(_REQUESTS)
 
     def requests_now(self, now: float) -> Sequence[int]:
-        """The same, exact in what this process does and at most a millisecond old in what the others do: a third of
-        the price."""
+        """The same, exact in what this process does and at most a millisecond old in what the others do."""
         counts: Sequence[int] = self._gather(self.ledger.follow(now, self.span))
         return counts
 

@@ -83,7 +83,6 @@ class Speeds:
         "rooms",
         "sampled_at",
         "seats",
-        "select",
         "usual",
     )
 
@@ -94,8 +93,6 @@ class Speeds:
         """1 / (requests that the pod can run at once), 0 where that is not known; None if nowhere."""
         self.rooms: Floats | None = None
         """1 / (prompt tokens in flight that fill the pod's KV cache), 0 where that is not known; None if nowhere."""
-        self.select: slice | Ints
-        """Picks the candidates' entries from arrays by slot."""
         self.prefill_seconds: Floats
         """Per prompt token."""
         self.drain: Floats
@@ -181,7 +178,6 @@ class Rates:
             out.seats = fleet.seats
         out.rooms = fleet.rooms
         out.usual = fleet.average(candidates.loads()[:2], now)
-        out.select = fleet.select
         out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
         self._elsewhere(out, candidates, sampled, now)
         return out
@@ -200,9 +196,7 @@ class Rates:
                     # The fleet that this process finds is not new, even if the process is.
                     known = self._pods[generation] = _Pod(now if now > self._since else -1e9)
                 pods.append(known)
-            slots = candidates.slots
-            select = slice(0, len(pods)) if slots.tolist() == list(range(len(pods))) else slots
-            found = self._fleets[generations] = _Fleet(pods, select, self.prior)
+            found = self._fleets[generations] = _Fleet(pods, self.prior)
         return found
 
     def _elsewhere(self, out: Speeds, candidates: Candidates, sampled: Floats, now: float) -> None:
@@ -235,13 +229,11 @@ class _Fleet:
         "rooms",
         "sampled_at",
         "seats",
-        "select",
         "spread",
     )
 
-    def __init__(self, pods: list[_Pod], select: slice | Ints, prior: Prior) -> None:
+    def __init__(self, pods: list[_Pod], prior: Prior) -> None:
         self._pods = pods
-        self.select = select
         self.sampled_at: Floats = np.zeros(len(pods))
         self.seats: Floats = np.zeros(len(pods))
         self.crowded = False

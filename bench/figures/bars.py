@@ -1,6 +1,6 @@
 """What each figure is held against: our own bar, and what other routers need for the same.
 
-The others were measured on the same kind of machine (2 shared cores), driven by the same load generator: AIBrix (HEAD
+The others were measured on another machine of two shared cores, driven by the same load generator: AIBrix (HEAD
 of August 2026) and llm-d's endpoint picker, built from source, in their standalone modes, scraping every 5 seconds
 where nothing else is said. They are constants here: nothing of them runs during our benchmarks.
 """

@@ -46,7 +46,7 @@ class Figure:
             "key": self.key, "what": self.what, "value": self.value, "unit": self.unit,
             "lowest": self.lowest, "highest": self.highest, "note": self.note,
             "bar": bar.limit, "bar_is": "at least" if bar.at_least else "at most", "met": self.met,
-            "peers": bar.peers, "peers_source": "measured on the same kind of machine" if bar.peers else "",
+            "peers": bar.peers, "peers_source": "measured on another machine of two cores" if bar.peers else "",
         }  # fmt: skip
 
     def cells(self) -> tuple[str, str, str, str, str]:
@@ -108,7 +108,7 @@ def table(outcome: Outcome) -> Table:
     if outcome.missing or outcome.failed:
         shown.add_row(f"[yellow]not measured: {escape(outcome.missing or outcome.failed)}[/yellow]")
     if any(figure.bar.peers for figure in outcome.figures):
-        shown.caption = "others: measured on the same kind of machine, see docs/benchmarks.md"
+        shown.caption = "others: measured on another machine of two cores, see docs/benchmarks.md"
         shown.caption_justify = "left"
     return shown
 
