@@ -1,21 +1,31 @@
 # Two commands are all a fresh machine needs: `make demo` and `make test`.
-# Both need Python 3.11 or newer, make and a package registry, and install into .venv.
+# Both need Python 3.11 or newer, make and a package registry, and install into .venv. Where there is a C compiler the
+# hot path is compiled (setup.py), which takes a minute once, and again whenever one of its sources changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
+SOURCES := setup.py $(wildcard router/*.py router/*/*.py state/*.py workers/calls.py workers/h2/*.py)
 
 ARGS ?=
+# Tests of the compiled modules' sources: they have to hold where nothing can be compiled, too.
+INTERPRETED := tests/router tests/state tests/workers/h2
 
 .PHONY: install demo test check bench protos fuzz ghz h2spec clean
 
-install: $(STAMP)
+install: $(STAMP) $(COMPILED)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	POINTSMAN_COMPILE=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(COMPILED): $(SOURCES) | $(STAMP)
+	@echo "compiling the hot path ..."
+	@$(BIN)/python setup.py --quiet build_ext --inplace >$@.log || { cat $@.log; exit 1; }
 	touch $@
 
 demo: install
@@ -23,6 +33,7 @@ demo: install
 
 test: install h2spec
 	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m bench.interpreted pytest $(INTERPRETED)
 
 check: install
 	$(BIN)/ruff format --check .
@@ -53,4 +64,5 @@ fuzz: install
 	$(BIN)/python -m bench.fuzz $(ARGS)
 
 clean:
+	find router state workers -name '*.so' -delete
 	rm -rf $(VENV) bin build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

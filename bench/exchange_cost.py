@@ -3,9 +3,10 @@
 CPU time of this process (not wall time), best of several rounds, in microseconds. The messages are those of
 `extload`: thirteen headers, a chat body of the given size.
 
-`--instructions` counts bytecode instructions instead, function by function. A busy machine changes nothing about
-them, and in this code time follows them (a cold one costs 15 to 40 ns), so they tell whether a change made the hot
-path longer; `tests/router/test_hot_path.py` holds them against a budget.
+`--instructions` counts bytecode instructions instead, function by function, of the interpreted code: `python -m
+bench.interpreted bench.exchange_cost --instructions`. A busy machine changes nothing about them, and time follows them
+(interpreted, a cold one costs 15 to 40 ns), so they tell whether a change made the hot path longer;
+`tests/router/test_hot_path.py` holds them against a budget.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from router.scheduler import Scheduler
 from state.catalog import CatalogDocument, PodRecord
 from state.pods import FIELDS, Health
 from state.tables import FIRST_WORKER, Capacity, Tables
+from workers.compiled import is_compiled
 from workers.ext_proc import request_ids
 
 MODEL = "llama-3-8b"
@@ -154,7 +156,12 @@ def main() -> int:
     parser.add_argument("--instructions", action="store_true")
     chosen = parser.parse_args()
     if chosen.instructions:
+        if is_compiled():
+            parser.error("compiled modules have no bytecode: python -m bench.interpreted bench.exchange_cost ...")
         found = instructions(exchanges(chosen.strategy, chosen.pods, chosen.size))
+        if chosen.json:
+            print(json.dumps(found))
+            return 0
         print(f"{chosen.strategy}, {chosen.pods} pods, {chosen.size} bytes: {found.total()} bytecode instructions")
         for name, count in found.most_common(40):
             print(f"  {name:45} {count:5}")

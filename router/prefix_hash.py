@@ -23,6 +23,7 @@ from array import array
 from functools import lru_cache
 from math import isfinite
 
+from mypy_extensions import mypyc_attr
 from xxhash import xxh3_64_intdigest
 
 BLOCK_BYTES = 256
@@ -62,6 +63,7 @@ def block_bytes_for(engine_block_tokens: float, bytes_per_token: float = NOMINAL
     return size
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PrefixHasher:
     """Hashes texts for one fleet. `max_blocks` bounds the work: what follows in a longer text is not looked at."""
 

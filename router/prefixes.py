@@ -98,7 +98,8 @@ class LookUp:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
         worth: dict[int, float] | None = None
-        heat = before = 0.0
+        heat = 0.0
+        before = 0
         for place, run in self.match.runs:
             holders = run.holders & mask
             less = 0.0
@@ -114,10 +115,10 @@ class LookUp:
                     wanted = min(wanted * exp((run.used_at - now) / DEMAND_SECONDS), n)
                     if copies < wanted:
                         less = 1.0 - (copies / wanted) ** 2
-            if less:
+            if less > 0.0:
                 if worth is None:
                     worth = {at: at * block_tokens for at, _ in self.match.runs}
-                    worth[-1] = self.prompt_tokens
+                    worth[-1] = float(self.prompt_tokens)
                 tokens = less * (place - before) * block_tokens
                 for at in worth:
                     if at >= place or at < 0:

@@ -5,6 +5,11 @@ import os
 import pytest
 from hypothesis import settings
 
+from workers.compiled import is_compiled, outdated
+
+if is_compiled() and (changed := outdated()):
+    pytest.exit(f"changed after they were compiled: {', '.join(changed)}; run `make install`", returncode=2)
+
 settings.register_profile("pointsman", deadline=None, print_blob=True)
 settings.load_profile("pointsman")
 

@@ -10,7 +10,7 @@ the awaitable that an earlier `receive` returned has finished.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from protos import MessageError
 
@@ -28,16 +28,16 @@ Reply = bytes | tuple[bytes, ...] | None
 class Status:
     """The gRPC status codes that this project sends."""
 
-    OK = 0
-    CANCELLED = 1
-    UNKNOWN = 2
-    INVALID_ARGUMENT = 3
-    DEADLINE_EXCEEDED = 4
-    NOT_FOUND = 5
-    RESOURCE_EXHAUSTED = 8
-    UNIMPLEMENTED = 12
-    INTERNAL = 13
-    UNAVAILABLE = 14
+    OK: Final = 0
+    CANCELLED: Final = 1
+    UNKNOWN: Final = 2
+    INVALID_ARGUMENT: Final = 3
+    DEADLINE_EXCEEDED: Final = 4
+    NOT_FOUND: Final = 5
+    RESOURCE_EXHAUSTED: Final = 8
+    UNIMPLEMENTED: Final = 12
+    INTERNAL: Final = 13
+    UNAVAILABLE: Final = 14
 
 
 class CallError(Exception):

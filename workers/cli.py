@@ -198,13 +198,11 @@ def explain(
 @main.command()
 def strategies() -> None:
     """List the routing strategies and their formulas."""
-    import inspect
-
-    from router.strategies import STRATEGIES
+    from router.strategies import STRATEGIES, formula
 
     for name, strategy in STRATEGIES.items():
         click.secho(name, bold=True)
-        for line in (inspect.getdoc(strategy) or "").splitlines():
+        for line in formula(strategy).splitlines():
             click.echo(f"    {line}" if line else "")
         click.echo()
 

@@ -26,6 +26,7 @@ import structlog
 from state.roster import Kind, Phase, Process
 from state.tables import ADMIN, FIRST_WORKER, SCRAPER, SUPERVISOR, Tables
 from workers.admin import run_admin
+from workers.compiled import is_compiled, outdated
 from workers.config import Config, ConfigError
 from workers.ext_proc import run_worker
 from workers.ports import Reservation, clear_stale_socket
@@ -108,7 +109,15 @@ class Supervisor:
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         gc.collect()
         gc.freeze()
-        log.info("starting", workers=self._config.workers, listen=self._config.listen, admin=self._config.admin)
+        log.info(
+            "starting",
+            workers=self._config.workers,
+            listen=self._config.listen,
+            admin=self._config.admin,
+            hot_path="compiled" if is_compiled() else "interpreted",
+        )
+        if changed := outdated():
+            log.warning("sources were changed after they were compiled: run `make install`", sources=changed)
         for seat in self._seats:
             self._fill(seat)
         while self._children or not self._stopping:

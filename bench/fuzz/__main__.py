@@ -17,7 +17,9 @@ def main() -> int:
     for target in TARGETS:
         folder = chosen.corpus / target
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", f"bench.fuzz.{target}", f"-runs={chosen.runs}", str(folder)]
+        # Interpreted, since atheris sees no coverage of compiled code.
+        module = f"bench.fuzz.{target}"
+        command = [sys.executable, "-m", "bench.interpreted", module, f"-runs={chosen.runs}", str(folder)]
         print(" ".join(command), flush=True)
         code = subprocess.run(command, check=False).returncode
         if code:

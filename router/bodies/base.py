@@ -11,6 +11,7 @@ import re
 from typing import Any, ClassVar, Final
 
 import orjson
+from mypy_extensions import mypyc_attr
 
 from router.bodies.text import counted_tokens
 from router.errors import RequestError, bad_body, missing
@@ -33,6 +34,7 @@ _ESCAPE: Final = re.compile(
 """One escape of a JSON string. The first group takes all but lone surrogates."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Body:
     """A request body that passed the checks of its path."""
 

@@ -1,5 +1,9 @@
 """The strategies by name. One file each; this one only lists them."""
 
+import ast
+import sys
+from pathlib import Path
+
 from router.strategies.aibrix_prefix_cache import AibrixPrefixCache
 from router.strategies.base import Context, Scoring, Strategy
 from router.strategies.consistent_hash_bounded import ConsistentHashBounded
@@ -55,4 +59,15 @@ STRATEGIES: dict[str, type[Strategy]] = {
     )
 }
 
-__all__ = ["STRATEGIES", "Context", "Scoring", "Strategy"]
+
+def formula(strategy: type[Strategy]) -> str:
+    """The docstring of a strategy, from its source: a compiled class has none."""
+    source = Path(sys.modules[strategy.__module__].__file__ or "")
+    tree = ast.parse(source.with_name(source.name.partition(".")[0] + ".py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == strategy.__name__:
+            return ast.get_docstring(node) or ""
+    return ""
+
+
+__all__ = ["STRATEGIES", "Context", "Scoring", "Strategy", "formula"]

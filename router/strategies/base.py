@@ -17,6 +17,8 @@ from heapq import nsmallest
 from math import inf, isfinite, isnan
 from typing import Any, ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from router.backlog import Backlog
 from router.fleet import Candidates
 from router.prefixes import Prefixes
@@ -54,6 +56,7 @@ class Context:
         return found
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Strategy(ABC):
     """Picks a pod. One instance per process; state that must be shared between processes lives in `state`."""
 
@@ -82,6 +85,7 @@ class Strategy(ABC):
         the place to remember where a prefix went, and to set `request.uncached_tokens`."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Scoring(Strategy):
     """A strategy that is a formula."""
 

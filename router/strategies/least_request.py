@@ -2,12 +2,15 @@
 
 from typing import ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from router.fleet import Candidates
 from router.request import RoutingRequest
 from router.strategies.base import Context, Scoring
 from state.pods import Floats
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LeastRequest(Scoring):
     """score = requests in flight, counted at selection over all workers and replicas. [requests]
 

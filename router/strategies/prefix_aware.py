@@ -1,6 +1,7 @@
 """What strategies that go by prefixes share: the look-up before, the memory after. Not a strategy itself."""
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from router.fleet import Candidates
 from router.prefixes import LookUp
@@ -9,6 +10,7 @@ from router.strategies.base import Context, Scoring
 from state.pods import Floats
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PrefixAware(Scoring):
     """A formula over the tokens that each candidate holds of the prompt. Without prefix knowledge, nobody holds any."""
 
