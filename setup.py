@@ -29,8 +29,8 @@ GROUPS = {
     """,
     "router._exchange": """
         router/access_log router/bodies/base router/bodies/chat router/bodies/completions router/bodies/text
-        router/exchange router/modes router/policy router/replies router/request router/request_phase router/response
-        router/usage router/wire
+        router/exchange router/modes router/policy router/replies router/request router/request_ids
+        router/request_phase router/response router/usage router/wire
     """,
     "workers.h2._engine": """
         workers/calls workers/h2/connection workers/h2/control workers/h2/dialogue workers/h2/faults workers/h2/frames

@@ -29,12 +29,12 @@ from router import wire
 from router.bodies import read_body
 from router.exchange import Exchange, Peer, _plain
 from router.prefixes import Prefixes
+from router.request_ids import RequestIds
 from router.scheduler import Scheduler
 from state.catalog import CatalogDocument, PodRecord
 from state.pods import FIELDS, Health
 from state.tables import FIRST_WORKER, Capacity, Tables
 from workers.compiled import is_compiled
-from workers.ext_proc import request_ids
 
 MODEL = "llama-3-8b"
 HEADERS = {
@@ -100,7 +100,7 @@ def exchanges(strategy: str, pods: int, size: int) -> Callable[[], None]:
     tables = fleet(pods)
     clock = itertools.count(1000.0, 0.00005).__next__
     scheduler = Scheduler(tables, strategy, clock, seed=1, prefixes=Prefixes.of(tables))
-    peer, new_id = Peer(), request_ids()
+    peer, new_id = Peer(), RequestIds().new
     chance = random.Random(1)
     sessions = ["".join(chance.choices("abcdefghij klmnop", k=size * 7 // 10)) for _ in range(200)]
     headers, _, _ = messages(size)
@@ -168,7 +168,7 @@ def main() -> int:
         return 0
 
     scheduler = Scheduler(fleet(chosen.pods), chosen.strategy, time.monotonic)
-    peer, new_id = Peer(), request_ids()
+    peer, new_id = Peer(), RequestIds().new
     headers, body, document = messages(chosen.size)
     headers_part, body_part = wire.phase_part(headers), wire.phase_part(body)
     assert headers_part is not None and body_part is not None

@@ -8,6 +8,8 @@ Where Envoy may retry on another pod it was given several addresses in order. Th
 those before it have failed (`router/retries.py`).
 """
 
+from typing import Final
+
 from google.protobuf.message import DecodeError
 
 from protos import MessageError
@@ -17,7 +19,7 @@ from router.retries import answered_after_retries
 from router.scheduler import Scheduler
 from state.ledger import Charge
 
-MOST_ENDPOINTS = 17
+MOST_ENDPOINTS: Final = 17
 """The longest list that a configuration can ask for."""
 
 

@@ -20,6 +20,7 @@ Whoever counts limits may have to be waited for (Redis): then `receive` gives an
 
 from collections.abc import Awaitable
 from functools import partial
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -32,7 +33,7 @@ from router.request_phase import Reply, RequestPhase
 from router.response import Response
 from router.wire import REQUEST_BODY, REQUEST_HEADERS, RESPONSE_BODY, RESPONSE_HEADERS
 
-_ATTRIBUTES = "envoy.filters.http.ext_proc"
+_ATTRIBUTES: Final = "envoy.filters.http.ext_proc"
 
 
 class Exchange(RequestPhase):

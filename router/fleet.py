@@ -9,7 +9,7 @@ everything ready.
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,13 @@ from state.tables import Tables
 
 Ints = npt.NDArray[np.int64]
 
-_HEALTH = COLUMN["health"]
-_REQUESTS, _TOKENS, _PROMISED, _CHOSEN = (
-    int(entry) for entry in (Entry.REQUESTS, Entry.TOKENS, Entry.PROMISED, Entry.CHOSEN)
-)  # plain integers: an enumeration member costs four times as much to look up
-_READY, _UNSEEN = float(Health.READY), float(Health.UNSEEN)
+_HEALTH: Final = COLUMN["health"]
+_REQUESTS: Final = int(Entry.REQUESTS)  # plain integers: an enumeration member costs four times as much to look up
+_TOKENS: Final = int(Entry.TOKENS)
+_PROMISED: Final = int(Entry.PROMISED)
+_CHOSEN: Final = int(Entry.CHOSEN)
+_READY: Final = float(Health.READY)
+_UNSEEN: Final = float(Health.UNSEEN)
 
 
 class Pod:

@@ -2,19 +2,21 @@
 the gRPC metadata of our own configuration, how requests end and where their destination is read.
 """
 
+from typing import Final
+
 from protos.ext_proc_pb2 import ProcessingMode, ProcessingRequest
 from router import replies, wire
 from router.replies import Destination
 
-ACCOUNTING_KEY = "x-pointsman-accounting"
-DESTINATION_KEY = "x-pointsman-destination"
+ACCOUNTING_KEY: Final = "x-pointsman-accounting"
+DESTINATION_KEY: Final = "x-pointsman-destination"
 """gRPC metadata by which an Envoy says what it does. Set in Envoy's configuration, so no client can."""
 
-_FULL_DUPLEX = ProcessingMode.FULL_DUPLEX_STREAMED
-_BUFFERED = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
+_FULL_DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
+_BUFFERED: Final = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
 
-_MOST_KNOWN = 64
-_LONGEST_KNOWN = 256
+_MOST_KNOWN: Final = 64
+_LONGEST_KNOWN: Final = 256
 
 
 class Modes:
@@ -80,4 +82,4 @@ class Peer:
             self.modes[remainder] = modes
 
 
-UNKNOWN_MODES = Modes(ProcessingRequest())
+UNKNOWN_MODES: Final = Modes(ProcessingRequest())

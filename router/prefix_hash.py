@@ -22,15 +22,16 @@ import struct
 from array import array
 from functools import lru_cache
 from math import isfinite
+from typing import Final
 
 from mypy_extensions import mypyc_attr
 from xxhash import xxh3_64_intdigest
 
-BLOCK_BYTES = 256
+BLOCK_BYTES: Final = 256
 """Default: 64 tokens of English text. Finer blocks cost more than their precision is worth (128 bytes: twice the time
 and memory to know a prefix 32 tokens better)."""
-LARGEST_BLOCK_BYTES = 2048
-NOMINAL_BYTES_PER_TOKEN = 4.0
+LARGEST_BLOCK_BYTES: Final = 2048
+NOMINAL_BYTES_PER_TOKEN: Final = 4.0
 
 
 class Chain:
@@ -47,7 +48,7 @@ class Chain:
         return len(self.hashes)
 
 
-EMPTY = Chain([], BLOCK_BYTES)
+EMPTY: Final = Chain([], BLOCK_BYTES)
 
 
 def block_bytes_for(engine_block_tokens: float, bytes_per_token: float = NOMINAL_BYTES_PER_TOKEN) -> int:

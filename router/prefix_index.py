@@ -23,7 +23,7 @@ anything since the last time, 3 µs per record when somebody has.
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from math import exp
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -31,17 +31,17 @@ from router.prefix_hash import NOMINAL_BYTES_PER_TOKEN, Chain
 from state.pods import COLUMN, Floats, Ints
 from state.prefix_log import ROUTED, LogReader, PrefixLog, pod_tag
 
-_INCARNATION = COLUMN["incarnation"]
-_NUM_BLOCKS = COLUMN["num_gpu_blocks"]
-_BLOCK_SIZE = COLUMN["block_size"]
+_INCARNATION: Final = COLUMN["incarnation"]
+_NUM_BLOCKS: Final = COLUMN["num_gpu_blocks"]
+_BLOCK_SIZE: Final = COLUMN["block_size"]
 
-RECORDS_PER_DRAIN = 512
+RECORDS_PER_DRAIN: Final = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
-MOST_HEARD = 256
-BLOCKS_PER_PAIR = 8
-DEMAND_SECONDS = 10.0
+MOST_HEARD: Final = 256
+BLOCKS_PER_PAIR: Final = 8
+DEMAND_SECONDS: Final = 10.0
 """Uses of a run count for this long, on average, as demand for it."""
-PLACES_KEPT = 1024
+PLACES_KEPT: Final = 1024
 
 
 class PodRows(Protocol):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import exp
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from router.request import RoutingRequest
 from state.pods import Floats, Ints
 from state.tables import Tables
 
-SPARE = 2.0
+SPARE: Final = 2.0
 """Copies for each pod's worth of demand: with one, the pods that hold a run could not be chosen among."""
 
 

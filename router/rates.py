@@ -29,29 +29,29 @@ which counts what else such a decision finds changed).
 
 from dataclasses import dataclass
 from math import exp, isfinite
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from router.fleet import Candidates
 from state.pods import Floats, Ints
 
-WARM_UP_SECONDS = 30.0
-STALE_SECONDS = 15.0
+WARM_UP_SECONDS: Final = 30.0
+STALE_SECONDS: Final = 15.0
 """Metrics older than this say nothing about the present load; speeds are kept."""
-_KEEP = 0.9
+_KEEP: Final = 0.9
 """What is left of the weight of a pod's samples after the next one."""
-FLEET_SAMPLES = 3.0
-_TOGETHER = 0.002
+FLEET_SAMPLES: Final = 3.0
+_TOGETHER: Final = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
-_LIMIT = 50.0
-FULL_USAGE = 0.95
+_LIMIT: Final = 50.0
+FULL_USAGE: Final = 0.95
 """Of the KV cache, above which requests may wait for room in it and not for a place."""
-LEAST_PLACES = 16
+LEAST_PLACES: Final = 16
 """Fewer requests running may be as many as before by chance."""
-FLEETS_KEPT = 256
-LOAD_SECONDS = 3.0
+FLEETS_KEPT: Final = 256
+LOAD_SECONDS: Final = 3.0
 """Over which a pod's usual load is averaged: a few polls."""
 
 
@@ -313,7 +313,7 @@ class _Fleet:
         return self._prefill * (2.0 - np.clip(ages / WARM_UP_SECONDS, 0.0, 1.0)), self._decode
 
 
-_USED = (
+_USED: Final = (
     "busy_ratio",
     "hit_ratio",
     "prompt_tokens_per_second",
@@ -331,7 +331,7 @@ _USED = (
 )
 
 
-_GENERATED = _USED.index("generation_tokens_mean")
+_GENERATED: Final = _USED.index("generation_tokens_mean")
 
 
 def _solve(sums: Floats) -> Floats:

@@ -10,6 +10,7 @@ Envoy makes them lower case.
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Final
 
 from protos.ext_proc_pb2 import (
     CommonResponse,
@@ -21,35 +22,35 @@ from protos.ext_proc_pb2 import (
 
 Header = tuple[str, bytes]
 
-TARGET_POD = "target-pod"
+TARGET_POD: Final = "target-pod"
 """The pod's ip:port in a request (Envoy's ORIGINAL_DST reads it), its name in a response. AIBrix's header."""
-TARGET_POD_IP = "target-pod-ip"
+TARGET_POD_IP: Final = "target-pod-ip"
 """The pod's ip:port in a response. Our own Envoy configuration sets it to where the answer came from."""
-ENDPOINT = "x-gateway-destination-endpoint"
+ENDPOINT: Final = "x-gateway-destination-endpoint"
 """The same, as the Gateway API inference extension calls it; also a key of the `envoy.lb` metadata."""
-ENVOY_LB = "envoy.lb"
+ENVOY_LB: Final = "envoy.lb"
 """The dynamic metadata that Envoy's load balancers read."""
-NAMESPACE = "pointsman"
+NAMESPACE: Final = "pointsman"
 """The dynamic metadata that our own Envoy configuration reads."""
-RESPONSE_NAMESPACE = "pointsman-response"
+RESPONSE_NAMESPACE: Final = "pointsman-response"
 """The same, for headers that only some responses get: session, profile, receipt. A namespace of its own, since it is
 added to a template, and merged messages do not merge what lies inside a map."""
-RESPONSE_HEADERS = ("x-session-id", "x-aibrix-config-profile", "x-pointsman-decision")
+RESPONSE_HEADERS: Final = ("x-session-id", "x-aibrix-config-profile", "x-pointsman-decision")
 """Those headers, which are also the keys there."""
 
-DESTINATION_HEADERS = (TARGET_POD, ENDPOINT, "model")
+DESTINATION_HEADERS: Final = (TARGET_POD, ENDPOINT, "model")
 """Headers by which a client could choose where its request goes. Removed before anything else happens."""
 
-CHUNK_BYTES = 62_000
+CHUNK_BYTES: Final = 62_000
 """Largest piece of a body given back in full duplex mode: some Envoys refuse more than 64 KiB."""
 
-MOST_TOKENS = 99_999_999
+MOST_TOKENS: Final = 99_999_999
 """The largest number of tokens that a ticket can say."""
 
 # Stand for the values while a template is made: private code points, which no pod name or address contains.
-_REQUEST_IDS = {36: "\ue000" * 12, 32: "\U000f0001" * 8}  # by length in bytes: a UUID, a trace id
-_TOKENS = "\U000f0000" * 2  # 8 bytes
-_STATUS = "\ue001"  # 3 bytes
+_REQUEST_IDS: Final = {36: "\ue000" * 12, 32: "\U000f0001" * 8}  # by length in bytes: a UUID, a trace id
+_TOKENS: Final = "\U000f0000" * 2  # 8 bytes
+_STATUS: Final = "\ue001"  # 3 bytes
 
 
 class Destination(StrEnum):
@@ -112,14 +113,14 @@ def _response_body_mode(mode: ProcessingMode.BodySendMode) -> bytes:
     return reply.SerializeToString()
 
 
-REQUEST_HEADERS = _headers_reply().SerializeToString()
-REQUEST_HEADERS_WATCH = _watch_response()
+REQUEST_HEADERS: Final = _headers_reply().SerializeToString()
+REQUEST_HEADERS_WATCH: Final = _watch_response()
 """For an Envoy that is set to tell nothing of responses, when this one's usage must be known."""
-RESPONSE_BODY_MODE = {
+RESPONSE_BODY_MODE: Final = {
     mode: _response_body_mode(mode) for mode in (ProcessingMode.NONE, ProcessingMode.STREAMED, ProcessingMode.BUFFERED)
 }
 """To be added to a reply to response headers: how the body shall come. Envoy heeds it where it allows overrides."""
-REQUEST_HEADERS_ASK_FOR_BODY = {
+REQUEST_HEADERS_ASK_FOR_BODY: Final = {
     mode: _ask_for_body(mode)
     for mode in (
         ProcessingMode.NONE,
@@ -131,10 +132,10 @@ REQUEST_HEADERS_ASK_FOR_BODY = {
 }
 """For an Envoy that is set to send no request body, by its response body mode: without a body there is nothing to
 route by. Envoy heeds it when it is set to allow mode overrides."""
-REQUEST_BODY = _empty("request_body")
-REQUEST_TRAILERS = _empty("request_trailers")
-RESPONSE_BODY = _empty("response_body")
-RESPONSE_TRAILERS = _empty("response_trailers")
+REQUEST_BODY: Final = _empty("request_body")
+REQUEST_TRAILERS: Final = _empty("request_trailers")
+RESPONSE_BODY: Final = _empty("response_body")
+RESPONSE_TRAILERS: Final = _empty("response_trailers")
 
 
 class RoutedReplies:
@@ -272,7 +273,7 @@ def response_body(
     return reply.SerializeToString()
 
 
-RESPONSE_BODY_HELD_BACK = response_body(clear=True)
+RESPONSE_BODY_HELD_BACK: Final = response_body(clear=True)
 
 
 def for_the_response(pairs: Iterable[tuple[str, str]]) -> bytes:
@@ -298,7 +299,7 @@ def _content_length(digits: int) -> bytes:
     return request_body_more((("content-length", filler),)).removesuffix(filler)
 
 
-_CONTENT_LENGTH = tuple(_content_length(digits) for digits in range(12))
+_CONTENT_LENGTH: Final = tuple(_content_length(digits) for digits in range(12))
 
 
 def content_length(size: int) -> bytes:

@@ -8,7 +8,7 @@ profile and strategy, the model's requests per second, label filter, pod.
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from router import replies
 from router.bodies import Body, read_request, strip_query, upstream_path
@@ -27,12 +27,12 @@ from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
 Reply = bytes | tuple[bytes, ...] | None
 Awaited = TypeVar("Awaited")
 
-EXPLAIN = "x-pointsman-explain"
-_RARE = frozenset({"x-aibrix-session-key", "x-session-id", "external-filter", EXPLAIN})
+EXPLAIN: Final = "x-pointsman-explain"
+_RARE: Final = frozenset({"x-aibrix-session-key", "x-session-id", "external-filter", EXPLAIN})
 """Headers about where a request may go that few requests have."""
-_TRACE_ID = re.compile(rb"[0-9a-fA-F]{32}")
+_TRACE_ID: Final = re.compile(rb"[0-9a-fA-F]{32}")
 """W3C trace context: where a client sends one, it is the request's id."""
-_WITHOUT_USAGE = frozenset({"media", "audio"})
+_WITHOUT_USAGE: Final = frozenset({"media", "audio"})
 
 
 class RequestPhase:

@@ -21,7 +21,7 @@ read, 5.5 µs for response headers (`pytest tests/router/test_responses.py --ben
 """
 
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -40,14 +40,14 @@ from state.ledger import Charge
 
 Reply = bytes | tuple[bytes, ...] | None
 
-SMALL_BODY_BYTES = 32 << 10
+SMALL_BODY_BYTES: Final = 32 << 10
 """What any Envoy buffers: the smallest limit met is Envoy Gateway's default."""
-KEPT_OF_LARGE_REPLIES = 16 << 10
+KEPT_OF_LARGE_REPLIES: Final = 16 << 10
 """Of a JSON reply too long to be parsed, the end is kept: that is where its usage stands."""
 
-_BUFFERED = ProcessingMode.BUFFERED
-_STREAMED = ProcessingMode.STREAMED
-_JSON = b"application/json"
+_BUFFERED: Final = ProcessingMode.BUFFERED
+_STREAMED: Final = ProcessingMode.STREAMED
+_JSON: Final = b"application/json"
 
 
 class Served:
@@ -421,7 +421,7 @@ def _wrong_key() -> Normalised:
     return _as_reply(RequestError(401, WRONG_KEY, code=INVALID_API_KEY))
 
 
-_REPLACED = {401: _wrong_key, 500: _internal_error}
+_REPLACED: Final = {401: _wrong_key, 500: _internal_error}
 """What stands for errors without a body, as in AIBrix."""
 
 

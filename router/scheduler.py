@@ -6,7 +6,7 @@ at most; `marginal-delay` hears of it at its next decision, through the prefix l
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from router.errors import header_value, model_asleep, no_pods, not_selected, unknown_model
 from router.fleet import Candidates, Fleet, Pod
@@ -21,7 +21,7 @@ from state.ledger import Charge
 from state.series import Histogram
 from state.tables import Tables
 
-_MOST_REPLIES = 8192
+_MOST_REPLIES: Final = 8192
 """Templates kept; clients can ask for many combinations of strategies."""
 
 

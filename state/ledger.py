@@ -22,7 +22,7 @@ this process does and at most that old in what the others do.
 from collections import deque
 from enum import IntEnum
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_HEADER = 64
+_HEADER: Final = 64
 
 
 class Entry(IntEnum):
@@ -59,22 +59,25 @@ class Entry(IntEnum):
     reckoned when it promised the last of them. The latest counts."""
 
 
-FRESH_SECONDS = 0.001
+FRESH_SECONDS: Final = 0.001
 """How long `follow` takes the other processes' rows to be as they were."""
-MOST_CHARGED = 256
-_LOADS = -1
-_REQUESTS = int(Entry.REQUESTS)
-_BUSY_UNTIL = int(Entry.BUSY_UNTIL)
-_MOST_VIEWS = 256
-_sum = np.add.reduce
+MOST_CHARGED: Final = 256
+_LOADS: Final = -1
+_REQUESTS: Final = int(Entry.REQUESTS)
+_BUSY_UNTIL: Final = int(Entry.BUSY_UNTIL)
+_MOST_VIEWS: Final = 256
+_sum: Final = np.add.reduce
 
 
-class Charge(NamedTuple):
+class Charge:
     """One request's load on one pod. Whoever releases it needs no more than this."""
 
-    slot: int
-    generation: int
-    tokens: int
+    __slots__ = ("generation", "slot", "tokens")
+
+    def __init__(self, slot: int, generation: int, tokens: int) -> None:
+        self.slot = slot
+        self.generation = generation
+        self.tokens = tokens
 
 
 class Ledger:

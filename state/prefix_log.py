@@ -31,18 +31,18 @@ Cost: 1 µs to append, 0.1 µs to see that nothing is new with any number of wri
 """
 
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from xxhash import xxh3_64_digest
 
-SEGMENTS = 32
-ROUTED = 1
+SEGMENTS: Final = 32
+ROUTED: Final = 1
 """The prompt was sent to the pod by this replica."""
-REMOTE = 2
+REMOTE: Final = 2
 """The same, by another replica."""
-_SKIP = 0
-_BODY = struct.Struct("<QQd")
-RECORD_BYTES = 8 + _BODY.size
+_SKIP: Final = 0
+_BODY: Final = struct.Struct("<QQd")
+RECORD_BYTES: Final = 8 + _BODY.size
 
 
 class Routed(NamedTuple):

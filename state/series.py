@@ -14,16 +14,17 @@ longer together than a row has room for are cut, the longest first.
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Final
 
-LABEL_BYTES = 248
-_ROW = LABEL_BYTES + 8
-_HEADER = 64
-SEPARATOR = "\x1f"
-OVERFLOW = "overflow"
-OVERFLOW_ROWS = 16
+LABEL_BYTES: Final = 248
+_ROW: Final = LABEL_BYTES + 8
+_HEADER: Final = 64
+SEPARATOR: Final = "\x1f"
+OVERFLOW: Final = "overflow"
+OVERFLOW_ROWS: Final = 16
 """Kept for the overflow rows of as many metrics, or a quarter of all rows where there are few."""
 
-DECISION_BUCKETS = (
+DECISION_BUCKETS: Final[tuple[float, ...]] = (
     0.000005, 0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0,
 )  # fmt: skip
 """Upper bounds in seconds of the decision latency histogram."""

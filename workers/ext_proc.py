@@ -1,8 +1,6 @@
 """An ext_proc worker: a transport, the methods it serves, and the scheduler behind them."""
 
 import asyncio
-import os
-import random
 import time
 from collections.abc import Callable
 from hashlib import sha256
@@ -13,6 +11,7 @@ from router.exchange import Exchange
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Peer
 from router.policy import NO_POLICY, Policy
 from router.prefixes import Prefixes
+from router.request_ids import RequestIds
 from router.scheduler import Scheduler
 from state.tables import Tables
 from workers.calls import Call, Metadata, Method, Methods
@@ -34,21 +33,10 @@ _SECRET = token_bytes(32)
 """Made when this module is loaded, which the supervisor does before it forks: all workers have the same."""
 
 
-def request_ids() -> Callable[[], bytes]:
-    """A source of request ids: random UUIDs (version 4), 36 characters."""
-    bits = random.Random(os.urandom(16)).getrandbits
-
-    def new() -> bytes:
-        digits = b"%032x" % bits(128)
-        return b"%b-%b-4%b-a%b-%b" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
-
-    return new
-
-
 def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = NO_POLICY) -> Method:
     """The ext_proc Process stream."""
     peers: dict[tuple[str, str], Peer] = {}
-    new_request_id = request_ids()
+    new_request_id = RequestIds().new
 
     def open_exchange(metadata: Metadata) -> Call:
         key = (metadata.get(ACCOUNTING_KEY, "stream"), metadata.get(DESTINATION_KEY, "header"))

@@ -15,7 +15,7 @@ import random
 from abc import ABC, abstractmethod
 from heapq import nsmallest
 from math import inf, isfinite, isnan
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from mypy_extensions import mypyc_attr
 
@@ -26,7 +26,7 @@ from router.rates import Rates
 from router.request import RoutingRequest
 from state.pods import Floats
 
-NEAR = 1e-9
+NEAR: Final = 1e-9
 """Scores closer than this share of the best are equal."""
 
 

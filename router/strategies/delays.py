@@ -12,6 +12,7 @@ few multiplications for the pods that hold another part of the prompt than most.
 
 from math import inf
 from random import Random
+from typing import Final
 
 import numpy as np
 
@@ -21,17 +22,21 @@ from router.prefix_index import PrefixIndex
 from router.rates import Speeds
 from state.pods import Floats, Ints
 
-KEPT_SECONDS = 0.01
+KEPT_SECONDS: Final = 0.01
 """How old finished requests and finished prefills may be."""
-LEAD_SECONDS = 0.0002
+LEAD_SECONDS: Final = 0.0002
 """By how much a record may be older than the charge that it stands for."""
-MOST_ENTERED = 64
+MOST_ENTERED: Final = 64
 """More is worked out anew."""
-JITTER_SECONDS = 1e-9
+JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
-_JITTERS = 1024
+_JITTERS: Final = 1024
 
-_FIXED, _STEP, _PRICE, _SHARED, _PREFILL = range(5)
+_FIXED: Final = 0
+_STEP: Final = 1
+_PRICE: Final = 2
+_SHARED: Final = 3
+_PREFILL: Final = 4
 
 
 class Chance:

@@ -1,6 +1,6 @@
 """The pod where a request adds the least delay to everybody."""
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from router.strategies.base import Context, Scoring, smallest
 from router.strategies.delays import Chance, Delays
 from state.pods import Floats
 
-MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
+MODES: Final = ("full", "stale-metrics", "no-prefix", "requests-only")
 """What a decision could be made from, best first; `MarginalDelay.modes` says which, per model."""
 
 

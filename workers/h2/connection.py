@@ -16,6 +16,7 @@ message), the cache of header blocks (-10 us where it hits).
 
 from collections.abc import Callable
 from math import inf
+from typing import Final
 
 from workers.calls import Call, Methods
 from workers.h2.faults import ConnectionFault, StreamFault
@@ -58,12 +59,12 @@ from workers.h2.limits import CREDIT_PER_MESSAGE, Counters, Limits
 from workers.h2.requests import Request, RequestReader
 from workers.h2.stream import Stream
 
-_MAX_FRAME = MIN_MAX_FRAME
+_MAX_FRAME: Final = MIN_MAX_FRAME
 """What we allow a client's frames to hold: SETTINGS_MAX_FRAME_SIZE stays at its default."""
 
-_NOT_PLAIN = PADDED | PRIORITY_FIELDS | END_HEADERS
-_INSIDE_HEADERS = 1
-_EXPECT_SETTINGS = 2
+_NOT_PLAIN: Final = PADDED | PRIORITY_FIELDS | END_HEADERS
+_INSIDE_HEADERS: Final = 1
+_EXPECT_SETTINGS: Final = 2
 
 
 class Connection(Inbound):
@@ -165,8 +166,10 @@ class Connection(Inbound):
         """Everything from `pos` on; an incomplete frame at the end goes to `_rest`. Raises `ConnectionFault`."""
         end = len(buf)
         streams = self.streams
-        append = self.out.append
-        from_bytes = int.from_bytes
+        out = self.out
+        word: int
+        flags: int
+        stream_id: int
         half_window = self._half_window
         received = self._unread
         special = self._special
@@ -197,7 +200,7 @@ class Connection(Inbound):
                     call: Call = stream.call  # type: ignore[assignment]
                     while start < pos:
                         # The compression flag is the highest of the five bytes: set, it makes the number too large.
-                        stop = start + PREFIX_BYTES + from_bytes(buf[start : start + PREFIX_BYTES], "big")
+                        stop = start + PREFIX_BYTES + int.from_bytes(buf[start : start + PREFIX_BYTES], "big")
                         if stop > pos:
                             self.collect(stream, buf[start:pos])
                             break
@@ -218,11 +221,11 @@ class Connection(Inbound):
                             stream.send_window -= total
                             self.send_window -= total
                             if stream.headers_sent:
-                                append(message_header(total << 8, 0, stream_id, 0, size))
+                                out.append(message_header(total << 8, 0, stream_id, 0, size))
                             else:
                                 stream.headers_sent = True
-                                append(first_message_header(stream_id, size))
-                            append(reply)
+                                out.append(first_message_header(stream_id, size))
+                            out.append(reply)
                             if call.finished:
                                 stream.ended_remote = bool(flags)
                                 self.finish(stream)
@@ -247,7 +250,7 @@ class Connection(Inbound):
                 continue
             # What grpc-go sends with every message, to measure the path, comes before the general case.
             if kind == WINDOW_UPDATE and not (stream_id or special) and length == 4:
-                increment = from_bytes(buf[start:pos], "big")
+                increment = int.from_bytes(buf[start:pos], "big")
                 window = self.send_window + increment
                 if increment and window <= MAX_WINDOW:
                     self.send_window = window
@@ -257,8 +260,8 @@ class Connection(Inbound):
                         self.flush()
                     continue
             elif kind == PING and not (stream_id or special or flags) and length == 8:
-                append(PING_ACK_HEADER)
-                append(buf[start:pos])
+                out.append(PING_ACK_HEADER)
+                out.append(buf[start:pos])
                 credit -= 1
                 nuisance = "PING"
                 continue
@@ -283,7 +286,7 @@ class Connection(Inbound):
         if received > self._half_connection_window:
             if received > self.limits.connection_window_bytes:
                 raise ConnectionFault(FLOW_CONTROL_ERROR, "connection window overrun")  # 6.9
-            append(window_update(0, received))
+            out.append(window_update(0, received))
             received = 0
         self._unread = received
         if credit:

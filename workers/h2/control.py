@@ -7,6 +7,7 @@ tiny DATA, CONTINUATION or streams that are reset before they are answered, gets
 
 from collections.abc import Callable
 from math import inf
+from typing import Final
 
 from workers.calls import Methods
 from workers.h2.dialogue import Dialogue
@@ -43,14 +44,14 @@ from workers.h2.hpack_decoder import TABLE_BYTES
 from workers.h2.limits import Counters, Limits
 from workers.h2.responses import TABLE_SIZE_ZERO
 
-TICK_SECONDS = 1.0
+TICK_SECONDS: Final = 1.0
 """How often a connection wants its `tick`, unless a deadline is nearer."""
 
-_SETTINGS_COST = 20
-_MAX_SEND_FRAME = 1 << 20
-_DRAIN_PING = b"draining"
-_DRAIN_PING_SECONDS = 1.0
-_KEEPALIVE_PING = b"are you?"
+_SETTINGS_COST: Final = 20
+_MAX_SEND_FRAME: Final = 1 << 20
+_DRAIN_PING: Final = b"draining"
+_DRAIN_PING_SECONDS: Final = 1.0
+_KEEPALIVE_PING: Final = b"are you?"
 
 
 class Control(Dialogue):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from math import inf
+from typing import Final
 
 from workers.calls import Call, CallError, Methods, PushingCall, Reply, Status, status_of
 from workers.h2.frames import ENHANCE_YOUR_CALM, NO_ERROR, trailers_ok
@@ -18,12 +19,12 @@ from workers.h2.requests import Refusal, Request
 from workers.h2.responses import GRPC_HEADERS, trailers
 from workers.h2.stream import Stream, Waiter
 
-log = logging.getLogger(__name__)
+log: Final = logging.getLogger(__name__)
 
 Result = Reply | BaseException
 """What an awaited answer became."""
 
-_REMEMBERED_RESETS = 1024
+_REMEMBERED_RESETS: Final = 1024
 
 
 class Dialogue(Outbound):

@@ -4,70 +4,71 @@ A frame is never an object here: it is a place in the read buffer on the way in,
 """
 
 from struct import Struct
+from typing import Final
 
 from workers.h2.responses import GRPC_HEADERS, TRAILERS_OK
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """What every client says first (3.4)."""
 
-HEADER_BYTES = 9
-PREFIX_BYTES = 5
+HEADER_BYTES: Final = 9
+PREFIX_BYTES: Final = 5
 """What stands before each gRPC message: compression flag and length."""
-DEFAULT_WINDOW = 65535
-MAX_WINDOW = 2**31 - 1
-MIN_MAX_FRAME = 16384
+DEFAULT_WINDOW: Final = 65535
+MAX_WINDOW: Final = 2**31 - 1
+MIN_MAX_FRAME: Final = 16384
 
 # Frame types (6).
-DATA = 0
-HEADERS = 1
-PRIORITY = 2
-RST_STREAM = 3
-SETTINGS = 4
-PUSH_PROMISE = 5
-PING = 6
-GOAWAY = 7
-WINDOW_UPDATE = 8
-CONTINUATION = 9
+DATA: Final = 0
+HEADERS: Final = 1
+PRIORITY: Final = 2
+RST_STREAM: Final = 3
+SETTINGS: Final = 4
+PUSH_PROMISE: Final = 5
+PING: Final = 6
+GOAWAY: Final = 7
+WINDOW_UPDATE: Final = 8
+CONTINUATION: Final = 9
 
 # Flags.
-ACK = 0x1
-END_STREAM = 0x1
-END_HEADERS = 0x4
-PADDED = 0x8
-PRIORITY_FIELDS = 0x20
+ACK: Final = 0x1
+END_STREAM: Final = 0x1
+END_HEADERS: Final = 0x4
+PADDED: Final = 0x8
+PRIORITY_FIELDS: Final = 0x20
 
 # Settings (6.5.2).
-HEADER_TABLE_SIZE = 1
-ENABLE_PUSH = 2
-MAX_CONCURRENT_STREAMS = 3
-INITIAL_WINDOW_SIZE = 4
-MAX_FRAME_SIZE = 5
-MAX_HEADER_LIST_SIZE = 6
+HEADER_TABLE_SIZE: Final = 1
+ENABLE_PUSH: Final = 2
+MAX_CONCURRENT_STREAMS: Final = 3
+INITIAL_WINDOW_SIZE: Final = 4
+MAX_FRAME_SIZE: Final = 5
+MAX_HEADER_LIST_SIZE: Final = 6
 
 # Error codes (7).
-NO_ERROR = 0
-PROTOCOL_ERROR = 1
-INTERNAL_ERROR = 2
-FLOW_CONTROL_ERROR = 3
-SETTINGS_TIMEOUT = 4
-STREAM_CLOSED = 5
-FRAME_SIZE_ERROR = 6
-REFUSED_STREAM = 7
-CANCEL = 8
-COMPRESSION_ERROR = 9
-ENHANCE_YOUR_CALM = 11
+NO_ERROR: Final = 0
+PROTOCOL_ERROR: Final = 1
+INTERNAL_ERROR: Final = 2
+FLOW_CONTROL_ERROR: Final = 3
+SETTINGS_TIMEOUT: Final = 4
+STREAM_CLOSED: Final = 5
+FRAME_SIZE_ERROR: Final = 6
+REFUSED_STREAM: Final = 7
+CANCEL: Final = 8
+COMPRESSION_ERROR: Final = 9
+ENHANCE_YOUR_CALM: Final = 11
 
-read_header = Struct(">IBI").unpack_from
+read_header: Final = Struct(">IBI").unpack_from
 """(length << 8 | type, flags, stream id with its reserved bit) at an offset of a buffer."""
 
-frame_header = Struct(">IBI").pack
+frame_header: Final = Struct(">IBI").pack
 """The same three numbers to bytes."""
 
-message_header = Struct(">IBIBI").pack
+message_header: Final = Struct(">IBIBI").pack
 """A DATA frame's header and the five bytes before a gRPC message, packed together."""
 
-_FIRST = Struct(f">IBI{len(GRPC_HEADERS)}sIBIBI").pack
-_GRPC_HEADERS_WORD = len(GRPC_HEADERS) << 8 | HEADERS
+_FIRST: Final = Struct(f">IBI{len(GRPC_HEADERS)}sIBIBI").pack
+_GRPC_HEADERS_WORD: Final = len(GRPC_HEADERS) << 8 | HEADERS
 
 
 def first_message_header(stream_id: int, size: int) -> bytes:
@@ -81,13 +82,13 @@ def trailers_ok(stream_id: int) -> bytes:
     return _TRAILERS(_TRAILERS_OK_WORD, END_HEADERS | END_STREAM, stream_id, TRAILERS_OK)
 
 
-_TRAILERS = Struct(f">IBI{len(TRAILERS_OK)}s").pack
-_TRAILERS_OK_WORD = len(TRAILERS_OK) << 8 | HEADERS
+_TRAILERS: Final = Struct(f">IBI{len(TRAILERS_OK)}s").pack
+_TRAILERS_OK_WORD: Final = len(TRAILERS_OK) << 8 | HEADERS
 
-read_settings = Struct(">HI").iter_unpack
-_setting = Struct(">HI").pack
-_u32 = Struct(">I").pack
-_u32_pair = Struct(">II").pack
+read_settings: Final = Struct(">HI").iter_unpack
+_setting: Final = Struct(">HI").pack
+_u32: Final = Struct(">I").pack
+_u32_pair: Final = Struct(">II").pack
 
 
 def read_u32(data: bytes, offset: int = 0) -> int:
@@ -99,10 +100,10 @@ def settings(values: dict[int, int]) -> bytes:
     return frame_header(len(payload) << 8 | SETTINGS, 0, 0) + payload
 
 
-SETTINGS_ACK = frame_header(SETTINGS, ACK, 0)
+SETTINGS_ACK: Final = frame_header(SETTINGS, ACK, 0)
 
 
-PING_ACK_HEADER = frame_header(8 << 8 | PING, ACK, 0)
+PING_ACK_HEADER: Final = frame_header(8 << 8 | PING, ACK, 0)
 
 
 def window_update(stream_id: int, increment: int) -> bytes:

@@ -14,23 +14,33 @@ Cost: a fifth of the library's decoder for grpc-go's block of eight fields with 
 
 import re
 from functools import lru_cache
+from typing import Final
 
-from hpack import HPACKDecodingError
-from hpack.huffman_table import decode_huffman
+from hpack.huffman_table import HUFFMAN_TABLE
 from hpack.table import HeaderTable
 
 from workers.h2.faults import ConnectionFault
 from workers.h2.frames import COMPRESSION_ERROR
 
-Field = tuple[str, str, int, str]
-"""Name, value, size by RFC 7541 4.1, and what is wrong with it by RFC 9113 8.2 ("" if nothing)."""
 
-TABLE_BYTES = 4096
+class Field:
+    """A header field. `size` is that of RFC 7541 4.1, `fault` what is wrong with it by RFC 9113 8.2 ("": nothing)."""
+
+    __slots__ = ("fault", "name", "size", "value")
+
+    def __init__(self, name: str, value: str, fault: str) -> None:
+        self.name = name
+        self.value = value
+        self.size = len(name) + len(value) + 32
+        self.fault = fault
+
+
+TABLE_BYTES: Final = 4096
 """SETTINGS_HEADER_TABLE_SIZE; we leave it at its default."""
 
-_NAME = re.compile(r":?[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
-_VALUE = re.compile(r"(?:[^\0\r\n \t](?:[^\0\r\n]*[^\0\r\n \t])?)?").fullmatch
-_CONNECTION_SPECIFIC = {"connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"}
+_NAME: Final = re.compile(r":?[!#$%&'*+\-.^_`|~0-9a-z]+").fullmatch
+_VALUE: Final = re.compile(r"(?:[^\0\r\n \t](?:[^\0\r\n]*[^\0\r\n \t])?)?").fullmatch
+_CONNECTION_SPECIFIC: Final = {"connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade"}
 
 
 def make_field(name: str, value: str) -> Field:
@@ -41,16 +51,24 @@ def make_field(name: str, value: str) -> Field:
         fault = "invalid field value"  # 8.2.1
     elif name in _CONNECTION_SPECIFIC or (name == "te" and value != "trailers"):
         fault = "connection-specific field"  # 8.2.2
-    return name, value, len(name) + len(value) + 32, fault
+    return Field(name, value, fault)
 
 
-_STATIC: list[Field] = [
+_STATIC: Final[list[Field]] = [
     make_field(name.decode(), value.decode()) for name, value in ((b"", b""), *HeaderTable.STATIC_TABLE)
 ]
-_STATIC_SIZE = len(_STATIC)
-_LAST_STATIC_BYTE = 0x80 | _STATIC_SIZE - 1
-_INDEXED = re.compile(rb"[\x81-\xfe]+").match
-_SHORT = 32
+_STATIC_SIZE: Final = len(_STATIC)
+_LAST_STATIC_BYTE: Final = 0x80 | _STATIC_SIZE - 1
+
+_NEXT: Final = bytes([state for state, _, _ in HUFFMAN_TABLE])
+_FLAGS: Final = bytes([flags for _, flags, _ in HUFFMAN_TABLE])
+_SYMBOL: Final = bytes([symbol for _, _, symbol in HUFFMAN_TABLE])
+_COMPLETE: Final = 1
+_EMIT: Final = 2
+_FAIL: Final = 4
+"""By sixteen times the state plus half a byte of input: the next state, what to do, and the byte to put out."""
+
+_SHORT: Final = 32
 """Bytes of a name and of a value. Longer literals are not remembered."""
 
 
@@ -86,20 +104,34 @@ def _string(block: bytes, pos: int) -> tuple[bytes, bool, int]:
     return block[pos:end], first >= 0x80, end
 
 
+def decode_huffman(raw: bytes) -> bytes:
+    """A string in Huffman code (5.2), by the library's state machine and four times as fast as in its loop."""
+    out = bytearray()
+    state = 0
+    flags = _COMPLETE
+    for byte in raw:
+        for shift in range(4, -1, -4):
+            index = state << 4 | byte >> shift & 0x0F
+            flags = _FLAGS[index]
+            if flags & _FAIL:
+                raise _bad("invalid Huffman code")
+            if flags & _EMIT:
+                out.append(_SYMBOL[index])
+            state = _NEXT[index]
+    if not flags & _COMPLETE:
+        raise _bad("invalid Huffman code")
+    return bytes(out)
+
+
 def _decoded(raw: bytes, huffman: bool) -> str:
-    if huffman:
-        try:
-            raw = decode_huffman(raw)
-        except HPACKDecodingError:
-            raise _bad("invalid Huffman code") from None
-    return raw.decode("latin-1")
+    return (decode_huffman(raw) if huffman else raw).decode("latin-1")
 
 
 def _new_field(name: str, raw: bytes, huffman: bool) -> Field:
     return make_field(name, _decoded(raw, huffman))
 
 
-_field = lru_cache(maxsize=4096)(_new_field)
+_field: Final = lru_cache(maxsize=4096)(_new_field)
 
 
 class HpackDecoder:
@@ -130,28 +162,22 @@ class HpackDecoder:
     def _decode(self, block: bytes) -> list[Field] | None:
         entries = self._entries
         fields: list[Field] = []
-        updates = 0
+        updates = size = 0
         pos = 0
         end = len(block)
         while pos < end:
-            run = _INDEXED(block, pos)
-            if run is not None:  # 6.1 indexed, one byte each
-                pos = run.end()
-                fields += [
-                    _STATIC[byte & 0x7F] if byte <= _LAST_STATIC_BYTE else entries[_LAST_STATIC_BYTE - byte]
-                    for byte in run[0]
-                ]
-                continue
             byte = block[pos]
-            if byte & 0x80:
+            if 0x80 < byte < 0xFF:  # 6.1 indexed, in one byte
+                pos += 1
+                field = _STATIC[byte & 0x7F] if byte <= _LAST_STATIC_BYTE else entries[_LAST_STATIC_BYTE - byte]
+            elif byte & 0x80:
                 index, pos = _integer(block, pos, 0x7F)
                 if not index:
                     raise _bad("header index 0")
-                fields.append(entries[_STATIC_SIZE - 1 - index])
+                field = entries[_STATIC_SIZE - 1 - index]
             elif byte & 0x40:  # 6.2.1 literal that enters the table
                 field, pos = self._literal(block, pos, 0x3F)
                 self._insert(field)
-                fields.append(field)
             elif byte & 0x20:  # 6.3 table size update, only before the first field (4.2)
                 updates += 1
                 if fields or updates > 2:
@@ -161,24 +187,19 @@ class HpackDecoder:
                     raise _bad("table size update over the limit")
                 self._capacity = capacity
                 self._evict()
+                continue
             else:  # 6.2.2, 6.2.3 literal that does not
                 field, pos = self._literal(block, pos, 0x0F)
-                fields.append(field)
-        # No field out of the table is larger than the table, and Huffman code makes of a byte less than two.
-        if len(fields) * TABLE_BYTES + 2 * end > self._max_list_bytes and self._size(fields) > self._max_list_bytes:
-            return None
-        return fields
-
-    @staticmethod
-    def _size(fields: list[Field]) -> int:
-        return sum([field[2] for field in fields])
+            fields.append(field)
+            size += field.size
+        return fields if size <= self._max_list_bytes else None
 
     def _literal(self, block: bytes, pos: int, mask: int) -> tuple[Field, int]:
         index, pos = _integer(block, pos, mask)
         if index >= _STATIC_SIZE:
-            name = self._entries[_STATIC_SIZE - 1 - index][0]
+            name = self._entries[_STATIC_SIZE - 1 - index].name
         elif index:
-            name = _STATIC[index][0]
+            name = _STATIC[index].name
         else:
             raw, huffman, pos = _string(block, pos)
             name = _decoded(raw, huffman)
@@ -189,11 +210,11 @@ class HpackDecoder:
     def _insert(self, field: Field) -> None:
         self._entries.append(field)
         self.newest = field
-        self._used += field[2]
+        self._used += field.size
         self._evict()
 
     def _evict(self) -> None:
         """Make the table fit (4.3, 4.4: an entry larger than the table empties it)."""
         self.version += 1
         while self._used > self._capacity:
-            self._used -= self._entries.pop(0)[2]
+            self._used -= self._entries.pop(0).size

@@ -2,6 +2,8 @@
 the window that lets a client send (RFC 9113 6.1, 6.9, 8.1.1).
 """
 
+from typing import Final
+
 from workers.calls import CallError
 from workers.h2.control import Control
 from workers.h2.faults import ConnectionFault, StreamFault
@@ -19,8 +21,8 @@ from workers.h2.limits import CREDIT_PER_MESSAGE
 from workers.h2.messages import MessageCutter, cut
 from workers.h2.stream import Stream
 
-_TINY_PIECE = 256
-_MAX_DISCARDED = 64 << 10
+_TINY_PIECE: Final = 256
+_MAX_DISCARDED: Final = 64 << 10
 
 
 class Inbound(Control):

@@ -1,6 +1,7 @@
 """What a client may ask of the server, and what is counted about it."""
 
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Limits:
     """...and so many per second on top, and `CREDIT_PER_MESSAGE` more for each message."""
 
 
-CREDIT_PER_MESSAGE = 8
+CREDIT_PER_MESSAGE: Final = 8
 
 
 class Counters:

@@ -5,10 +5,12 @@ pieces it came in, joined once when the last one is there. Pieces below `_SMALL`
 that a client that sends single bytes cannot make the list weigh more than the bytes.
 """
 
+from typing import Final
+
 from workers.calls import CallError, Status
 from workers.h2.frames import PREFIX_BYTES
 
-_SMALL = 1024
+_SMALL: Final = 1024
 
 
 def cut(piece: bytes, pos: int, limit: int, messages: list[bytes]) -> tuple[int, int]:

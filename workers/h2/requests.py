@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
+from typing import Final
 
 from workers.calls import Call, Metadata, Method, Methods, Status
 from workers.h2.faults import StreamFault
@@ -17,11 +18,11 @@ from workers.h2.frames import PROTOCOL_ERROR
 from workers.h2.hpack_decoder import Field, HpackDecoder
 from workers.h2.responses import GRPC_HEADERS, plain, trailers
 
-_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])").fullmatch
-_UNIT_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-_GRPC = re.compile(r"application/grpc(?:[+;].*)?", re.IGNORECASE).fullmatch
-_PSEUDO = {":method", ":scheme", ":path", ":authority"}
-_LONGEST_CACHED = 1024
+_TIMEOUT: Final = re.compile(r"([0-9]{1,8})([HMSmun])").fullmatch
+_UNIT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_GRPC: Final = re.compile(r"application/grpc(?:[+;].*)?", re.IGNORECASE).fullmatch
+_PSEUDO: Final = {":method", ":scheme", ":path", ":authority"}
+_LONGEST_CACHED: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,9 @@ class Request:
         self.plain_method = plain_method
 
 
-TOO_LARGE = Request(None, refusal=Refusal(plain(431, b"request headers too large\n"), b"request headers too large\n"))
+TOO_LARGE: Final = Request(
+    None, refusal=Refusal(plain(431, b"request headers too large\n"), b"request headers too large\n")
+)
 
 
 class RequestReader:
@@ -87,7 +90,7 @@ class RequestReader:
             if fields is None:
                 return TOO_LARGE
             newest = decoder.newest
-            if newest is None or newest[0] != "grpc-timeout" or len(block) > _LONGEST_CACHED:
+            if newest is None or newest.name != "grpc-timeout" or len(block) > _LONGEST_CACHED:
                 return read_request(fields, self._methods)
             return self._with_deadline(fields, newest)
         if fields is None:
@@ -106,7 +109,7 @@ class RequestReader:
         place = fields.index(deadline)
         key = (place, *fields[:place], *fields[place + 1 :])
         known = self._but_for_deadline.get(key)
-        match = _TIMEOUT(deadline[1])
+        match = _TIMEOUT(deadline.value)
         if known is not None and match:
             seconds = int(match[1]) * _UNIT_SECONDS[match[2]]
             return Request(known.method, known.metadata, seconds, -1, None, known.plain_method)
@@ -123,9 +126,9 @@ class RequestReader:
 
     def read_trailers(self, block: bytes) -> None:
         """Raises `StreamFault` if the block cannot be a request's trailers (8.1)."""
-        for name, _, _, fault in self._decode(block) or ():
-            if fault or name[0] == ":":
-                raise StreamFault(PROTOCOL_ERROR, fault or "pseudo header in trailers")
+        for field in self._decode(block) or ():
+            if field.fault or field.name[0] == ":":
+                raise StreamFault(PROTOCOL_ERROR, field.fault or "pseudo header in trailers")
 
     def _decode(self, block: bytes) -> list[Field] | None:
         version = self._decoder.version
@@ -138,9 +141,10 @@ class RequestReader:
 def read_request(fields: list[Field], methods: Methods) -> Request:
     pseudo: dict[str, str] = {}
     metadata: dict[str, str] = {}
-    for name, value, _, fault in fields:
-        if fault:
-            raise StreamFault(PROTOCOL_ERROR, fault)
+    for field in fields:
+        if field.fault:
+            raise StreamFault(PROTOCOL_ERROR, field.fault)
+        name, value = field.name, field.value
         if name[0] == ":":
             if metadata or name in pseudo or name not in _PSEUDO:  # 8.3
                 raise StreamFault(PROTOCOL_ERROR, "unknown, repeated or misplaced pseudo header")

@@ -2,9 +2,10 @@
 client's dynamic table (RFC 7541 6.2.2), so that one block fits every connection at any time.
 """
 
+from typing import Final
 from urllib.parse import quote
 
-TABLE_SIZE_ZERO = b"\x20"
+TABLE_SIZE_ZERO: Final = b"\x20"
 """The table size update that a client which shrinks its table must see before the next field (RFC 7541 4.2)."""
 
 
@@ -25,9 +26,9 @@ def literal(name: str, value: str) -> bytes:
     return b"\0" + _integer(len(raw_name), 0x7F, 0) + raw_name + _integer(len(raw_value), 0x7F, 0) + raw_value
 
 
-_STATUS_200 = b"\x88"
-GRPC_HEADERS = _STATUS_200 + literal("content-type", "application/grpc")
-TRAILERS_OK = literal("grpc-status", "0")
+_STATUS_200: Final = b"\x88"
+GRPC_HEADERS: Final = _STATUS_200 + literal("content-type", "application/grpc")
+TRAILERS_OK: Final = literal("grpc-status", "0")
 
 
 def trailers(code: int, message: str) -> bytes:
