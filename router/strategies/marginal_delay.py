@@ -20,7 +20,9 @@ class MarginalDelay(Scoring):
     """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + free * n / 2 * W + n' * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
-    C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
+    C     seconds to prefill what the pod does not hold of this prompt: the last u of its P tokens at the pod's prefill
+          speed, times flat + slope * (P - u / 2), since attention makes a token dearer by those before it; flat and
+          slope are learnt, such that the mean token of all prompts counts once (`router.attention`)
     TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
           steps free as much as there is), plus C, plus the share of decoding in the engine steps this takes (token
           budget 8192 each) at s; half a step more where no prompt is under way, since steps are not interrupted
@@ -122,4 +124,5 @@ class MarginalDelay(Scoring):
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
         delays: Delays = candidates.derived.get(Delays) or self._delays(candidates, now)
-        delays.promise(index, request.uncached_tokens, now)
+        prompt = request.prefix.prompt_tokens if request.prefix is not None else request.prompt_tokens
+        delays.promise(index, prompt, request.uncached_tokens, now)
