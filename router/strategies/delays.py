@@ -1,14 +1,15 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
     score = fixed + (M + u / budget) * step + c * price + M * (r + P * k) * shared + (u + c * (1 + N)) * prefill
+            + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
-uncached, its scarce and its output tokens (except in u / budget, u and c are in tokens of the mean cost, so multiplied
-by a + b * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is left,
-five numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what this
-process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is what it
-hears from the prefix log that other workers have sent. So a decision is one product of a vector with a matrix, and a
-few multiplications for the pods that hold another part of the prompt than most.
+uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
+cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
+left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what
+this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is
+what it hears from the prefix log that other workers have sent. So a decision is one product of
+a vector with a matrix, and a few multiplications for the pods that hold another part of the prompt than most.
 """
 
 from math import inf
@@ -32,7 +33,7 @@ JITTER_SECONDS = 1e-9
 """Chance between equal pods."""
 _JITTERS = 1024
 
-_FIXED, _STEP, _PRICE, _SHARED, _PREFILL = range(5)
+_FIXED, _STEP, _PRICE, _SHARED, _PREFILL, _LOSS = range(6)
 
 
 class Chance:
@@ -81,9 +82,9 @@ class Delays:
         self._no_place_of = _numbers(self._no_place)
         self._fullest = self._most_taken = 0.0
         self._loads: Floats = np.zeros((3, n))
-        self._form: Floats = np.zeros((5, n))
+        self._form: Floats = np.zeros((6, n))
         self._form[_PREFILL] = speeds.prefill_seconds
-        self._weights: Floats = np.ones(5)
+        self._weights: Floats = np.ones(6)
         self._scores: Floats = np.zeros(n)
         self._others: Floats = np.zeros(n)
         # Single numbers are read and written through views: half the price.
@@ -112,7 +113,7 @@ class Delays:
             self._hear(index, min(heard, MOST_HEARD))
         if not 0.0 <= now - self._worked_out_at < KEPT_SECONDS or charged > MOST_ENTERED or heard > MOST_ENTERED:
             self._worked_out_at = now
-            self._work_out(now)
+            self._work_out(now, index)
         elif charged or heard:
             prefill = _PREFILL * self._n
             for number in range(-charged, 0):
@@ -142,11 +143,11 @@ class Delays:
             if place is not None:
                 self._sent[place].add(size / index.bytes_per_token, new / index.bytes_per_token)
 
-    def _work_out(self, now: float) -> None:
+    def _work_out(self, now: float, index: PrefixIndex | None) -> None:
         candidates, speeds, form = self._candidates, self.speeds, self._form
         excess = self._backlog.excess(candidates, speeds, now)
         requests, tokens, wait = self._loads
-        fixed, step, price, shared, prefill = form
+        fixed, step, price, shared, prefill, loss = form
         loads, until = candidates.loads(), candidates.busy_until()
         np.add(loads[0], speeds.elsewhere, out=requests)
         tokens[:] = loads[1]
@@ -186,6 +187,8 @@ class Delays:
         if self._fullest > 1.0 and filled is not None:
             served = np.minimum(served, requests / np.maximum(filled, 1.0))
         self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
+        if index is not None:
+            np.multiply(index.lost[self._candidates.slots], prefill, out=loss)
         np.multiply(wait, speeds.drain, out=price)
         price /= mean_tokens
         np.minimum(price, requests, out=price)
@@ -233,6 +236,7 @@ class Delays:
         call."""
         weights = self._weight_of
         weights[_STEP] = output + uncached / self._budget
+        weights[_LOSS] = uncached * self._price_of_all
         self._last = self._flat + self._slope * prompt
         cost = self._last - 0.5 * self._slope * uncached
         scarce *= cost
@@ -245,12 +249,14 @@ class Delays:
     def of(self, places: int | Ints, output: float, uncached: float, scarce: float) -> float | Floats:
         """The scores of some pods that hold another part of the prompt that `of_all` was last asked for."""
         steps = output + uncached / self._budget
+        loss = uncached * self._price_of_all
         cost = self._last - 0.5 * self._slope * uncached
         uncached *= cost
         scarce *= cost
         if not isinstance(places, int):
             weights = self._weight_of
             weights[_STEP] = steps
+            weights[_LOSS] = loss
             weights[_PRICE] = scarce
             weights[_PREFILL] = uncached + scarce * self._price_of_all
             np.dot(self._weights, self._form, out=self._others)
@@ -263,6 +269,7 @@ class Delays:
             + form[2 * n + places] * scarce
             + form[3 * n + places] * self._weight_of[_SHARED]
             + form[4 * n + places] * (uncached + scarce * self._price_of_all)
+            + form[5 * n + places] * loss
         )
 
     def crowded(self, prompt: float) -> bool:

@@ -17,7 +17,7 @@ MODES = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + free * n / 2 * W + n' * M * d. [seconds]
+    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + (1 + N) * L + free * n / 2 * W + n' * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
     C     seconds to prefill what the pod does not hold of this prompt: the last u of its P tokens at the pod's prefill
@@ -30,6 +30,10 @@ class MarginalDelay(Scoring):
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less
           (`LookUp.shares`)
+    L     seconds to prefill again what the u tokens push out of the pod's full cache, at the pod's speed: each of them
+          so many as have to be computed again for each token that was written there of late
+          (`router.prefix_index.Turnover`). Much on a pod that just still keeps what comes back, nothing on one with
+          room to spare, nor where little is found anyway: so few pods lose their caches, and not all
     n     requests in flight on the pod, as far as it has places and room for them, whose answers a second of prefill
           interrupts; half, as some still wait and the others can be many
     n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so

@@ -71,6 +71,16 @@ def test_tokens_late_in_a_prompt_count_more(lab: Any, prompt: Any) -> None:
         assert scores[pod] == pytest.approx(ttft + 200.0 * p.step_seconds + compute, rel=1e-3)
 
 
+def test_what_a_prompt_pushes_out_of_a_full_cache_counts(lab: Any, prompt: Any) -> None:
+    """Two idle pods, one of which loses half a token for each that it computes."""
+    fleet = lab(2)
+    before = np.array(fleet.scores(NAME, fleet.request(prompt("any", 4), tokens=1000)))
+    fleet.worker()[2].prefixes.index.lost[0] = 0.5
+    fleet.now += 1
+    after = np.array(fleet.scores(NAME, fleet.request(prompt("any", 4), tokens=1000)))
+    assert after - before == pytest.approx([0.5 * 1000 * Prior().prefill_token_seconds, 0.0], abs=1e-6)
+
+
 def test_the_load_of_the_last_seconds_counts_for_decoding(lab: Any) -> None:
     """Two pods that are equally loaded now, one of which had nothing to do until a moment ago."""
     fleet = lab(2)
