@@ -201,6 +201,7 @@ class Delays:
         np.multiply(half, wait, out=fixed)
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
+        loss *= 1.0 - slack
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""

@@ -33,7 +33,8 @@ class MarginalDelay(Scoring):
     L     seconds to prefill again what the u tokens push out of the pod's full cache, at the pod's speed: each of them
           so many as have to be computed again for each token that was written there of late
           (`router.prefix_index.Turnover`). Much on a pod that just still keeps what comes back, nothing on one with
-          room to spare, nor where little is found anyway: so few pods lose their caches, and not all
+          room to spare, nor where little is found anyway: so few pods lose their caches, and not all. Times 1 - free:
+          while there is slack, computing it again costs little
     n     requests in flight on the pod, as far as it has places and room for them, whose answers a second of prefill
           interrupts; half, as some still wait and the others can be many
     n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
