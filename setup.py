@@ -23,7 +23,7 @@ GROUPS = {
         state/ledger state/prefix_log state/series
     """,
     "router._decision": """
-        router/backlog router/fleet router/prefix_hash router/prefix_index router/prefixes router/rates
+        router/attention router/backlog router/fleet router/prefix_hash router/prefix_index router/prefixes router/rates
         router/scheduler router/strategies/base router/strategies/delays router/strategies/least_request
         router/strategies/marginal_delay router/strategies/prefix_aware router/strategies/random_choice
     """,

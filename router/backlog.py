@@ -61,7 +61,7 @@ class Backlog:
         self,
         candidates: Candidates,
         index: int,
-        uncached_tokens: int,
+        uncached_tokens: float,
         speeds: Speeds,
         now: float,
         step_seconds: float = 0.0,

@@ -22,7 +22,7 @@ anything since the last time, 3 µs per record when somebody has.
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from math import exp
+from math import exp, inf
 from typing import Final, Protocol
 
 import numpy as np
@@ -42,6 +42,13 @@ BLOCKS_PER_PAIR: Final = 8
 DEMAND_SECONDS: Final = 10.0
 """Uses of a run count for this long, on average, as demand for it."""
 PLACES_KEPT: Final = 1024
+TURNOVER_SECONDS: Final = 30.0
+"""Over which it is averaged what comes and goes in a pod's full cache."""
+TAIL: Final = 0.5
+"""Of the time that runs stay in a cache: a run used again after more of it is used in the tail."""
+FORGIVEN: Final = 0.5
+"""Of a token written for each: the view takes pods to hold more than they do, so some of the tail is gone anyway."""
+MOST_LOST: Final = 4.0
 
 
 class PodRows(Protocol):
@@ -155,6 +162,38 @@ class SlotIndex:
         return found
 
 
+class Turnover:
+    """What comes and goes in one pod's cache, of late."""
+
+    __slots__ = ("at", "stay", "tail", "written")
+
+    def __init__(self) -> None:
+        self.at = 0.0
+        self.stay = inf
+        """Seconds from a run's last use to when it was dropped for want of room; infinite while nothing was."""
+        self.tail = 0.0
+        """Bytes that were used again after more than TAIL of that time."""
+        self.written = 0.0
+        """Bytes that were new."""
+
+    def add(self, now: float, new: int, again: int) -> float:
+        """Bytes come in that are new, and bytes are used again that were last used in the tail. Returns how many must
+        be written again for each one that is written now.
+
+        It shortens the stay of all others by its share of the cache, and the uses that come at the very end of the
+        stay come too late then. In the tail there are `tail` of them, while (1 - TAIL) of a cache is written. So there
+        is nothing to lose on a pod that keeps all it needs for long enough, nor on one where little is found anyway;
+        most of all there is where the next request more would push out what is about to be used.
+        """
+        kept = exp((self.at - now) / TURNOVER_SECONDS)
+        self.at = now
+        self.written = self.written * kept + new
+        self.tail = self.tail * kept + again
+        if not self.written > 0.0:
+            return 0.0
+        return min(max(self.tail / ((1.0 - TAIL) * self.written) - FORGIVEN, 0.0), MOST_LOST)
+
+
 class PrefixIndex:
     """The view. `follow` before a decision, `match` for it, `remember` after it."""
 
@@ -179,6 +218,9 @@ class PrefixIndex:
         self._bytes_per_token = bytes_per_token
         self._runs: dict[int, Run] = {}
         self._orders: list[OrderedDict[Run, float]] = []
+        self._turnovers: list[Turnover] = []
+        self.lost: Floats = np.zeros(0)
+        """By row of the pod: tokens that must be computed again for each one that is computed there."""
         self._used: list[int] = []
         self._room: list[float] = []  # tokens
         self._rows = b""
@@ -332,6 +374,8 @@ class PrefixIndex:
             self._used.append(0)
             self._room.append(0.0)
             self._orders.append(OrderedDict())
+            self._turnovers.append(Turnover())
+        self.lost = np.concatenate([self.lost, np.zeros(high - len(self.lost))])
         for slot, (generation, incarnation, tokens) in enumerate(rows.T.tolist()):
             tag = pod_tag(int(generation), int(incarnation)) if generation else 0
             known = self._tags[slot]
@@ -339,6 +383,8 @@ class PrefixIndex:
             if tag != known and not (tag < known and tag >> 32 == known >> 32):
                 self.forget(slot)
                 self._tags[slot] = tag
+                self._turnovers[slot] = Turnover()
+                self.lost[slot] = 0.0
             self._room[slot] = tokens if tokens > 0 else self._default_tokens
 
     def _note(self, slot: int, packed: bytes, block_bytes: int, at: float, hashes: list[int] | None = None) -> int:
@@ -385,6 +431,14 @@ class PrefixIndex:
             parent = run
         if parent is not None and (parent is new or (byte == size and (parent.start + parent.blocks) << 3 == size)):
             parent.answered |= bit
+        more = self._used[slot] - used
+        turnover = self._turnovers[slot]
+        if turnover.stay < inf:
+            again, before = 0, at - TAIL * turnover.stay
+            for run in path:
+                if order.get(run, at) < before:
+                    again += run.blocks
+            self.lost[slot] = turnover.add(at, more, again * block_bytes)
         move = order.move_to_end
         for run in reversed(path):
             order[run] = at
@@ -401,9 +455,8 @@ class PrefixIndex:
             self._uses = self._uses * exp((since - at) / DEMAND_SECONDS) + 1.0
         else:
             self._uses += 1.0
-        more = self._used[slot] - used
         while self._used[slot] > self._room[slot] * self._bytes_per_token and order:
-            self._drop_or_cut(slot, order)
+            self._drop_or_cut(slot, order, at)
         if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
             self._make_room()
         return more
@@ -436,10 +489,13 @@ class PrefixIndex:
                 ancestor = ancestor.parent
         return head
 
-    def _drop_or_cut(self, slot: int, order: "OrderedDict[Run, float]") -> None:
+    def _drop_or_cut(self, slot: int, order: "OrderedDict[Run, float]", now: float) -> None:
         """Bring a pod back to what it can hold: drop its least recently used run, or of a run that it alone holds
         only as much of the tail as is too much."""
         run, at = order.popitem(last=False)
+        turnover = self._turnovers[slot]
+        stay = now - at
+        turnover.stay = stay if turnover.stay == inf else turnover.stay + 0.1 * (stay - turnover.stay)
         over = self._used[slot] - self._room[slot] * self._bytes_per_token
         blocks = -int(-over // run.block_bytes)
         if blocks >= run.blocks or run.holders != 1 << slot:

@@ -16,7 +16,9 @@ over samples, weighed so that a large factor and a small one count alike. A samp
   phase, in which it computes this prompt's uncached tokens and whatever comes in meanwhile.
 
 All pods of a model are one fleet until they prove different: a pod's own samples (the last ten, in effect) stand
-against FLEET_SAMPLES of the fleet's. Where the samples do not tell decode from prefill, both get the factor that
+against FLEET_SAMPLES of the fleet's, and of how far its prefills are off the others' only that share counts which has
+lasted for LASTING_SAMPLES. Prompt tokens are those of the mean cost: of a long prompt they cost more
+(`router.attention`). Where the samples do not tell decode from prefill, both get the factor that
 fits the sum. A pod that joins a running fleet is taken to be half as fast for prefills at first, and at full speed
 after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches during their first requests.
 
@@ -33,6 +35,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from router.attention import Attention, Sent
 from router.fleet import Candidates
 from state.pods import Floats, Ints
 
@@ -51,6 +54,8 @@ FULL_USAGE: Final = 0.95
 LEAST_PLACES: Final = 16
 """Fewer requests running may be as many as before by chance."""
 FLEETS_KEPT: Final = 256
+LASTING_SAMPLES: Final = 180.0
+"""Over which it shows what of a pod's difference from the others lasts: three times what metrics are means of."""
 LOAD_SECONDS: Final = 3.0
 """Over which a pod's usual load is averaged: a few polls."""
 
@@ -76,6 +81,7 @@ class Speeds:
         "decode",
         "drain",
         "elsewhere",
+        "flat",
         "idle_step",
         "output_tokens",
         "polled",
@@ -83,6 +89,8 @@ class Speeds:
         "rooms",
         "sampled_at",
         "seats",
+        "sent",
+        "slope",
         "usual",
     )
 
@@ -94,9 +102,9 @@ class Speeds:
         self.rooms: Floats | None = None
         """1 / (prompt tokens in flight that fill the pod's KV cache), 0 where that is not known; None if nowhere."""
         self.prefill_seconds: Floats
-        """Per prompt token."""
+        """Per prompt token of the mean cost."""
         self.drain: Floats
-        """Prompt tokens per second."""
+        """Such tokens per second."""
         self.decode: Floats
         """Factor on the prior's decode rates."""
         self.idle_step: Floats
@@ -109,13 +117,22 @@ class Speeds:
         """Candidates with a sample not seen before."""
         self.sampled_at = 0.0
         """The median pod's last poll."""
+        self.flat, self.slope = 1.0, 0.0
+        """What a prompt token costs: flat + slope * (tokens before it)."""
+        self.sent: list[Sent] = []
+        """For each candidate: whoever sends it a prompt says so there."""
+
+    def cost(self, prompt: float, uncached: float) -> float:
+        """Tokens of the mean cost that the last `uncached` ones of a prompt come to."""
+        return uncached * (self.flat + self.slope * (prompt - 0.5 * uncached))
 
 
 class _Pod:
-    __slots__ = ("seen", "sums")
+    __slots__ = ("seen", "sent", "sums")
 
     def __init__(self, now: float) -> None:
         self.seen = now
+        self.sent = Sent()
         self.sums = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         """Of d*d, d*p, p*p, d, p and 1 over the samples, d and p being the decode and prefill seconds by the prior,
         divided by the seconds measured; the first five with weight 1 / (d + p)."""
@@ -160,11 +177,12 @@ class Rates:
         sampled = candidates.metric("sampled_at")
         out.polled = np.flatnonzero(sampled > fleet.sampled_at).tolist()
         if out.polled:
+            passed = sampled - fleet.sampled_at
             fleet.sampled_at = sampled
             columns = [candidates.metric(name) for name in _USED]
             for i in out.polled if self._learns else ():
                 row = {name: float(column[i]) for name, column in zip(_USED, columns, strict=True)}
-                fleet.observe(i, row, prior)
+                fleet.observe(i, row, prior, float(passed[i]))
             lengths = columns[_GENERATED]
             lengths = lengths[lengths > 0]
             fleet.measure_room(out.polled, candidates)
@@ -173,6 +191,8 @@ class Rates:
         out.prefill_seconds = factor * prior.prefill_token_seconds
         out.drain = 1.0 / out.prefill_seconds
         out.decode = decode
+        out.flat, out.slope = fleet.attention.flat, fleet.attention.slope
+        out.sent = fleet.sent
         out.output_tokens = fleet.output_tokens
         if fleet.crowded:
             out.seats = fleet.seats
@@ -213,8 +233,10 @@ class _Fleet:
     """What is known of one set of pods, in the order of the candidates."""
 
     __slots__ = (
+        "_chance",
         "_decode",
         "_full",
+        "_lasting",
         "_most",
         "_places",
         "_pods",
@@ -223,12 +245,15 @@ class _Fleet:
         "_sums",
         "_usual",
         "_usual_at",
+        "_watched",
         "_young",
+        "attention",
         "crowded",
         "output_tokens",
         "rooms",
         "sampled_at",
         "seats",
+        "sent",
         "spread",
     )
 
@@ -250,11 +275,18 @@ class _Fleet:
         self._decode: Floats = np.zeros(0)
         self._usual: Floats | None = None
         self._usual_at = 0.0
+        self.attention = Attention(len(pods))
+        self.sent = [pod.sent for pod in pods]
+        # Of the logarithms of prefill factors: how far each pod is off the mean, and by how much that varies.
+        self._lasting: Floats = np.zeros(len(pods))
+        self._chance: Floats = np.zeros(len(pods))
+        self._watched = 0.0
 
-    def observe(self, i: int, row: dict[str, float], prior: Prior) -> None:
-        """Take a sample of one pod in."""
+    def observe(self, i: int, row: dict[str, float], prior: Prior, passed: float) -> None:
+        """Take a sample of one pod in, so many seconds after its last."""
         pod = self._pods[i]
-        _observe(pod, prior, row)
+        pod.sent.fade(passed)
+        _observe(pod, prior, row, self.attention)
         self._sums[:, i] = pod.sums
         self._prefill = None
 
@@ -303,10 +335,27 @@ class _Fleet:
         self._usual, self._usual_at = usual, now
         return usual
 
+    def _what_lasts(self, prefill: Floats) -> Floats:
+        """Prefill factors, each off their mean for the share of its distance that lasts: square of the mean distance /
+        mean square of the distance. The rest is what it happened to compute in the last minute."""
+        logs = np.log(prefill)
+        mean = logs.mean()
+        off = logs - mean
+        self._watched = min(self._watched + 1.0, LASTING_SAMPLES * len(off))
+        rate = 1.0 / self._watched
+        self._lasting += rate * (off - self._lasting)
+        self._chance += rate * ((off - self._lasting) ** 2 - self._chance)
+        squares = self._lasting**2
+        off *= squares / (squares + self._chance + 1e-9)
+        result: Floats = np.exp(mean + off)
+        return result
+
     def factors(self, now: float) -> tuple[Floats, Floats]:
         """On the prior's prefill and decode rates, for each pod."""
         if self._prefill is None:
-            self._decode, self._prefill = _solve(self._sums)
+            self._decode, prefill = _solve(self._sums)
+            self._prefill = self._what_lasts(prefill)
+            self.attention.solve()
         if now - self._young >= WARM_UP_SECONDS:
             return self._prefill, self._decode
         ages = np.array([now - pod.seen for pod in self._pods])
@@ -370,7 +419,7 @@ def _known(value: float, otherwise: float) -> float:
     return value if isfinite(value) else otherwise
 
 
-def _observe(pod: _Pod, prior: Prior, row: dict[str, float]) -> None:
+def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attention) -> None:
     """Take one sample of a pod's metrics in."""
     generated = row["generation_tokens_per_second"]
     itl = row["itl_mean_seconds"]
@@ -387,11 +436,15 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float]) -> None:
     per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
     steps = row["steps_per_second"]
     pod.sums = tuple(_KEEP * x for x in pod.sums)  # type: ignore[assignment]
+    cost = attention.cost(pod.sent)
     if steps > 0:
         seconds = busy / steps
-        decode = prior.step_seconds + generated / steps * per_request
-        pod.add(decode / seconds, computed / steps * prior.prefill_token_seconds / seconds, busy)
+        decode = (prior.step_seconds + generated / steps * per_request) / seconds
+        prefill = computed / steps * prior.prefill_token_seconds / seconds
+        attention.add(pod.sent, decode, prefill, busy)
+        pod.add(decode, prefill * cost, busy)
         return
+    computed *= cost
     decode = prior.step_seconds
     if itl > 0:
         decoding = max(generated * itl / busy, 1.0)

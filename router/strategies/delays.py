@@ -1,13 +1,15 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
     score = fixed + (M + u / budget) * step + c * price + M * (r + P * k) * shared + (u + c * (1 + N)) * prefill
+            + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
-uncached, its scarce and its output tokens; r and k are the prior's rates per request and per KV token. What is left,
-five numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what this
-process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is what it
-hears from the prefix log that other workers have sent. So a decision is one product of a vector with a matrix, and a
-few multiplications for the pods that hold another part of the prompt than most.
+uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
+cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
+left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what
+this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is
+what it hears from the prefix log that other workers have sent. So a decision is one product of
+a vector with a matrix, and a few multiplications for the pods that hold another part of the prompt than most.
 """
 
 from math import inf
@@ -18,7 +20,7 @@ import numpy as np
 
 from router.backlog import FIRST_STEPS, Backlog
 from router.fleet import Candidates
-from router.prefix_index import PrefixIndex
+from router.prefix_index import MOST_HEARD, PrefixIndex
 from router.rates import Speeds
 from state.pods import Floats, Ints
 
@@ -37,6 +39,7 @@ _STEP: Final = 1
 _PRICE: Final = 2
 _SHARED: Final = 3
 _PREFILL: Final = 4
+_LOSS: Final = 5
 
 
 class Chance:
@@ -85,9 +88,9 @@ class Delays:
         self._no_place_of = _numbers(self._no_place)
         self._fullest = self._most_taken = 0.0
         self._loads: Floats = np.zeros((3, n))
-        self._form: Floats = np.zeros((5, n))
+        self._form: Floats = np.zeros((6, n))
         self._form[_PREFILL] = speeds.prefill_seconds
-        self._weights: Floats = np.ones(5)
+        self._weights: Floats = np.ones(6)
         self._scores: Floats = np.zeros(n)
         self._others: Floats = np.zeros(n)
         # Single numbers are read and written through views: half the price.
@@ -97,6 +100,8 @@ class Delays:
         self._tokens_of = _numbers(self._loads[1])
         self._place_of = {slot: place for place, slot in enumerate(candidates.slots.tolist())}
         self._n = n
+        self._flat, self._slope, self._sent = speeds.flat, speeds.slope, speeds.sent
+        self._last = 1.0
         self._mean_tokens = 1.0
         self._price_of_all = 1.0
         self._slack = 0.0
@@ -110,33 +115,45 @@ class Delays:
         ledger = self._candidates.ledger
         charged = ledger.charges - self._charges
         heard = index.heard_count - self._heard if index is not None else 0
+        if heard and index is not None:
+            self._hear(index, min(heard, MOST_HEARD))
         if not 0.0 <= now - self._worked_out_at < KEPT_SECONDS or charged > MOST_ENTERED or heard > MOST_ENTERED:
             self._worked_out_at = now
-            self._work_out(now)
+            self._work_out(now, index)
         elif charged or heard:
             prefill = _PREFILL * self._n
             for number in range(-charged, 0):
                 slot, tokens, uncached = ledger.charged[number]
                 place = self._place_of.get(slot)
                 if place is not None:
-                    self._enter(place, tokens, uncached * self._form_of[prefill + place])
+                    cost = self._flat + self._slope * (tokens - 0.5 * uncached)
+                    self._enter(place, tokens, uncached * cost * self._form_of[prefill + place])
             if heard and index is not None:
                 for number in range(-heard, 0):
                     slot, size, new, at = index.heard[number]
                     place = self._place_of.get(slot)
                     if place is not None and at >= self._worked_out_at - LEAD_SECONDS:
-                        seconds = new / index.bytes_per_token * self._form_of[prefill + place]
+                        prompt = size / index.bytes_per_token
+                        seconds = self.speeds.cost(prompt, new / index.bytes_per_token) * self._form_of[prefill + place]
                         self._until[place] = max(self._until[place], now) + seconds
-                        self._enter(place, size / index.bytes_per_token, seconds)
+                        self._enter(place, prompt, seconds)
         self._charges = ledger.charges
         if index is not None:
             self._heard = index.heard_count
 
-    def _work_out(self, now: float) -> None:
+    def _hear(self, index: PrefixIndex, count: int) -> None:
+        """Note what prompts other workers have sent."""
+        for number in range(-count, 0):
+            slot, size, new, _ = index.heard[number]
+            place = self._place_of.get(slot)
+            if place is not None:
+                self._sent[place].add(size / index.bytes_per_token, new / index.bytes_per_token)
+
+    def _work_out(self, now: float, index: PrefixIndex | None) -> None:
         candidates, speeds, form = self._candidates, self.speeds, self._form
         excess = self._backlog.excess(candidates, speeds, now)
         requests, tokens, wait = self._loads
-        fixed, step, price, shared, prefill = form
+        fixed, step, price, shared, prefill, loss = form
         loads, until = candidates.loads(), candidates.busy_until()
         np.add(loads[0], speeds.elsewhere, out=requests)
         tokens[:] = loads[1]
@@ -176,6 +193,8 @@ class Delays:
         if self._fullest > 1.0 and filled is not None:
             served = np.minimum(served, requests / np.maximum(filled, 1.0))
         self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
+        if index is not None:
+            np.multiply(index.lost[self._candidates.slots], prefill, out=loss)
         np.multiply(wait, speeds.drain, out=price)
         price /= mean_tokens
         np.minimum(price, requests, out=price)
@@ -188,13 +207,18 @@ class Delays:
         np.multiply(half, wait, out=fixed)
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
+        loss *= 1.0 - slack
 
-    def promise(self, place: int, uncached_tokens: int, now: float) -> None:
-        """This process sends a request to a pod: say when the pod will have done its prefill."""
+    def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
+        """This process sends a prompt to a pod: say when the pod will have done its prefill."""
+        pairs = uncached * (prompt - 0.5 * uncached)
+        sent = self._sent[place]
+        sent.tokens += uncached
+        sent.pairs += pairs
         step = self._form_of[self._n + place]
         until = self._until[place]
         self._until[place] = self._backlog.chose(
-            self._candidates, place, uncached_tokens, self.speeds, now, step, until
+            self._candidates, place, self._flat * uncached + self._slope * pairs, self.speeds, now, step, until
         )
 
     def _enter(self, place: int, tokens: float, longer: float) -> None:
@@ -219,17 +243,27 @@ class Delays:
         call."""
         weights = self._weight_of
         weights[_STEP] = output + uncached / self._budget
+        weights[_LOSS] = uncached * self._price_of_all
+        self._last = self._flat + self._slope * prompt
+        cost = self._last - 0.5 * self._slope * uncached
+        scarce *= cost
         weights[_PRICE] = scarce
         weights[_SHARED] = output * (self._per_request + prompt * self._per_token)
-        weights[_PREFILL] = uncached + scarce * self._price_of_all
+        weights[_PREFILL] = uncached * cost + scarce * self._price_of_all
         np.dot(self._weights, self._form, out=self._scores)
         return self._scores
 
     def of(self, places: int | Ints, output: float, uncached: float, scarce: float) -> float | Floats:
         """The scores of some pods that hold another part of the prompt that `of_all` was last asked for."""
+        steps = output + uncached / self._budget
+        loss = uncached * self._price_of_all
+        cost = self._last - 0.5 * self._slope * uncached
+        uncached *= cost
+        scarce *= cost
         if not isinstance(places, int):
             weights = self._weight_of
-            weights[_STEP] = output + uncached / self._budget
+            weights[_STEP] = steps
+            weights[_LOSS] = loss
             weights[_PRICE] = scarce
             weights[_PREFILL] = uncached + scarce * self._price_of_all
             np.dot(self._weights, self._form, out=self._others)
@@ -238,10 +272,11 @@ class Delays:
         n, form = self._n, self._form_of
         return (
             form[places]
-            + form[n + places] * (output + uncached / self._budget)
+            + form[n + places] * steps
             + form[2 * n + places] * scarce
             + form[3 * n + places] * self._weight_of[_SHARED]
             + form[4 * n + places] * (uncached + scarce * self._price_of_all)
+            + form[5 * n + places] * loss
         )
 
     def crowded(self, prompt: float) -> bool:

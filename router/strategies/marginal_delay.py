@@ -17,10 +17,12 @@ MODES: Final = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + free * n / 2 * W + n' * M * d. [seconds]
+    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + (1 + N) * L + free * n / 2 * W + n' * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
-    C     seconds to prefill what the pod does not hold of this prompt: u tokens at its prefill speed
+    C     seconds to prefill what the pod does not hold of this prompt: the last u of its P tokens at the pod's prefill
+          speed, times flat + slope * (P - u / 2), since attention makes a token dearer by those before it; flat and
+          slope are learnt, such that the mean token of all prompts counts once (`router.attention`)
     TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
           steps free as much as there is), plus C, plus the share of decoding in the engine steps this takes (token
           budget 8192 each) at s; half a step more where no prompt is under way, since steps are not interrupted
@@ -28,6 +30,11 @@ class MarginalDelay(Scoring):
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less
           (`LookUp.shares`)
+    L     seconds to prefill again what the u tokens push out of the pod's full cache, at the pod's speed: each of them
+          so many as have to be computed again for each token that was written there of late
+          (`router.prefix_index.Turnover`). Much on a pod that just still keeps what comes back, nothing on one with
+          room to spare, nor where little is found anyway: so few pods lose their caches, and not all. Times 1 - free:
+          while there is slack, computing it again costs little
     n     requests in flight on the pod, as far as it has places and room for them, whose answers a second of prefill
           interrupts; half, as some still wait and the others can be many
     n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
@@ -122,4 +129,5 @@ class MarginalDelay(Scoring):
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
         delays: Delays = candidates.derived.get(Delays) or self._delays(candidates, now)
-        delays.promise(index, request.uncached_tokens, now)
+        prompt = request.prefix.prompt_tokens if request.prefix is not None else request.prompt_tokens
+        delays.promise(index, prompt, request.uncached_tokens, now)

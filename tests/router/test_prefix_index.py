@@ -193,6 +193,24 @@ def test_what_many_prompts_begin_with_outlives_their_ends() -> None:
     assert matched(index, chain(("system", 10), ("u39", 5)))[0] == 15
 
 
+@pytest.mark.parametrize(("chats", "lost"), [(2, "nothing"), (6, "much"), (14, "nothing")])
+def test_what_is_written_costs_most_where_the_cache_just_suffices(chats: int, lost: str) -> None:
+    """Chats in turn, each of 100 blocks, on a pod that holds 1000, and prompts of 60 that nobody needs again: two
+    chats come back early, six just before they would be pushed out, and of fourteen all are gone by then."""
+    room = Room(1)
+    view = room.view()
+    for turn in range(300):
+        view.remember(chain((f"chat {turn % chats} ", 100)), 0, float(turn))
+        view.remember(chain((f"other {turn} ", 60)), 0, turn + 0.5)
+    if lost == "much":
+        assert view.lost[0] > 1.0
+    else:
+        assert view.lost[0] == 0.0
+    room.appear(0, 2)
+    view.follow(301.0)
+    assert view.lost[0] == 0.0
+
+
 def test_a_pod_that_says_nothing_of_its_cache_has_the_default() -> None:
     room = Room()
     room.pods.claim(0, 5)

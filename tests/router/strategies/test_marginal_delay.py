@@ -51,6 +51,39 @@ def test_the_score_is_the_sum_of_the_delays(lab: Any) -> None:
     assert fleet.scores(NAME, fleet.request(tokens=1000)) == pytest.approx(expected)
 
 
+def test_tokens_late_in_a_prompt_count_more(lab: Any, prompt: Any) -> None:
+    """Three idle pods, one of which holds the first half of a prompt, where attention is half of the mean cost."""
+    fleet = lab(3)
+    first = fleet.send(NAME, fleet.request(prompt("begin", 16)))
+    fleet.finish()
+    fleet.now += 60
+    fleet.poll(0)
+    speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
+    speeds.flat, speeds.slope = 0.5, 2e-4
+    whole = fleet.request(prompt("begin", 16) + prompt("end", 16))
+    scores = fleet.scores(NAME, whole)
+    p, size = Prior(), whole.prefix.prompt_tokens
+    uncached = whole.prefix.uncached()
+    assert size / 3 < uncached[first] < size / 2 < min(np.delete(uncached, first))
+    for pod, u in enumerate(uncached):
+        compute = u * (0.5 + 2e-4 * (size - u / 2)) * p.prefill_token_seconds
+        ttft = compute + (1.5 + u / p.step_tokens) * p.step_seconds
+        assert scores[pod] == pytest.approx(ttft + 200.0 * p.step_seconds + compute, rel=1e-3)
+
+
+def test_what_a_prompt_pushes_out_of_a_full_cache_counts(lab: Any, prompt: Any) -> None:
+    """Two pods with hardly any slack, one of which loses half a token for each that it computes."""
+    fleet = lab(2)
+    for slot in range(2):
+        fleet.promise(slot, 14_000_000)
+    before = np.array(fleet.scores(NAME, fleet.request(prompt("any", 4), tokens=1000)))
+    fleet.worker()[2].prefixes.index.lost[0] = 0.5
+    fleet.now += 0.02
+    after = np.array(fleet.scores(NAME, fleet.request(prompt("any", 4), tokens=1000)))
+    lost = (after - before)[0] - (after - before)[1]
+    assert lost == pytest.approx(2 * 0.5 * 1000 * Prior().prefill_token_seconds, rel=0.05)  # its own and one other's
+
+
 def test_the_load_of_the_last_seconds_counts_for_decoding(lab: Any) -> None:
     """Two pods that are equally loaded now, one of which had nothing to do until a moment ago."""
     fleet = lab(2)
@@ -194,6 +227,24 @@ def test_slow_pods_get_less(lab: Any) -> None:
     assert scores[0] > 2 * scores[1]
     spread = Counter(fleet.send(NAME, fleet.request(tokens=2000)) for _ in range(60))
     assert spread[1] > 1.7 * spread[0]
+
+
+def test_what_a_pod_happens_to_compute_does_not_make_it_a_slow_one(lab: Any) -> None:
+    """Four pods, of which each in turn seems to be three times slower for a minute; and the first, all the time."""
+    chance, slow = lab(4), lab(4)
+    for number in range(480):
+        for fleet in (chance, slow):
+            fleet.now += 1
+            for slot in range(4):
+                odd = slot == (number // 60 % 4 if fleet is chance else 0)
+                fleet.poll(slot, **steps(1, 3 if odd else 1, 2 + (number * 7 + slot * 3) % 10, 600))
+            fleet.scores(NAME, fleet.request(tokens=100))
+    spreads = []
+    for fleet in (chance, slow):
+        seconds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).prefill_seconds
+        spreads.append(seconds.max() / seconds.min())
+    assert spreads[0] < 1.5
+    assert spreads[1] > 2
 
 
 @pytest.mark.parametrize(("decode", "prefill"), [(1, 1), (3, 3), (0.3, 3), (3, 0.3), (10, 10)])
