@@ -18,7 +18,7 @@ tokens are limited the response is asked for, since the log does not tell what w
 Whoever counts limits may have to be waited for (Redis): then `receive` gives an awaitable of the reply.
 """
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from functools import partial
 from typing import Final
 
@@ -29,10 +29,14 @@ from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import replies, wire
 from router.errors import RequestError
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
+from router.policy import NO_POLICY, Policy
+from router.request_ids import RequestIds
 from router.request_phase import Reply, RequestPhase
 from router.response import Response
+from router.scheduler import Scheduler
 from router.wire import REQUEST_BODY, REQUEST_HEADERS, RESPONSE_BODY, RESPONSE_HEADERS
 
+_MOST_PEERS: Final = 256
 _ATTRIBUTES: Final = "envoy.filters.http.ext_proc"
 
 
@@ -209,6 +213,38 @@ class Exchange(RequestPhase):
                 self._scheduler.finished(decision.pod, status)
 
 
+class Exchanges:
+    """Opens the exchanges of one process."""
+
+    __slots__ = ("_last", "_last_peer", "_max_body_bytes", "_new_request_id", "_peers", "_policy", "_scheduler")
+
+    def __init__(self, scheduler: Scheduler, max_body_bytes: int, policy: Policy = NO_POLICY) -> None:
+        self._scheduler = scheduler
+        self._max_body_bytes = max_body_bytes
+        self._policy = policy
+        self._new_request_id = RequestIds().new
+        self._peers: dict[tuple[str, str], Peer] = {}
+        self._last: Mapping[str, str] | None = None
+        self._last_peer = Peer()
+
+    def open(self, metadata: Mapping[str, str]) -> Exchange:
+        """The exchange of a stream with these request headers. The transport gives the same mapping for the same
+        headers, so that most are looked at once."""
+        if metadata is not self._last:
+            self._last_peer = self._peer(metadata)
+            self._last = metadata
+        return Exchange(self._scheduler, self._last_peer, self._new_request_id, self._max_body_bytes, self._policy)
+
+    def _peer(self, metadata: Mapping[str, str]) -> Peer:
+        accounting, destination = metadata.get(ACCOUNTING_KEY, "stream"), metadata.get(DESTINATION_KEY, "header")
+        peer = self._peers.get((accounting, destination))
+        if peer is None:
+            peer = Peer(accounting, destination)
+            if len(self._peers) < _MOST_PEERS:
+                self._peers[(accounting, destination)] = peer
+        return peer
+
+
 def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], bool]:
     """What `wire.read_headers` gives, from a parsed message."""
     wanted = names.wanted
@@ -217,4 +253,4 @@ def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], b
     return found, headers.end_of_stream
 
 
-__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "Exchange", "MessageError", "Peer"]
+__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "Exchange", "Exchanges", "MessageError", "Peer"]

@@ -19,7 +19,7 @@ the packed form (`python -m bench.decision_cost`).
 """
 
 import struct
-from array import array
+from collections.abc import Callable
 from functools import lru_cache
 from math import isfinite
 from typing import Final
@@ -34,6 +34,11 @@ LARGEST_BLOCK_BYTES: Final = 2048
 NOMINAL_BYTES_PER_TOKEN: Final = 4.0
 
 
+@lru_cache(maxsize=512)
+def _packer(hashes: int) -> Callable[..., bytes]:
+    return struct.Struct(f"<{hashes}Q").pack
+
+
 class Chain:
     """The hashes of one text, as numbers and packed (8 bytes little-endian each) for the log and for comparison."""
 
@@ -41,7 +46,7 @@ class Chain:
 
     def __init__(self, hashes: list[int], block_bytes: int) -> None:
         self.hashes = hashes
-        self.packed = array("Q", hashes).tobytes()
+        self.packed = _packer(len(hashes))(*hashes)
         self.block_bytes = block_bytes
 
     def __len__(self) -> int:
@@ -81,16 +86,14 @@ class PrefixHasher:
             return EMPTY
         digest = xxh3_64_intdigest
         h = _root(self.seed, model, block_bytes)
-        blocks = _cutter(block_bytes).iter_unpack(memoryview(text)[:whole])
-        return Chain([h := digest(block, h) for (block,) in blocks], block_bytes)
+        hashes: list[int] = []
+        for start in range(0, whole, block_bytes):
+            h = digest(text[start : start + block_bytes], h)
+            hashes.append(h)
+        return Chain(hashes, block_bytes)
 
 
 @lru_cache(maxsize=4096)
 def _root(seed: int, model: str, block_bytes: int) -> int:
     root: int = xxh3_64_intdigest(model.encode("utf-8", "surrogatepass"), seed ^ block_bytes)
     return root
-
-
-@lru_cache(maxsize=16)
-def _cutter(block_bytes: int) -> struct.Struct:
-    return struct.Struct(f"{block_bytes}s")

@@ -209,10 +209,10 @@ class RoutedReplies:
 class _Template:
     """Serialised bytes with two kinds of holes of fixed width."""
 
-    __slots__ = ("_first", "_parts")
+    __slots__ = ("_holes", "_start")
 
     def __init__(self, message: bytes, first: str, second: str) -> None:
-        self._first: list[int] = []
+        kinds: list[int] = []
         parts: list[bytes] = []
         marks = {first.encode(): 0, second.encode(): 1}
         rest = message
@@ -222,15 +222,16 @@ class _Template:
                 break
             place, mark = min(found)
             parts.append(rest[:place])
-            self._first.append(marks[mark])
+            kinds.append(marks[mark])
             rest = rest[place + len(mark) :]
         parts.append(rest)
-        self._parts = parts
+        self._start = parts[0]
+        self._holes = list(zip(kinds, parts[1:], strict=True))
+        """For each hole which of the two fills it, and what follows it."""
 
     def fill(self, first: bytes, second: bytes) -> bytes:
-        parts = self._parts
-        pieces = [parts[0]]
-        for kind, part in zip(self._first, parts[1:], strict=True):
+        pieces = [self._start]
+        for kind, part in self._holes:
             pieces.append(second if kind else first)
             pieces.append(part)
         return b"".join(pieces)

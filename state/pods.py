@@ -16,6 +16,7 @@ the first request after a poll.
 import time
 from collections.abc import Mapping
 from enum import IntEnum
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class Health(IntEnum):
     """The engine says that it sleeps."""
 
 
-FIELDS = (
+FIELDS: Final = (
     "health",  # one of Health
     "sampled_at",  # monotonic seconds of the last good poll, 0 before the first
     "incarnation",  # goes up each time the engine was seen to have restarted
@@ -86,8 +87,8 @@ FIELDS = (
 
 COLUMN: Mapping[str, int] = {name: column for column, name in enumerate(FIELDS)}
 
-_HEADER = 64
-_PATIENCE_SECONDS = 0.1
+_HEADER: Final = 64
+_PATIENCE_SECONDS: Final = 0.1
 
 
 def _blank() -> Floats:

@@ -7,14 +7,12 @@ from hashlib import sha256
 from secrets import token_bytes
 
 from router.access_log import AccessLog
-from router.exchange import Exchange
-from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Peer
+from router.exchange import Exchanges
 from router.policy import NO_POLICY, Policy
 from router.prefixes import Prefixes
-from router.request_ids import RequestIds
 from router.scheduler import Scheduler
 from state.tables import Tables
-from workers.calls import Call, Metadata, Method, Methods
+from workers.calls import Method, Methods
 from workers.config import Config
 from workers.h2.limits import Counters
 from workers.health import EXT_PROC_SERVICE, Health
@@ -28,26 +26,13 @@ STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessL
 
 COPY_SECONDS = 1.0
 """Between two copies of the transport's counters into the shared tables."""
-_MOST_PEERS = 256
 _SECRET = token_bytes(32)
 """Made when this module is loaded, which the supervisor does before it forks: all workers have the same."""
 
 
 def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = NO_POLICY) -> Method:
     """The ext_proc Process stream."""
-    peers: dict[tuple[str, str], Peer] = {}
-    new_request_id = RequestIds().new
-
-    def open_exchange(metadata: Metadata) -> Call:
-        key = (metadata.get(ACCOUNTING_KEY, "stream"), metadata.get(DESTINATION_KEY, "header"))
-        peer = peers.get(key)
-        if peer is None:
-            peer = Peer(*key)
-            if len(peers) < _MOST_PEERS:
-                peers[key] = peer
-        return Exchange(scheduler, peer, new_request_id, max_body_bytes, policy)
-
-    return Method(open_exchange)
+    return Method(Exchanges(scheduler, max_body_bytes, policy).open)
 
 
 def methods(scheduler: Scheduler, health: Health, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:

@@ -10,8 +10,11 @@ from workers.h2.dialogue import Result
 from workers.h2.limits import Counters, Limits
 
 
-class H2Protocol(asyncio.Protocol):
-    """One read, one call of the engine, at most one write."""
+class H2Protocol:
+    """One read, one call of the engine, at most one write.
+
+    An `asyncio.Protocol` in all but name: a compiled class has no interpreted parent.
+    """
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import os
 import socket
 import ssl
 from pathlib import Path
+from typing import cast
 
 from workers.calls import Methods
 from workers.h2.limits import Counters, Limits
@@ -146,7 +147,7 @@ class H2Server:
         loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(
-                lambda: H2Protocol(self._methods, self.limits, self.counters, loop, self._live),
+                lambda: cast(asyncio.Protocol, H2Protocol(self._methods, self.limits, self.counters, loop, self._live)),
                 sock,
                 ssl=ssl_context,
                 ssl_handshake_timeout=self.limits.handshake_seconds if ssl_context is not None else None,
