@@ -70,9 +70,9 @@ def extensions() -> list[Extension]:
 
 
 modules = extensions()
+names = [f"{name}.py" for group in GROUPS.values() for name in group.split()] if modules else []
+digests = {name: sha256(Path(name).read_bytes()).hexdigest() for name in names}
 setup(ext_modules=modules, options={"build_ext": {"parallel": os.cpu_count()}})
-if modules and "--inplace" in sys.argv:
+if digests and "--inplace" in sys.argv:
     # What was compiled, so that `workers.compiled` can tell when a source was changed since.
-    names = [name for group in GROUPS.values() for name in group.split()]
-    digests = {f"{name}.py": sha256(Path(f"{name}.py").read_bytes()).hexdigest() for name in names}
     Path("build/compiled.json").write_text(json.dumps(digests, indent=1))

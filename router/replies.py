@@ -171,7 +171,7 @@ class RoutedReplies:
         # Once more, for an Envoy that sends the body alone.
         ours_now = {header.header.key for header in mutation.set_headers}
         del mutation.remove_headers[:]
-        mutation.remove_headers.extend(header for header in DESTINATION_HEADERS if header not in ours_now)
+        mutation.remove_headers.extend([header for header in DESTINATION_HEADERS if header not in ours_now])
         if destination is Destination.METADATA or ticket is not None:
             ours = reply.dynamic_metadata.get_or_create_struct(NAMESPACE)
             ours["target"] = address

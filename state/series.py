@@ -101,7 +101,7 @@ def _fitted(labels: tuple[str, ...]) -> bytes:
     for _ in range(sum(map(len, parts)) + len(parts) - 1 - LABEL_BYTES):
         longest = max(range(len(parts)), key=lambda index: len(parts[index]))
         parts[longest] = parts[longest][:-1]
-    return SEPARATOR.encode().join(part.decode("utf-8", "ignore").encode() for part in parts)
+    return SEPARATOR.encode().join([part.decode("utf-8", "ignore").encode() for part in parts])
 
 
 class Histogram:

@@ -54,7 +54,7 @@ def _tokens(prompt: list[Any]) -> bytes | None:
         packed = packed_ids(prompt)
     elif first is list:
         arrays = [packed_ids(ids) if type(ids) is list else None for ids in prompt]
-        packed = None if None in arrays else b"".join(ids for ids in arrays if ids)
+        packed = None if None in arrays else b"".join([ids for ids in arrays if ids])
     else:
         packed = None
     if packed is None:

@@ -112,7 +112,7 @@ class Scoring(Strategy):
             score = scores[index]
             return (False, score, loads[index]) if isfinite(score) else (True, 0.0, loads[index])
 
-        return nsmallest(count, (index for index in range(len(scores)) if index != first), key=worth)
+        return nsmallest(count, [index for index in range(len(scores)) if index != first], key=worth)
 
 
 def smallest(values: list[float], first: int, count: int) -> list[int]:

@@ -24,10 +24,7 @@ NAMES = st.sampled_from(
         "pat:h",
     ]
 )
-# What an HTTP header may hold: no control characters but the tab, anything from 0x80 on.
-VALUES = st.text(
-    st.characters(min_codepoint=0x20, max_codepoint=0x2FF, blacklist_characters="\x7f") | st.just("\t"), max_size=200
-)
+VALUES = st.text(st.characters(codec="utf-8"), max_size=200)
 PHASES = ("request_headers", "request_body", "response_headers", "response_body")
 
 
@@ -57,8 +54,8 @@ def test_headers_are_those_a_parser_finds(pairs: list[tuple[str, str]], over: bo
 
 @given(VALUES, VALUES)
 def test_a_value_cannot_feign_a_header(before: str, after: str) -> None:
-    feigned = before + "\n\x04user\x1a\x03bob" + after  # what no HTTP codec lets through, less the line feed
-    message = headers_message([("cookie", feigned.replace("\n", "")), ("user", "alice")], False)
+    feigned = before + "\n\x04user\x1a\x03bob" + after
+    message = headers_message([("cookie", feigned), ("user", "alice")], False)
     found = read(message.SerializeToString(), wire.REQUEST_NAMES)
     assert found is not None and found[0] == {"user": b"alice"}
 

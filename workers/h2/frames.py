@@ -96,7 +96,7 @@ def read_u32(data: bytes, offset: int = 0) -> int:
 
 
 def settings(values: dict[int, int]) -> bytes:
-    payload = b"".join(_setting(key, value) for key, value in values.items())
+    payload = b"".join([_setting(key, value) for key, value in values.items()])
     return frame_header(len(payload) << 8 | SETTINGS, 0, 0) + payload
 
 
