@@ -49,6 +49,7 @@ TAIL: Final = 0.5
 FORGIVEN: Final = 0.5
 """Of a token written for each: the view takes pods to hold more than they do, so some of the tail is gone anyway."""
 MOST_LOST: Final = 4.0
+"""Tokens lost for each that is written; more is noise."""
 
 
 class PodRows(Protocol):

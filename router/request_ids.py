@@ -9,7 +9,7 @@ _DIGITS: Final = 32
 
 
 class RequestIds:
-    """A source of ids, 36 characters each. Randomness is drawn for many at once, which halves their cost."""
+    """A source of ids, 36 characters each. Randomness is drawn for many at once."""
 
     __slots__ = ("_digits", "_place")
 
