@@ -3,9 +3,10 @@
     python -m bench.decision_cost [--strategy marginal-delay] [--prompts 0.5,2,16,220] [--pods 8,64,256] [--json]
     python -m bench.decision_cost --memory
 
-One process with the real tables. Prompts are of 200 sessions and share 70 % of their text. Each figure is the best of
-many short rounds, so that what else the machine does shows least; `whole` is a request from its text to the charged
-ledger and is measured by itself, not added up. `poll` is what the first decision after a poll of any pod pays more.
+One process with the real tables. The first 70 % of all prompts are the same, the rest of each is new. Each figure is
+the best of many short rounds, so that what else the machine does shows least; `whole` is a request from its text to the
+charged ledger and is measured by itself, not added up. `hash_new` is what hashing costs where nothing of the prompt was
+met before, `poll` what the first decision after a poll of any pod pays more.
 
 Bars: 2 KB, 64 pods: 30 µs; 220 KB, 64 pods: 600 µs.
 """
@@ -21,6 +22,7 @@ import numpy as np
 import orjson
 
 from router.fleet import Candidates, Fleet
+from router.prefix_hash import PrefixHasher
 from router.prefix_index import PrefixIndex
 from router.prefixes import Prefixes
 from router.request import RoutingRequest
@@ -30,7 +32,8 @@ from state.pods import COLUMN, Health
 from state.prefix_log import LogReader, PrefixLog, Routed, pod_tag
 from state.tables import FIRST_WORKER, Capacity, Tables
 
-SESSIONS = 200
+WARM_UP = 400
+CALLS = 20
 SHARED = 0.7
 
 
@@ -91,10 +94,14 @@ class Setting:
         return found
 
 
-def microseconds(step: Callable[[], Any], rounds: int, calls: int = 20) -> float:
-    """CPU time of one call: the best round."""
+def microseconds(
+    step: Callable[[], Any], rounds: int, calls: int = CALLS, before: Callable[[], Any] | None = None
+) -> float:
+    """CPU time of one call: the best round. `before` is called before each round."""
     best = float("inf")
     for _ in range(rounds):
+        if before is not None:
+            before()
         started = time.thread_time_ns()
         for _ in range(calls):
             step()
@@ -108,14 +115,21 @@ def measure(kilobytes: float, pods: int, strategy: str, rounds: int) -> dict[str
     rng = random.Random(1)
     size = int(kilobytes * 1024)
     head = rng.randbytes(int(size * SHARED))
-    texts = [head + rng.randbytes(size - len(head)) for _ in range(SESSIONS)]
+    noise = rng.randbytes(size + 1_000_003)
     tokens = size // 4
     turn = 0
+    texts: list[bytes] = []
+
+    def write() -> None:
+        texts.clear()
+        for number in range(turn, turn + CALLS):
+            start = number * 7919 % 1_000_003
+            texts.append(head + noise[start : start + size - len(head)])
 
     def request() -> RoutingRequest:
         nonlocal turn
         turn += 1
-        return RoutingRequest("m", text=texts[turn % SESSIONS], prompt_tokens=tokens)
+        return RoutingRequest("m", text=texts[turn % CALLS], prompt_tokens=tokens)
 
     def whole() -> None:
         now = setting.tick()
@@ -129,14 +143,18 @@ def measure(kilobytes: float, pods: int, strategy: str, rounds: int) -> dict[str
         if turn > 4 * pods:
             setting.tables.ledger.release(charge, held=False)
 
-    for _ in range(2 * SESSIONS):
+    for number in range(WARM_UP):
+        if number % CALLS == 0:
+            write()
         whole()
     candidates, prefixes = setting.candidates(), setting.prefixes
     known = request()
     found = prefixes.look_up(known, candidates, setting.now)
     block_bytes, slots = found.chain.block_bytes, found.slots
     index = prefixes.index
-    hashing = microseconds(lambda: prefixes.hasher.chain(request().text, "m", block_bytes), rounds)
+    hashing = microseconds(lambda: prefixes.hasher.chain(request().text, "m", block_bytes), rounds, before=write)
+    forgetful = PrefixHasher(seed=1, keep_blocks=0)
+    hashing_new = microseconds(lambda: forgetful.chain(request().text, "m", block_bytes), rounds)
 
     def look_up() -> None:
         index.follow(setting.tick())
@@ -150,7 +168,7 @@ def measure(kilobytes: float, pods: int, strategy: str, rounds: int) -> dict[str
     looking = microseconds(look_up, rounds)
     picking = microseconds(lambda: setting.strategy.pick(known, candidates, setting.tick()), rounds)
     entering = microseconds(enter, rounds)
-    total = microseconds(whole, rounds)
+    total = microseconds(whole, rounds, before=write)
 
     def after_poll() -> None:
         setting.poll(turn % pods, setting.now)
@@ -161,6 +179,7 @@ def measure(kilobytes: float, pods: int, strategy: str, rounds: int) -> dict[str
         "kilobytes": kilobytes,
         "pods": pods,
         "hash": hashing,
+        "hash_new": hashing_new,
         "look_up": looking,
         "pick": picking,
         "enter": entering,

@@ -69,7 +69,7 @@ class Run:
 
     __slots__ = ("answered", "block_bytes", "blocks", "hashes", "holders", "key", "parent", "start", "used_at", "uses")
 
-    def __init__(self, key: int, parent: "Run | None", start: int, hashes: bytes, block_bytes: int) -> None:
+    def __init__(self, key: bytes, parent: "Run | None", start: int, hashes: bytes, block_bytes: int) -> None:
         self.key = key
         self.parent = parent
         self.start = start
@@ -217,7 +217,7 @@ class PrefixIndex:
         self._ttl = ttl_seconds
         self._default_tokens = default_pod_tokens
         self._bytes_per_token = bytes_per_token
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[bytes, Run] = {}  # by the hash of the first block, packed
         self._orders: list[OrderedDict[Run, float]] = []
         self._turnovers: list[Turnover] = []
         self.lost: Floats = np.zeros(0)
@@ -309,12 +309,12 @@ class PrefixIndex:
         answered = 0
         groups: list[tuple[int, int]] = []
         runs: list[tuple[int, Run]] = []
-        hashes, packed = chain.hashes, chain.packed
-        n = len(hashes)
+        packed = chain.packed
+        n = len(packed) >> 3
         place = 0
         left = mask
         while place < n:
-            run = self._runs.get(hashes[place])
+            run = self._runs.get(packed[place << 3 : (place + 1) << 3])
             if run is None or run.start != place:
                 break
             holding = left & run.holders
@@ -350,7 +350,7 @@ class PrefixIndex:
         packed = chain.packed
         if self._log.writer is not None:
             self._log.append(slot, self._tags[slot], now, chain.block_bytes, packed)
-        self._note(slot, packed, chain.block_bytes, now, chain.hashes)
+        self._note(slot, packed, chain.block_bytes, now)
 
     def forget(self, slot: int) -> None:
         """Drop everything the view believes of a pod."""
@@ -388,9 +388,8 @@ class PrefixIndex:
                 self.lost[slot] = 0.0
             self._room[slot] = tokens if tokens > 0 else self._default_tokens
 
-    def _note(self, slot: int, packed: bytes, block_bytes: int, at: float, hashes: list[int] | None = None) -> int:
-        """Enter that the pod in row `slot` was sent this prompt. `hashes` are the packed ones, where they are known.
-        Returns how many bytes of it the pod did not hold."""
+    def _note(self, slot: int, packed: bytes, block_bytes: int, at: float) -> int:
+        """Enter that the pod in row `slot` was sent this prompt. Returns how many bytes of it the pod did not hold."""
         runs, bit = self._runs, 1 << slot
         order = self._orders[slot]
         used = self._used[slot]
@@ -402,7 +401,7 @@ class PrefixIndex:
         run: Run | None
         while byte < size:
             place = byte >> 3
-            key = hashes[place] if hashes else int.from_bytes(packed[byte : byte + 8], "little")
+            key = packed[byte : byte + 8]
             run = runs.get(key)
             if run is None:
                 new = parent = runs[key] = Run(key, parent, place, packed[byte:] if byte else packed, block_bytes)
@@ -473,7 +472,7 @@ class PrefixIndex:
         run.blocks -= blocks
         run.start += blocks
         run.parent = head
-        run.key = int.from_bytes(run.hashes[:8], "little")
+        run.key = run.hashes[:8]
         self._runs[head.key] = head
         self._runs[run.key] = run
         holders = run.holders

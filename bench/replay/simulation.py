@@ -24,7 +24,7 @@ from bench.engine import Engine, EngineParams, EngineRequest
 from bench.replay.scrape import Polls
 from bench.replay.traces import TraceRequest
 from router.fleet import Fleet
-from router.prefix_hash import EMPTY, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher
+from router.prefix_hash import EMPTY, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, pack
 from router.prefix_index import PrefixIndex
 from router.prefixes import Prefixes
 from router.rates import Prior, Rates
@@ -96,7 +96,7 @@ class NamedBlocks(PrefixHasher):
         """The names of the prompt's blocks, of as many tokens as the text's blocks would have."""
         assert self.request is not None
         names = self.request.block_names(int(block_bytes / NOMINAL_BYTES_PER_TOKEN), self.prompt_tokens)
-        return Chain(names, block_bytes) if names else EMPTY
+        return Chain(pack(names), block_bytes) if names else EMPTY
 
 
 class _Worker:

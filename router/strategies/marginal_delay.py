@@ -81,7 +81,7 @@ class MarginalDelay(Scoring):
         if prefixes is not None:
             found = prefixes.look_up(request, candidates, now, speeds.output_tokens)
             prompt = found.prompt_tokens
-            if found.chain.hashes:
+            if found.chain.packed:
                 mode = "full"
         delays = self._delays(candidates, now)
         room = delays.wait_for_room(prompt) if delays.crowded(prompt) else None
