@@ -277,6 +277,7 @@ class Config(BaseSettings):
             writers=FIRST_WORKER + 2 * self.max_workers,
             catalog_bytes=self.capacity.catalog_bytes,
             series=self.capacity.series,
+            prefix_ring_bytes=self.prefix.ring_bytes,
             limited_users=self.capacity.limited_users,
             limited_models=self.capacity.limited_models,
         )

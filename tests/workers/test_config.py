@@ -1,11 +1,18 @@
 """One configuration out of file, environment and flags; whatever is wrong in one line."""
 
+import ast
+import inspect
 import itertools
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from state.tables import Capacity
 from workers.config import Config, ConfigError, load
 
 
@@ -200,6 +207,51 @@ def test_tables_have_room_for_every_worker_twice() -> None:
         config = load(None, {"workers": workers, "capacity": {"workers": room}})
         assert config.max_workers == (room or workers + 4)
         assert config.table_capacity().writers == 3 + 2 * config.max_workers
+
+
+def test_every_size_of_the_tables_is_configured() -> None:
+    sizes = {"pods": 7, "catalog_bytes": 5000, "series": 70, "limited_users": 8, "limited_models": 9}
+    config = load(None, {"capacity": sizes, "prefix": {"ring_bytes": 1 << 17}, "workers": 3})
+    usual = asdict(Capacity())
+    assert asdict(config.table_capacity()) == {**usual, **sizes, "writers": 17, "prefix_ring_bytes": 1 << 17}
+    assert not [name for name, size in asdict(config.table_capacity()).items() if size == usual[name]]
+
+
+def section(field: FieldInfo) -> type[BaseModel] | None:
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def keys() -> Iterator[tuple[str, str]]:
+    """Section and name of each key; those of no section are the whole configuration's."""
+    for name, field in Config.model_fields.items():
+        inner = section(field)
+        for key in [name] if inner is None else inner.model_fields:
+            yield (Config if inner is None else inner).__name__, key
+
+
+def reads(source: Path) -> Iterator[tuple[str, str]]:
+    """Section and name of what a file reads: `config.workers`, `config.scrape.failures`, `scrape.failures`, or through
+    a parameter that is annotated as a section. The checks in config.py do not count."""
+    classes = {name: inner.__name__ for name, field in Config.model_fields.items() if (inner := section(field))}
+    own = source.name == "config.py"
+    for function in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or (own and function.name.startswith("_")):
+            continue
+        owners = {**classes, "config": "Config", "_config": "Config"} | ({"self": "Config"} if own else {})
+        for each in function.args.args:
+            for kind in (node.id for node in ast.walk(each) if isinstance(node, ast.Name)):
+                if kind in classes.values():
+                    owners[each.arg] = kind
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute):
+                yield owners.get(getattr(node.value, "id", getattr(node.value, "attr", "")), ""), node.attr
+
+
+def test_every_key_is_read_somewhere() -> None:
+    files = Path(inspect.getfile(Config)).parent.rglob("*.py")
+    found = {read for file in files for read in reads(file)}
+    assert [key for key in keys() if key not in found] == []
 
 
 def test_a_configuration_cannot_be_changed() -> None:
