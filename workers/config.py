@@ -6,7 +6,6 @@ AIBrix's names are honoured where they mean the same; the POINTSMAN_ name wins o
 Whatever is wrong is reported in one line that names the place, the thing and the cure: `ConfigError`.
 """
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,12 +24,10 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from router.errors import RequestError
-from router.strategies import STRATEGIES, Scoring
-from router.strategies.weighted import parse_strategy
 from state.tables import FIRST_WORKER, Capacity
 from workers.address import parse_address
 from workers.documents import NotYaml, read_yaml
+from workers.problems import check_strategy, problems_of
 from workers.redis_link import parse_redis_url
 
 NO_STRATEGY = "none"
@@ -218,7 +215,10 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _whole(self) -> "Config":
         if self.strategy != NO_STRATEGY:
-            _check_strategy(self.strategy)
+            try:
+                check_strategy(self.strategy)
+            except ValueError as error:
+                raise ValueError(f"strategy: {error}") from None
         self._check_users()
         if self.tls is not None and self.transport != "h2":
             raise ValueError("tls: only transport h2 serves TLS")
@@ -281,24 +281,6 @@ class Config(BaseSettings):
             limited_users=self.capacity.limited_users,
             limited_models=self.capacity.limited_models,
         )
-
-
-def _check_strategy(value: str) -> None:
-    """Raises ValueError for what a `routing-strategy` header could not say."""
-    if "," not in value and ":" not in value:
-        if value not in STRATEGIES:
-            raise ValueError(f"strategy: {_no_such('strategy', value, STRATEGIES)}")
-        return
-    try:
-        names = [name for name, _ in parse_strategy(value, STRATEGIES)]
-    except RequestError:
-        raise ValueError(
-            f"strategy: {value!r} is no combination of strategies: write name:weight,name:weight with names that "
-            "`pointsman strategies` lists"
-        ) from None
-    alone = [name for name in names if len(names) > 1 and not issubclass(STRATEGIES[name], Scoring)]
-    if alone:
-        raise ValueError(f"strategy: {alone[0]} has no scores and cannot be combined with others")
 
 
 def _overlap(host: str, other: str) -> bool:
@@ -402,30 +384,5 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     return given
 
 
-def _no_such(what: str, name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
-    return f"no {what} {name!r}; {hint}"
-
-
 def _one_line(error: ValidationError, where: str) -> str:
-    problems = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            problems.append(_no_such("key", place, _known_keys(problem["loc"])))
-            continue
-        message = problem["msg"].removeprefix("Value error, ")
-        value = problem.get("input")
-        if isinstance(value, str | int | float) and repr(value) not in message:
-            message += f" (got {value!r})"
-        problems.append(f"{place}: {message}" if place else message)
-    return f"{where}: " + "; ".join(problems)
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        model = model.model_fields[part].annotation  # type: ignore[assignment]
-    prefix = "".join(f"{part}." for part in location[:-1])
-    return [prefix + name for name in model.model_fields]
+    return f"{where}: " + "; ".join(map(str, problems_of(error, Config)))

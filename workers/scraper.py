@@ -9,17 +9,19 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import structlog
 
+from router.rules import CONFIG
 from state.ledger import Entry
 from state.pods import COLUMN, FIELDS, Floats, Health
 from state.tables import Tables
 from workers.address import parse_address
 from workers.config import Config
 from workers.discovery.file_source import FileSource, Settings
+from workers.discovery.model_config import usable
 from workers.discovery.registry import FoundPod, Registry, RegistryFull
 from workers.process import Stop
 from workers.scrape.engines import engine_named
@@ -107,6 +109,7 @@ class Scraper:
             if not self._source.loaded:
                 return
             found, settings = await self._source.resolve()
+            found = [_with_usable_profiles(pod) for pod in found]
         try:
             added, leaving = self._registry.update(found, settings, now)
         except RegistryFull as error:
@@ -329,6 +332,14 @@ class Scraper:
             if (out + 1) * 2 > len(peers):
                 return False
         return True
+
+
+def _with_usable_profiles(pod: FoundPod) -> FoundPod:
+    """An annotation is not ours to refuse: what cannot be followed is left out, lest it fail the model's requests."""
+    annotation = pod.labels.get(CONFIG)
+    if not annotation:
+        return pod
+    return replace(pod, labels={**pod.labels, CONFIG: usable(annotation, pod.name)})
 
 
 def _or_zero(value: float) -> float:

@@ -61,12 +61,15 @@ def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path
         ("a: [", "not YAML"),
         ("endpoints: none.yaml", "none.yaml: cannot be read: No such file or directory"),
         ("endpoints: bad.yaml", "bad.yaml: models.0.name: Field required"),
+        ("endpoints: profile.yaml", "models.0.config.profiles.default.routingStrategy: no strategy 'nope'; known: "),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, command: str, text: str, says: str) -> None:
     path = tmp_path / "pointsman.yaml"
     path.write_text(text)
     (tmp_path / "bad.yaml").write_text("models: [{}]")
+    profiles = "{default: {routingStrategy: nope}}"
+    (tmp_path / "profile.yaml").write_text(f"models: [{{name: m, config: {{profiles: {profiles}}}}}]")
     assert says in refused(command, "--config", path)
 
 
