@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from state.tables import FIRST_WORKER, Capacity
-from workers.address import parse_address
+from workers.address import Parsed, parse_address
 from workers.documents import NotYaml, read_yaml
 from workers.problems import check_strategy, problems_of
 from workers.redis_link import parse_redis_url
@@ -232,13 +232,17 @@ class Config(BaseSettings):
             raise ValueError("worker_listen: a unix path needs {i} for the worker's number")
         if kind == "tcp" and port + most - 1 > 65535:
             raise ValueError(f"worker_listen: port {port} leaves no room for {most} workers")
-        for name, address in (("listen", self.listen), ("admin", self.admin)):
-            other = parse_address(address)
+        listen, admin = parse_address(self.listen), parse_address(self.admin)
+        if _collide(listen, admin):
+            raise ValueError(f"listen: {self.listen} and admin, {self.admin}, are in each other's way; change one")
+        for name, other in (("listen", listen), ("admin", admin)):
             if kind == other.kind == "tcp" and port <= other.port < port + most and _overlap(place, other.place):
                 raise ValueError(
                     f"worker_listen: the ports {port} to {port + most - 1} of {most} workers include that of {name}, "
                     f"{other.port}"
                 )
+            if kind == "unix" and any(_collide(parse_address(self.worker_address(i)), other) for i in range(most)):
+                raise ValueError(f"worker_listen: {self.worker_listen} is also that of {name}; change one")
         return self
 
     def _check_users(self) -> None:
@@ -283,9 +287,17 @@ class Config(BaseSettings):
         )
 
 
+def _collide(one: Parsed, other: Parsed) -> bool:
+    """Whether nobody can listen on both."""
+    if one.kind != other.kind or one.port != other.port:
+        return False
+    return one.place == other.place if one.kind == "unix" else _overlap(one.place, other.place)
+
+
 def _overlap(host: str, other: str) -> bool:
-    wildcards = ("0.0.0.0", "::")
-    return host == other or host in wildcards or other in wildcards
+    """Whether two hosts have an address in common, as far as can be said without a look-up. "::" takes IPv4, too."""
+    hosts = {"127.0.0.1" if each == "localhost" else each for each in (host, other)}
+    return len(hosts) == 1 or "::" in hosts or ("0.0.0.0" in hosts and not any(":" in each for each in hosts))
 
 
 class _Lower(PydanticBaseSettingsSource):

@@ -129,6 +129,12 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("worker_listen: '0.0.0.0:65530'\nworkers: 9", "leaves no room for 13 workers"),
         ("worker_listen: '0.0.0.0:50050'\nworkers: 2", "include that of listen, 50052"),
         ("worker_listen: '127.0.0.1:8078'\nworkers: 2", "include that of admin, 8080"),
+        ("listen: '0.0.0.0:8080'", "listen: 0.0.0.0:8080 and admin, 0.0.0.0:8080, are in each other's way"),
+        ("listen: '127.0.0.1:8080'", "are in each other's way"),
+        ("admin: '[::]:50052'", "are in each other's way"),
+        ("listen: 'localhost:9'\nadmin: '127.0.0.1:9'", "are in each other's way"),
+        ("listen: unix:/run/x\nadmin: unix:/run/x\nworkers: 1", "are in each other's way"),
+        ("worker_listen: 'unix:/run/{i}'\nadmin: unix:/run/3\nworkers: 2", "unix:/run/{i} is also that of admin"),
         ("workers: 0", "workers: Input should be greater than or equal to 1 (got 0)"),
         ("workers: many", "workers: Input should be a valid integer"),
         ("capacity: {workers: 1}\nworkers: 2", "capacity.workers is 1, fewer than the 2 workers to start"),
@@ -154,6 +160,19 @@ def test_what_is_wrong_in_the_file(tmp_path: Path, text: str, says: str) -> None
     message = refused(path)
     assert message.startswith(f"{path}:")
     assert says in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "listen: '127.0.0.1:8080'\nadmin: '127.0.0.2:8080'",
+        "listen: '0.0.0.0:8080'\nadmin: '[::1]:8080'",
+        "listen: unix:/run/x\nadmin: unix:/run/y\nworkers: 1",
+        "worker_listen: 'unix:/run/{i}'\nadmin: unix:/run/9\nworkers: 2",
+    ],
+)
+def test_addresses_that_only_look_alike(tmp_path: Path, text: str) -> None:
+    load(write(tmp_path, text))
 
 
 def test_several_mistakes_are_one_line_still(tmp_path: Path) -> None:
