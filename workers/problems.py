@@ -24,10 +24,11 @@ class Problem(NamedTuple):
 
     place: tuple[int | str, ...]
     text: str
+    placed: bool = False
+    """Whether the text names the place."""
 
     def __str__(self) -> str:
-        place = ".".join(map(str, self.place))
-        return f"{place}: {self.text}" if place else self.text
+        return self.text if self.placed or not self.place else f"{'.'.join(map(str, self.place))}: {self.text}"
 
 
 def no_such(what: str, name: str, known: Iterable[str], within: str = "") -> str:
@@ -64,7 +65,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[Prob
         if found["type"] == "extra_forbidden":
             *above, name = (str(part) for part in place)
             within = "".join(f"{part}." for part in above)
-            yield Problem((), no_such("key", name, _keys(model, place[:-1]), within))
+            yield Problem(place, no_such("key", name, _keys(model, place[:-1]), within), placed=True)
             continue
         text = _SHAPES.get(found["type"]) or found["msg"].removeprefix("Value error, ")
         if found["type"] == "model_type":
@@ -78,17 +79,18 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[Prob
 def _keys(kind: Any, place: tuple[int | str, ...]) -> list[str]:
     """The keys that may stand at a place of a document of this kind."""
     for part in place:
-        kind = next((inner for each in _kinds(kind) for inner in _inside(each, part)), None)
-    models = [each for each in _kinds(kind) if isinstance(each, type) and issubclass(each, BaseModel)]
+        kind = next((inner for each in kinds_of(kind) for inner in _inside(each, part)), None)
+    models = [each for each in kinds_of(kind) if isinstance(each, type) and issubclass(each, BaseModel)]
     return [field.alias or name for each in models for name, field in each.model_fields.items()]
 
 
-def _kinds(kind: Any) -> Iterator[Any]:
+def kinds_of(kind: Any) -> Iterator[Any]:
+    """The types that an annotation allows, one by one."""
     if get_origin(kind) in (Union, UnionType):
         for each in get_args(kind):
-            yield from _kinds(each)
+            yield from kinds_of(each)
     elif get_origin(kind) is Annotated:
-        yield from _kinds(get_args(kind)[0])
+        yield from kinds_of(get_args(kind)[0])
     else:
         yield kind
 
