@@ -89,6 +89,7 @@ class Scraper:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
         self._seen: tuple[list[int], list[int]] = ([], [])
+        self._without = False
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -125,6 +126,10 @@ class Scraper:
                     self._unwatch(slot)
                     self._watch(slot, pod)
                 watched.pod = pod
+        if not found and not self._without:
+            cure = "set `endpoints`" if self._source is None else f"list some in {self._source.path}"
+            log.warning("there are no pods, every request will be refused", cure=cure)
+        self._without = not found
         if added or leaving:
             log.info("pods changed", added=len(added), leaving=len(leaving), pods=len(pods))
 
