@@ -3,6 +3,7 @@
 import ast
 import inspect
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from state.tables import Capacity
-from workers.config import ENVELOPE_BYTES, Config, ConfigError, load
+from workers.config import ENVELOPE_BYTES, Config, ConfigError, TlsConfig, load
 
 
 def write(folder: Path, text: str) -> Path:
@@ -357,6 +358,40 @@ def test_every_key_is_read_somewhere() -> None:
     files = Path(inspect.getfile(Config)).parent.rglob("*.py")
     found = {read for file in files for read in reads(file)}
     assert [key for key in keys() if key not in found] == []
+
+
+DOCUMENTED = re.compile(r"^\| (?P<keys>`[a-z_.]+`(?:, `[a-z_.]+`)*) \| (?P<default>[^|]+) \| [^|]+ \|$", re.M)
+
+
+def told(key: str, default: object) -> str:
+    """A default as the page has it."""
+    match default:
+        case None | "":
+            return "none"
+        case bool():
+            return str(default).lower()
+        case str():
+            return f"`{default}`"
+        case int() if key.endswith("_bytes") and default:
+            return f"{default >> 20} MiB"
+        case int() if default > 9999:
+            return f"{default:,}"
+    return f"{default:g}"
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    page = (Path(inspect.getfile(Config)).parent.parent / "docs" / "configuration.md").read_text()
+    rows = {
+        key: row["default"] for row in DOCUMENTED.finditer(page) for key in row["keys"].replace("`", "").split(", ")
+    }
+    usual = load(None).model_dump(mode="json") | {"tls": dict.fromkeys(TlsConfig.model_fields)}
+    defaults = {}
+    for name, value in usual.items():
+        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            full = f"{name}.{key}" if key else name
+            defaults[full] = told(full, inner)
+    defaults |= {"workers": "CPUs", "session_secret": "new at each start", "capacity.workers": "`workers` + 4"}
+    assert rows == defaults
 
 
 def test_a_configuration_cannot_be_changed() -> None:
