@@ -169,8 +169,9 @@ def explain(
     from workers.explain import ExplainError, ask, parse_headers, router_address, show
 
     try:
-        where = address or router_address(load_or_exit(path))
-        receipt = ask(where, file.read(), request_path, parse_headers(headers))
+        config = load_or_exit(path)
+        where = address or router_address(config)
+        receipt = ask(where, file.read(), request_path, parse_headers(headers), config)
     except ExplainError as error:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(1)
