@@ -15,6 +15,7 @@ _SHAPES = {
     "dict_type": "must be a mapping of keys to values",
     "mapping_type": "must be a mapping of keys to values",
     "tuple_type": "must be a list",
+    "path_type": "must be a path",
 }
 """For what pydantic says in terms of Python."""
 

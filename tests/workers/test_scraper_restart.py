@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from fleet import make_tables
-from structlog.testing import capture_logs
 
 from state.pods import COLUMN, Health
 from state.tables import SCRAPER, Tables
@@ -167,15 +166,3 @@ async def test_nor_one_whose_only_peer_has_failed(tmp_path: Path, engines: list[
             worker.ledger.outcome(worker.ledger.charge(0, 1, 1, held=True), ok=False)
         await until(lambda: scraper._pods[0].bad == 5)
         assert states(tables)[0] is Health.READY
-
-
-async def test_a_router_without_pods_says_so(tmp_path: Path) -> None:
-    with capture_logs() as said:
-        scraper = Scraper(load(None), make_tables(writer=SCRAPER))
-        await scraper.discover()
-        await scraper.discover()
-    (line,) = [line for line in said if line["log_level"] == "warning"]
-    assert line["cure"] == "set `endpoints`"
-    with capture_logs() as said:
-        await Scraper(configuration(tmp_path, []), make_tables(writer=SCRAPER)).discover()
-    assert [line["cure"] for line in said if line["log_level"] == "warning"] == [f"list some in {tmp_path}/e.yaml"]
