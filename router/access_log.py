@@ -77,6 +77,11 @@ class AccessLog:
         pod = answered_after_retries(self._scheduler, charge, tried, address)
         return None if pod is None else (Charge(pod.slot, pod.generation, 0), pod.name)
 
+    def late(self, message: bytes | None) -> None:
+        """A batch that was under way when the stream was ended here, as a worker does before it goes."""
+        if message is not None:
+            self.receive(message)
+
     def half_close(self) -> bytes | None:
         """Envoy is done: one empty StreamAccessLogsResponse."""
         return b""

@@ -121,6 +121,14 @@ class Exchange(RequestPhase):
         else:
             self._end(0 if self._policy.draining else 499)
 
+    def late(self, message: bytes | None) -> None:
+        """The stream was ended with the decision, and only now Envoy ends its half. It would have reset the stream if
+        it had taken the reply: the client left before, so there will be no log entry to give the charge back."""
+        decision = self._decision
+        if message is None and self.finished and self._response is None and decision is not None:
+            self._scheduler.abandon(decision)
+            self._decision = None
+
     # -- phases, in the order in which Envoy goes through them
 
     def _begin(self, request: ProcessingRequest) -> None:

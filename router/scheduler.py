@@ -190,6 +190,12 @@ class Scheduler:
         if decision.held:
             self._ledger.release(decision.charge, held=True)
 
+    def abandon(self, decision: Decision) -> None:
+        """Nobody took the decision, so the access log will not tell of it."""
+        if not decision.held:
+            self._ledger.release(decision.charge, held=False)
+            self.finished(decision.pod, 499)
+
     def show_modes(self) -> None:
         """Put into the series what `marginal-delay` last had to go by, for each model."""
         for strategy in self._strategies.made:

@@ -1,6 +1,7 @@
 """An ext_proc worker: a transport, the methods it serves, and the scheduler behind them."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from hashlib import sha256
@@ -24,6 +25,8 @@ from workers.wake import Waker
 PROCESS = f"/{EXT_PROC_SERVICE}/Process"
 STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
 
+log = logging.getLogger(__name__)
+
 COPY_SECONDS = 1.0
 """Between two copies of the transport's counters into the shared tables."""
 _SECRET = token_bytes(32)
@@ -32,14 +35,14 @@ _SECRET = token_bytes(32)
 
 def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = NO_POLICY) -> Method:
     """The ext_proc Process stream."""
-    return Method(Exchanges(scheduler, max_body_bytes, policy).open)
+    return Method(Exchanges(scheduler, max_body_bytes, policy).open, listens=True)
 
 
 def methods(scheduler: Scheduler, health: Health, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:
     """Everything a worker answers."""
     return {
         PROCESS: process_method(scheduler, max_body_bytes, policy),
-        STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLog(scheduler)),
+        STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLog(scheduler), listens=True),
         **health.methods(),
     }
 
@@ -98,6 +101,9 @@ def session_secret(config: Config) -> bytes:
 
 async def _copy_counters(meter: Meter, scheduler: Scheduler) -> None:
     while True:
-        meter.copy()
-        scheduler.show_modes()
+        try:
+            meter.copy()
+            scheduler.show_modes()
+        except Exception:
+            log.exception("the transport's counters could not be copied")
         await asyncio.sleep(COPY_SECONDS)

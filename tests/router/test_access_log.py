@@ -56,6 +56,16 @@ def test_another_worker_releases_what_this_one_charged() -> None:
     assert sum(loads(tables, Entry.SUCCEEDED)) == 6
 
 
+def test_a_batch_that_comes_after_the_end_counts() -> None:
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    log, sent = AccessLog(by), [route(by) for _ in range(2)]
+    log.close()
+    log.late(entries(*((metadata, 200) for metadata in sent)))
+    log.late(None)
+    assert loads(tables) == [0] * 16
+
+
 def test_outcomes_by_status() -> None:
     tables = fleet.make_fleet(1)
     by = scheduler(tables)

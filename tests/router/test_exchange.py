@@ -492,6 +492,25 @@ def test_by_access_log_the_stream_ends_with_the_decision_and_the_charge_stays() 
     assert stream.tables.ledger.forfeit(3) == 0
 
 
+def test_by_access_log_a_reply_that_nobody_took_charges_nobody() -> None:
+    stream = Stream("access-log")
+    stream.kinds(request_headers(), request_body(chat()))
+    stream.exchange.close()
+    stream.exchange.late(b"whatever")
+    assert stream.in_flight == 1
+    for _ in range(2):
+        stream.exchange.late(None)
+        assert stream.in_flight == 0
+
+
+def test_by_stream_the_end_alone_gives_the_charge_back() -> None:
+    stream = Stream("stream")
+    stream.kinds(request_headers(), request_body(chat()))
+    stream.exchange.close()
+    stream.exchange.late(None)
+    assert stream.in_flight == 0
+
+
 def test_by_access_log_a_stream_that_was_refused_charges_nobody() -> None:
     stream = Stream("access-log")
     stream.kinds(request_headers(), request_body(b"{"))
