@@ -1,8 +1,10 @@
 """What Envoy's access log says of finished requests: the end of every charge that was left to it.
 
-The reply that routed a request put a ticket into Envoy's dynamic metadata, `slot.generation.tokens`; the log entry
-brings it back with the response code and the timings, to whichever worker Envoy's log stream is connected to. Clients
-cannot write dynamic metadata, so a ticket is always our own. Each entry releases its charge once.
+The reply that routed a request put a ticket into Envoy's dynamic metadata, `replica.slot.generation.tokens`; the log
+entry brings it back with the response code and the timings, to whichever worker Envoy's log stream is connected to.
+Clients cannot write dynamic metadata, so a ticket is always a router's. Each entry releases its charge once. An entry
+about a request that another replica routed, or this one before its supervisor was restarted, says nothing about the
+loads that are kept here: it is passed over.
 
 Where Envoy may retry on another pod it was given several addresses in order. The entry names the one that answered:
 those before it have failed (`router/retries.py`).
@@ -48,14 +50,18 @@ class AccessLog:
         if NAMESPACE not in metadata:
             return
         fields = metadata[NAMESPACE].fields
-        charge = _charge(fields["ticket"].string_value) if "ticket" in fields else None
         scheduler = self._scheduler
+        replica, _, ticket = fields["ticket"].string_value.partition(".") if "ticket" in fields else ("", "", "")
+        if replica != scheduler.tables.replica:
+            scheduler.series.add(1.0, "foreign")
+            return
+        charge = _charge(ticket)
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
             return
         scheduler.tables.ledger.release(charge, held=False)
         code = entry.response.response_code.value
         flags = common.response_flags
-        client_left = code == 0 or flags.downstream_connection_termination
+        client_left = code == 0 or flags.downstream_connection_termination or flags.downstream_remote_reset
         pod = fields["pod"].string_value if "pod" in fields else ""
         answered = self._after_retries(entry, charge) if ENVOY_LB in metadata else None
         if answered is not None:

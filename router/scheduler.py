@@ -233,7 +233,7 @@ class Scheduler:
                 address=pod.address,
                 strategy=strategy if plain else header_value(strategy).decode(),
                 destination=destination,
-                ticket=f"{pod.slot}.{pod.generation}" if to_log else None,
+                ticket=f"{self.tables.replica}.{pod.slot}.{pod.generation}" if to_log else None,
                 duplex=duplex,
                 id_bytes=id_bytes,
                 told_as=self._strategies.get(strategy).told_as,

@@ -1,6 +1,7 @@
 """All tables of one replica, made once by the supervisor and opened by every other process."""
 
 from dataclasses import asdict, dataclass
+from secrets import token_bytes
 
 import orjson
 
@@ -31,6 +32,7 @@ class Capacity:
 SUPERVISOR, SCRAPER, ADMIN = 0, 1, 2
 """Writer rows of the processes of which there is one. Workers have the rows from FIRST_WORKER on."""
 FIRST_WORKER = 3
+_ID_BYTES = 4
 
 
 class Tables:
@@ -55,6 +57,8 @@ class Tables:
             segment.region("model_seconds"), capacity.limited_models, writers, 1.0, fd=fd, lock_byte=1, writer=writer
         )
         self._series = segment.region("series")
+        self.replica = bytes(segment.region("replica")).hex()
+        """By chance: tells this replica, for as long as its tables live, from every other."""
 
     @classmethod
     def create(cls, capacity: Capacity, writer: int | None = None) -> "Tables":
@@ -72,9 +76,11 @@ class Tables:
                 "user_minutes": Windows.size(capacity.limited_users, capacity.writers),
                 "model_seconds": Windows.size(capacity.limited_models, capacity.writers),
                 "series": Series.size(capacity.series) * capacity.writers,
+                "replica": _ID_BYTES,
             }
         )
         segment.region("capacity")[:] = described
+        segment.region("replica")[:] = token_bytes(_ID_BYTES)
         return cls(segment, writer)
 
     @classmethod

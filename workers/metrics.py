@@ -18,6 +18,7 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "decisions": ("pointsman_decisions", "Requests routed", ("model", "pod", "strategy")),
     "refused": ("pointsman_refused", "Requests answered by the router itself", ("status", "code")),
     "finished": ("pointsman_finished", "Requests that ended, by the status the client got", ("pod", "status")),
+    "foreign": ("pointsman_foreign_log_entries", "Log entries on requests that another replica routed", ()),
     "retried": ("pointsman_retried", "Requests that Envoy sent to another pod after the first failed", ("pod",)),
     "used_tokens": ("pointsman_used_tokens", "Tokens of answered requests, by their own usage", ("model", "kind")),
     "limits_outage": ("pointsman_limits_outage", "Requests whose limits could not be checked", ("policy",)),

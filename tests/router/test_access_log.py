@@ -109,8 +109,21 @@ def test_the_successor_in_a_row_is_not_touched_by_its_predecessors_entries() -> 
 def test_what_is_no_ticket_is_passed_over(ticket: str) -> None:
     tables = fleet.make_fleet(1)
     before = [loads(tables, entry) for entry in Entry]
-    AccessLog(scheduler(tables)).receive(entries(({"ticket": ticket}, 200)))
+    for whole in (ticket, f"{tables.replica}.{ticket}"):
+        AccessLog(scheduler(tables)).receive(entries(({"ticket": whole}, 200)))
     assert [loads(tables, entry) for entry in Entry] == before
+
+
+def test_what_another_replica_routed_is_passed_over() -> None:
+    here, there = fleet.make_fleet(2), fleet.make_fleet(2)
+    by = scheduler(here)
+    routed = [route(by), route(scheduler(there))]
+    AccessLog(by).receive(entries((routed[1], 503)))
+    assert sum(loads(here)) == 1
+    assert sum(loads(here, Entry.FAILED)) == 0
+    assert ("foreign",) in dict(by.series.items())
+    AccessLog(by).receive(entries((routed[0], 200)))
+    assert sum(loads(here)) == 0
 
 
 def test_entries_of_requests_that_were_not_routed_are_passed_over() -> None:
