@@ -20,14 +20,15 @@ INTERPRETED := tests/router tests/state tests/workers/h2
 install: $(STAMP) $(COMPILED)
 
 $(STAMP): pyproject.toml
-	@echo "installing pointsman and what its tests need into $(VENV): a minute or two ..."
+	@echo "installing pointsman and what its tests need into $(VENV): one to three minutes ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@POINTSMAN_COMPILE=0 $(PIP) --editable '.[dev]'
 	@touch $@
 
 $(COMPILED): $(SOURCES) | $(STAMP)
-	@echo "compiling the hot path, once and when its sources change: one to four minutes (log: $@.log) ..."
+	@[ "$(POINTSMAN_COMPILE)" = 0 ] || \
+	    echo "compiling the hot path, once and when its sources change: one to four minutes (log: $@.log) ..."
 	@rm -f build/compiled.json
 	@$(BIN)/python setup.py --quiet build_ext --inplace >$@.log 2>&1 || \
 	    echo "it could not be compiled and stays interpreted; $@.log says why"
