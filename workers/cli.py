@@ -36,7 +36,7 @@ class _Commands(click.Group):
                 command: click.Command = entry.load()
             except ModuleNotFoundError as error:
                 raise click.ClickException(
-                    f"{name} needs the Python package {error.name!r}: pip install 'pointsman[bench]'"
+                    f"{name} needs the Python package {error.name!r}: pip install '.[bench]' in a clone of pointsman"
                 ) from None
             return command
         return None

