@@ -152,7 +152,7 @@ def test_capacity_of_the_test_fleet_is_enough() -> None:
 
 def test_counters_that_are_watched_for_their_first_event_are_there_before_it() -> None:
     tables = make_fleet(1)
-    tables.roster.put(3, Process(Kind.WORKER, 0, 1, Phase.READY))
+    tables.roster.put(3, Process(Kind.WORKER, 0, 1, Phase.READY, 0))
     for name in ("retried", "ejections", "settled_requests"):
         assert values(tables, f"pointsman_{name}") == {(("pod", "pod-0"),): 0.0}
     assert values(tables, "pointsman_restarts") == {(("process", "worker 0"),): 0.0}
