@@ -58,6 +58,10 @@ class AccessLog:
         charge = _charge(ticket)
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
             return
+        if not common.upstream_remote_address.socket_address.address and "request-id" in fields:  # no pod had it
+            request_id = fields["request-id"].string_value.encode()
+            if request_id in scheduler.tables.abandoned:
+                return  # given back already
         scheduler.tables.ledger.release(charge, held=False)
         code = entry.response.response_code.value
         flags = common.response_flags

@@ -128,10 +128,11 @@ class Exchange(RequestPhase):
 
     def late(self, message: bytes | None) -> None:
         """The stream was ended with the decision, and only now Envoy ends its half. It would have reset the stream if
-        it had taken the reply: the client left before, so there will be no log entry to give the charge back."""
+        it had taken the reply: the client left before, so there will be no log entry to give the charge back. (Or Envoy
+        answered by itself at once: `state.abandoned`.)"""
         decision = self._decision
         if message is None and self.finished and self._response is None and decision is not None:
-            self._scheduler.abandon(decision)
+            self._scheduler.abandon(decision, self._request_id)
             self._decision = None
 
     # -- phases, in the order in which Envoy goes through them

@@ -190,10 +190,11 @@ class Scheduler:
         if decision.held:
             self._ledger.release(decision.charge, held=True)
 
-    def abandon(self, decision: Decision) -> None:
-        """Nobody took the decision, so the access log will not tell of it."""
+    def abandon(self, decision: Decision, request_id: bytes) -> None:
+        """Nobody seems to have taken the decision, so the access log will hardly tell of it."""
         if not decision.held:
             self._ledger.release(decision.charge, held=False)
+            self.tables.abandoned.add(request_id)
             self.finished(decision.pod, 499)
 
     def show_modes(self) -> None:

@@ -5,6 +5,7 @@ from secrets import token_bytes
 
 import orjson
 
+from state.abandoned import Abandoned
 from state.catalog import Catalog
 from state.ledger import Ledger
 from state.limits import Windows
@@ -48,6 +49,7 @@ class Tables:
         self.ledger = Ledger(segment.region("ledger"), self.pods.generation, capacity.writers, capacity.pods, writer)
         self.roster = Roster(segment.region("roster"), capacity.writers)
         self.prefix_log = PrefixLog(segment.region("prefix_log"), capacity.writers, capacity.prefix_ring_bytes, writer)
+        self.abandoned = Abandoned(segment.region("abandoned"), capacity.writers, writer)
         self.user_tokens = UserTokens(segment.region("user_tokens"), capacity.writers, writer)
         fd, writers = segment.fd, capacity.writers
         self.user_minutes = Windows(
@@ -72,6 +74,7 @@ class Tables:
                 "ledger": Ledger.size(capacity.writers, capacity.pods),
                 "roster": Roster.size(capacity.writers),
                 "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
+                "abandoned": Abandoned.size(capacity.writers),
                 "user_tokens": UserTokens.size(capacity.writers),
                 "user_minutes": Windows.size(capacity.limited_users, capacity.writers),
                 "model_seconds": Windows.size(capacity.limited_models, capacity.writers),

@@ -14,6 +14,7 @@ from router.access_log import AccessLog
 from router.exchange import Exchange, MessageError
 from router.modes import Peer
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
+from router.request_ids import RequestIds
 from router.scheduler import Scheduler
 from state.ledger import Entry
 from state.tables import Tables
@@ -64,6 +65,24 @@ def test_a_batch_that_comes_after_the_end_counts() -> None:
     log.late(entries(*((metadata, 200) for metadata in sent)))
     log.late(None)
     assert loads(tables) == [0] * 16
+
+
+def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() -> None:
+    """Envoy took the decision after all, but had no pod for it, which another worker hears."""
+    tables = fleet.make_fleet(1)
+    one, two = scheduler(tables), scheduler(Tables.attach(tables.segment.fd, 5))
+    exchange = Exchange(one, Peer("access-log"), RequestIds().new, 10_000)
+    exchange.receive(request_headers())
+    (reply,) = read(exchange.receive(request_body(chat())))
+    exchange.close()
+    exchange.late(None)
+    assert tables.ledger.load(0) == (0, 0)
+    fields = reply.dynamic_metadata.fields[NAMESPACE].struct_value.fields
+    metadata = {key: value.string_value for key, value in fields.items()}
+    AccessLog(two).receive(entries((metadata, 503)))
+    assert tables.ledger.load(0) == (0, 0)
+    AccessLog(two).receive(entries((route(one), 200)))
+    assert tables.ledger.load(0) == (0, 0)
 
 
 def test_outcomes_by_status() -> None:
