@@ -69,7 +69,9 @@ class Admin:
             missing.append("discovery has not loaded")
         if missing:
             return web.json_response({"status": "not ready", "missing": missing}, status=503)
-        return web.json_response({"status": "ready", "workers": len(workers)})
+        _, document = self._tables.catalog.read()
+        pods = sum(not pod.draining for pod in document.pods)
+        return web.json_response({"status": "ready", "workers": len(workers), "pods": pods})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus text format."""

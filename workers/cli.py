@@ -55,28 +55,15 @@ def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def load_or_exit(path: Path | None, flags: dict[str, Any] | None = None) -> Config:
+def load_or_exit(path: Path | None, flags: dict[str, Any] | None = None, *, serving: bool = False) -> Config:
     """The configuration, or one line on standard error and exit code 2."""
+    from workers.checks import load_checked
+
     try:
-        config = load(path, flags)
-        if config.endpoints is not None:
-            from workers.discovery.endpoints_file import EndpointsError, read_endpoints
-
-            try:
-                read_endpoints(config.endpoints)
-            except EndpointsError as error:
-                raise ConfigError(str(error)) from None
-        if config.limits.users_file is not None:
-            from workers.users import UsersError, read_users
-
-            try:
-                read_users(config.limits.users_file)
-            except UsersError as error:
-                raise ConfigError(str(error)) from None
+        return load_checked(path, flags, serving=serving)
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(_CONFIG_ERROR)
-    return config
 
 
 @main.command()
@@ -110,12 +97,10 @@ def serve(
     given = {name: value for name, value in flags.items() if value is not None}
     if log_format:
         given["log"] = {"format": log_format}
-    config = load_or_exit(path, given)
+    config = load_or_exit(path, given, serving=True)
     from workers.supervisor import serve as run
-    from workers.transport import tls_context
 
     try:
-        tls_context(config.tls)
         code = run(config, lambda: load(path, given))
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)
@@ -131,10 +116,10 @@ def _bind_address(value: str | None) -> str | None:
 @main.command("check-config")
 @config_option
 def check_config(path: Path | None) -> None:
-    """Check the configuration and the endpoints file, and print what is in force."""
+    """Check the configuration and the files it names, as `serve` does, and print what is in force."""
     import yaml
 
-    shown = load_or_exit(path).model_dump(mode="json")
+    shown = load_or_exit(path, serving=True).model_dump(mode="json")
     if shown["redis"]:
         shown["redis"] = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", shown["redis"])
     click.echo(yaml.safe_dump(shown, sort_keys=False), nl=False)
@@ -184,8 +169,9 @@ def explain(
     from workers.explain import ExplainError, ask, parse_headers, router_address, show
 
     try:
-        where = address or router_address(load_or_exit(path))
-        receipt = ask(where, file.read(), request_path, parse_headers(headers))
+        config = load_or_exit(path)
+        where = address or router_address(config)
+        receipt = ask(where, file.read(), request_path, parse_headers(headers), config)
     except ExplainError as error:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(1)

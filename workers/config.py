@@ -6,7 +6,6 @@ AIBrix's names are honoured where they mean the same; the POINTSMAN_ name wins o
 Whatever is wrong is reported in one line that names the place, the thing and the cure: `ConfigError`.
 """
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,15 +24,16 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from router.errors import RequestError
-from router.strategies import STRATEGIES, Scoring
-from router.strategies.weighted import parse_strategy
 from state.tables import FIRST_WORKER, Capacity
-from workers.address import parse_address
+from workers.address import Parsed, parse_address
 from workers.documents import NotYaml, read_yaml
+from workers.origins import Origins, unknown_variable
+from workers.problems import check_strategy, kinds_of, problems_of
 from workers.redis_link import parse_redis_url
 
 NO_STRATEGY = "none"
+ENVELOPE_BYTES = 1024
+"""More than a gRPC message has around a request body."""
 
 
 class ConfigError(Exception):
@@ -136,7 +136,7 @@ class TlsConfig(_Section):
 
     certificate: Path
     key: Path
-    client_ca: Path | None = None
+    client_ca: OptionalPath = None
     """Ask for client certificates, signed by one of these."""
 
 
@@ -150,11 +150,18 @@ class EnvoyConfig(_Section):
     destination: Literal["header", "metadata", "override-host"] = "header"
     accounting: Literal["access-log", "stream"] = "access-log"
     body_limit_bytes: int = Field(32 << 20, ge=1024)
-    router_ca: Path | None = None
+    """By default less where `max_message_bytes` leaves less."""
+    router_ca: OptionalPath = None
     """Where `tls` is set: what Envoy checks the workers' certificate against; none: it is not checked."""
-    client_certificate: Path | None = None
-    client_key: Path | None = None
+    client_certificate: OptionalPath = None
+    client_key: OptionalPath = None
     """What Envoy shows where `tls.client_ca` is set."""
+
+    @model_validator(mode="after")
+    def _pair(self) -> "EnvoyConfig":
+        if (self.client_certificate is None) != (self.client_key is None):
+            raise ValueError("client_certificate and client_key: one needs the other; set both or neither")
+        return self
 
 
 class Config(BaseSettings):
@@ -197,6 +204,7 @@ class Config(BaseSettings):
     envoy: EnvoyConfig = EnvoyConfig()
 
     _file: ClassVar[Mapping[str, Any]] = {}
+    _aibrix: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def settings_customise_sources(
@@ -211,34 +219,47 @@ class Config(BaseSettings):
         return (
             init_settings,
             env_settings,
-            _Lower(settings_cls, _aibrix_environment()),
+            _Lower(settings_cls, cls._aibrix),
             _Lower(settings_cls, cls._file),
         )
 
     @model_validator(mode="after")
     def _whole(self) -> "Config":
         if self.strategy != NO_STRATEGY:
-            _check_strategy(self.strategy)
+            try:
+                check_strategy(self.strategy)
+            except ValueError as error:
+                raise ValueError(f"strategy: {error}") from None
         self._check_users()
+        limit = self.envoy.body_limit_bytes
+        if "body_limit_bytes" in self.envoy.model_fields_set and limit > self.max_message_bytes - ENVELOPE_BYTES:
+            raise ValueError(
+                f"max_message_bytes: {self.max_message_bytes} has no room for a body of envoy.body_limit_bytes, "
+                f"{limit}, and its envelope; set at least {limit + ENVELOPE_BYTES}"
+            )
         if self.tls is not None and self.transport != "h2":
             raise ValueError("tls: only transport h2 serves TLS")
         if parse_address(self.listen).kind == "unix" and self.workers > 1:
             raise ValueError("listen: a unix path serves one worker; with more give a port, or use worker_listen alone")
         most = self.max_workers
         if most < self.workers:
-            raise ValueError(f"capacity.workers is {most}, fewer than the {self.workers} workers to start")
+            raise ValueError(f"capacity.workers: {most} is fewer than the {self.workers} workers to start")
         kind, place, port = parse_address(self.worker_listen)
         if kind == "unix" and most > 1 and "{i}" not in place:
             raise ValueError("worker_listen: a unix path needs {i} for the worker's number")
         if kind == "tcp" and port + most - 1 > 65535:
             raise ValueError(f"worker_listen: port {port} leaves no room for {most} workers")
-        for name, address in (("listen", self.listen), ("admin", self.admin)):
-            other = parse_address(address)
+        listen, admin = parse_address(self.listen), parse_address(self.admin)
+        if _collide(listen, admin):
+            raise ValueError(f"listen: {self.listen} and admin, {self.admin}, are in each other's way; change one")
+        for name, other in (("listen", listen), ("admin", admin)):
             if kind == other.kind == "tcp" and port <= other.port < port + most and _overlap(place, other.place):
                 raise ValueError(
                     f"worker_listen: the ports {port} to {port + most - 1} of {most} workers include that of {name}, "
                     f"{other.port}"
                 )
+            if kind == "unix" and any(_collide(parse_address(self.worker_address(i)), other) for i in range(most)):
+                raise ValueError(f"worker_listen: {self.worker_listen} is also that of {name}; change one")
         return self
 
     def _check_users(self) -> None:
@@ -277,32 +298,23 @@ class Config(BaseSettings):
             writers=FIRST_WORKER + 2 * self.max_workers,
             catalog_bytes=self.capacity.catalog_bytes,
             series=self.capacity.series,
+            prefix_ring_bytes=self.prefix.ring_bytes,
             limited_users=self.capacity.limited_users,
             limited_models=self.capacity.limited_models,
         )
 
 
-def _check_strategy(value: str) -> None:
-    """Raises ValueError for what a `routing-strategy` header could not say."""
-    if "," not in value and ":" not in value:
-        if value not in STRATEGIES:
-            raise ValueError(f"strategy: {_no_such('strategy', value, STRATEGIES)}")
-        return
-    try:
-        names = [name for name, _ in parse_strategy(value, STRATEGIES)]
-    except RequestError:
-        raise ValueError(
-            f"strategy: {value!r} is no combination of strategies: write name:weight,name:weight with names that "
-            "`pointsman strategies` lists"
-        ) from None
-    alone = [name for name in names if len(names) > 1 and not issubclass(STRATEGIES[name], Scoring)]
-    if alone:
-        raise ValueError(f"strategy: {alone[0]} has no scores and cannot be combined with others")
+def _collide(one: Parsed, other: Parsed) -> bool:
+    """Whether nobody can listen on both."""
+    if one.kind != other.kind or one.port != other.port:
+        return False
+    return one.place == other.place if one.kind == "unix" else _overlap(one.place, other.place)
 
 
 def _overlap(host: str, other: str) -> bool:
-    wildcards = ("0.0.0.0", "::")
-    return host == other or host in wildcards or other in wildcards
+    """Whether two hosts have an address in common, as far as can be said without a look-up. "::" takes IPv4, too."""
+    hosts = {"127.0.0.1" if each == "localhost" else each for each in (host, other)}
+    return len(hosts) == 1 or "::" in hosts or ("0.0.0.0" in hosts and not any(":" in each for each in hosts))
 
 
 class _Lower(PydanticBaseSettingsSource):
@@ -333,7 +345,9 @@ def _aibrix_environment() -> dict[str, Any]:
         values["limits"] = {"bearer_token": env["AIBRIX_AUTH_BEARER_TOKEN"].strip()}
     if env.get("REDIS_HOST"):
         password = f":{quote(env['REDIS_PASSWORD'], safe='')}@" if env.get("REDIS_PASSWORD") else ""
-        values["redis"] = f"redis://{password}{env['REDIS_HOST']}:{env.get('REDIS_PORT', '6379')}/0"
+        # For a Service called redis, Kubernetes sets REDIS_PORT=tcp://10.0.0.1:6379.
+        port = env.get("REDIS_PORT", "6379").rpartition(":")[2]
+        values["redis"] = f"redis://{password}{env['REDIS_HOST']}:{port}/0"
     interval = _aibrix_number("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS", "milliseconds")
     if interval is not None:
         values["scrape"] = {"interval_min_seconds": interval / 1000}
@@ -365,22 +379,38 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
     """Read, merge and check. Raises ConfigError."""
     given: Mapping[str, Any] = {}
     if path is not None:
-        given = _read_file(path)
-        endpoints = given.get("endpoints")
-        if isinstance(endpoints, str) and endpoints and not Path(endpoints).is_absolute():
-            given = {**given, "endpoints": str(path.parent / endpoints)}
-        limits = given.get("limits")
-        if isinstance(limits, dict):
-            users_file = limits.get("users_file")
-            if isinstance(users_file, str) and users_file and not Path(users_file).is_absolute():
-                given = {**given, "limits": {**limits, "users_file": str(path.parent / users_file)}}
-    source = type("_Loaded", (Config,), {"_file": given})
+        given = _beside(_read_file(path), Config, path.parent.absolute())
+    if unknown := unknown_variable(Config, os.environ):
+        raise ConfigError(unknown)
+    aibrix = _aibrix_environment()
+    origins = Origins(str(path or "configuration"), given, aibrix, os.environ, flags or {})
+    source = type("_Loaded", (Config,), {"_file": given, "_aibrix": aibrix})
     try:
-        return source(**(flags or {}))  # type: ignore[no-any-return]
+        config: Config = source(**(flags or {}))
     except ValidationError as error:
-        raise ConfigError(_one_line(error, str(path or "configuration"))) from None
+        raise ConfigError(origins.tell(problems_of(error, Config))) from None
     except SettingsError as error:
-        raise ConfigError(f"environment: {error}; write nested keys as POINTSMAN_<KEY>__<KEY>") from None
+        section = str(error).partition('"')[2].partition('"')[0].upper()
+        raise ConfigError(
+            f"POINTSMAN_{section}: is no JSON of a mapping; write nested keys as POINTSMAN_{section}__<KEY>"
+        ) from None
+    room = config.max_message_bytes - ENVELOPE_BYTES
+    if config.envoy.body_limit_bytes > room:
+        config = config.model_copy(update={"envoy": config.envoy.model_copy(update={"body_limit_bytes": room})})
+    return config
+
+
+def _beside(given: Mapping[str, Any], model: type[BaseModel], folder: Path) -> dict[str, Any]:
+    """Relative paths are relative to the file they are written in."""
+    found = dict(given)
+    for name, value in given.items():
+        kinds = kinds_of(model.model_fields[name].annotation) if name in model.model_fields else []
+        for kind in kinds:
+            if kind is Path and isinstance(value, str) and value:
+                found[name] = str(folder / value)
+            elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+                found[name] = _beside(value, kind, folder)
+    return found
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -399,32 +429,3 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise ConfigError(f"{path}: must be a mapping of keys to values, such as `strategy: least-request`")
     return given
-
-
-def _no_such(what: str, name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
-    return f"no {what} {name!r}; {hint}"
-
-
-def _one_line(error: ValidationError, where: str) -> str:
-    problems = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            problems.append(_no_such("key", place, _known_keys(problem["loc"])))
-            continue
-        message = problem["msg"].removeprefix("Value error, ")
-        value = problem.get("input")
-        if isinstance(value, str | int | float) and repr(value) not in message:
-            message += f" (got {value!r})"
-        problems.append(f"{place}: {message}" if place else message)
-    return f"{where}: " + "; ".join(problems)
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        model = model.model_fields[part].annotation  # type: ignore[assignment]
-    prefix = "".join(f"{part}." for part in location[:-1])
-    return [prefix + name for name in model.model_fields]

@@ -9,17 +9,19 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import structlog
 
+from router.rules import CONFIG
 from state.ledger import Entry
 from state.pods import COLUMN, FIELDS, Floats, Health
 from state.tables import Tables
 from workers.address import parse_address
 from workers.config import Config
 from workers.discovery.file_source import FileSource, Settings
+from workers.discovery.model_config import usable
 from workers.discovery.registry import FoundPod, Registry, RegistryFull
 from workers.process import Stop
 from workers.scrape.engines import engine_named
@@ -87,6 +89,7 @@ class Scraper:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
         self._seen: tuple[list[int], list[int]] = ([], [])
+        self._without = False
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -107,6 +110,7 @@ class Scraper:
             if not self._source.loaded:
                 return
             found, settings = await self._source.resolve()
+            found = [_with_usable_profiles(pod) for pod in found]
         try:
             added, leaving = self._registry.update(found, settings, now)
         except RegistryFull as error:
@@ -122,6 +126,10 @@ class Scraper:
                     self._unwatch(slot)
                     self._watch(slot, pod)
                 watched.pod = pod
+        if not found and not self._without:
+            cure = "set `endpoints`" if self._source is None else f"list some in {self._source.path}"
+            log.warning("there are no pods, every request will be refused", cure=cure)
+        self._without = not found
         if added or leaving:
             log.info("pods changed", added=len(added), leaving=len(leaving), pods=len(pods))
 
@@ -329,6 +337,14 @@ class Scraper:
             if (out + 1) * 2 > len(peers):
                 return False
         return True
+
+
+def _with_usable_profiles(pod: FoundPod) -> FoundPod:
+    """An annotation is not ours to refuse: what cannot be followed is left out, lest it fail the model's requests."""
+    annotation = pod.labels.get(CONFIG)
+    if not annotation:
+        return pod
+    return replace(pod, labels={**pod.labels, CONFIG: usable(annotation, pod.name)})
 
 
 def _or_zero(value: float) -> float:

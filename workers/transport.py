@@ -35,6 +35,9 @@ def tls_context(config: TlsConfig | None) -> ssl.SSLContext | None:
     """For serving TLS, with client certificates where `client_ca` is set. Raises ConfigError for unusable files."""
     if config is None:
         return None
+    for name, path in (("certificate", config.certificate), ("key", config.key), ("client_ca", config.client_ca)):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"tls.{name}: there is no file {path}")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])

@@ -13,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.engine import EngineParams
 from bench.engine_presets import PRESETS
 from bench.replay.generators import GENERATORS, generate
-from bench.replay.report import Report, Slo, plot, report, table
+from bench.replay.report import Report, Slo, plot, plot_problem, report, table
 from bench.replay.simulation import Settings, Simulation
 from bench.replay.traces import TraceError, TraceRequest, read_mooncake
 from router.rates import Prior
 from router.strategies import STRATEGIES
 
+_ABOVE_0 = click.FloatRange(0, min_open=True)
 DEFAULT_STRATEGIES = (
     "marginal-delay,prefix-cache,least-request,round-robin,aibrix-prefix-cache,dynamo-kv,lmetric,llm-d-default,"
     "sglang-cache-aware,preble,consistent-hash-bounded"
@@ -31,28 +32,55 @@ DEFAULT_STRATEGIES = (
 @click.option("--blocks", type=click.IntRange(1), help="KV blocks per engine [default: the preset's memory].")
 @click.option("--block-tokens", type=click.IntRange(1), help="Tokens in a KV block [default: the preset's].")
 @click.option("--preset", default="round-figures", show_default=True, type=click.Choice(list(PRESETS)))
-@click.option("--engine-speed", default=1.0, show_default=True, help="Engines this many times as fast as the preset.")
-@click.option("--speed", default=1.0, show_default=True, help="Arrivals this many times as fast as the trace.")
+@click.option(
+    "--engine-speed",
+    default=1.0,
+    show_default=True,
+    type=_ABOVE_0,
+    help="Engines this many times as fast as the preset.",
+)
+@click.option(
+    "--speed", default=1.0, show_default=True, type=_ABOVE_0, help="Arrivals this many times as fast as the trace."
+)
 @click.option("--strategies", default=DEFAULT_STRATEGIES, help="Names, separated by commas [default: most].")
 @click.option("--seed", default=1, show_default=True, help="Of generators, of strategies' chance and of the spread.")
-@click.option("--limit", default=0, help="Only the first so many requests of a trace file.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many requests of a trace file [default: all].")
 @click.option(
     "--spread",
     default=0.0,
+    type=click.FloatRange(0),
     help="Delay each request of a file by up to so many seconds (Mooncake's times are whole 3 s).",
 )
-@click.option("--requests", default=0, help="How many requests a generator makes.")
-@click.option("--rate", default=0.0, help="Requests per second of a generator.")
+@click.option("--requests", type=click.IntRange(1), help="How many requests a generator makes [default: its own].")
+@click.option("--rate", type=_ABOVE_0, help="Requests per second of a generator [default: its own].")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Worker processes.")
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 16), help="Routers side by side.")
-@click.option("--metrics-interval", default=1.0, show_default=True, help="Seconds between polls of a busy pod.")
-@click.option("--metrics-age", default=0.0, show_default=True, help="Seconds until a poll's figures are seen.")
-@click.option("--exchange-interval", default=0.1, show_default=True, help="Seconds between exchanges of replicas.")
-@click.option("--index-blocks", default=1 << 20, show_default=True, help="Blocks that the prefix index holds.")
-@click.option("--prefill-error", type=float, help="Do not learn speeds; take prefills for this many times as slow.")
-@click.option("--decode-error", type=float, help="The same for decoding.")
-@click.option("--slo-ttft", default=2.0, show_default=True, help="Seconds to the first token that count as good.")
-@click.option("--slo-tpot", default=0.05, show_default=True, help="Seconds per further token.")
+@click.option(
+    "--metrics-interval", default=1.0, show_default=True, type=_ABOVE_0, help="Seconds between polls of a busy pod."
+)
+@click.option(
+    "--metrics-age",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds until a poll's figures are seen.",
+)
+@click.option(
+    "--exchange-interval", default=0.1, show_default=True, type=_ABOVE_0, help="Seconds between exchanges of replicas."
+)
+@click.option(
+    "--index-blocks",
+    default=1 << 20,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Blocks that the prefix index holds.",
+)
+@click.option("--prefill-error", type=_ABOVE_0, help="Do not learn speeds; take prefills for this many times as slow.")
+@click.option("--decode-error", type=_ABOVE_0, help="The same for decoding.")
+@click.option(
+    "--slo-ttft", default=2.0, show_default=True, type=_ABOVE_0, help="Seconds to the first token that count as good."
+)
+@click.option("--slo-tpot", default=0.05, show_default=True, type=_ABOVE_0, help="Seconds per further token.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list on standard output instead of a table.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Write bars to this file.")
 def replay(
@@ -65,10 +93,10 @@ def replay(
     speed: float,
     strategies: str,
     seed: int,
-    limit: int,
+    limit: int | None,
     spread: float,
-    requests: int,
-    rate: float,
+    requests: int | None,
+    rate: float | None,
     workers: int,
     replicas: int,
     metrics_interval: float,
@@ -91,13 +119,8 @@ def replay(
     for name in names:
         if name not in STRATEGIES:
             raise click.BadParameter(f"{name!r} is none of {', '.join(STRATEGIES)}", param_hint="--strategies")
-    for option, value in (
-        ("--speed", speed),
-        ("--engine-speed", engine_speed),
-        ("--metrics-interval", metrics_interval),
-    ):
-        if not value > 0:
-            raise click.BadParameter(f"{value} is not above 0", param_hint=option)
+    if plot_path is not None and (problem := plot_problem(plot_path)):
+        raise click.BadParameter(problem, param_hint="--plot")
     params = _engine(preset, engine_speed, blocks, block_tokens)
     prior = None
     if prefill_error is not None or decode_error is not None:
@@ -116,7 +139,7 @@ def replay(
         learn=prior is None,
         seed=seed,
     )
-    loaded = _load(trace, seed, limit, requests, rate)
+    loaded = _load(trace, seed, limit or 0, requests or 0, rate or 0.0)
     if trace not in GENERATORS:
         rng = random.Random(seed)
         for request in loaded:

@@ -278,9 +278,14 @@ def plot(folder: Path) -> None:
 
 def _results() -> dict[str, dict[str, Report]]:
     results = {cell: load(cell) for cell in CELLS}
-    return {
+    found = {
         cell: known for cell, known in results.items() if OWN in known and any(name in known for name in YARDSTICKS)
     }
+    if not found:
+        raise click.ClickException(
+            f"{RESULTS}: there are no results; make some with `python -m bench.replay.matrix run`"
+        )
+    return found
 
 
 def _ratios(results: dict[str, dict[str, Report]]) -> str:

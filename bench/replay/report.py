@@ -93,6 +93,20 @@ def table(reports: Sequence[Report], title: str) -> Table:
     return out
 
 
+def plot_problem(path: Path) -> str | None:
+    """Why `plot` could not write there, before there is anything to write."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError:
+        return "needs the Python package 'matplotlib': pip install 'pointsman[bench]'"
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in endings:
+        return f"{path.name!r} must end in one of .{', .'.join(sorted(endings))}"
+    return None
+
+
 def plot(reports: Sequence[Report], title: str, path: Path) -> None:
     """Mean and p99 TTFT, end-to-end mean, and hit ratio, as bars; format by the file's ending."""
     import matplotlib

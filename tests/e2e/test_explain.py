@@ -1,10 +1,17 @@
 """`pointsman explain` against a running router."""
 
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
 
 from bench.lab import Lab
+from workers.explain import show
 
 MODEL_CHAT = {"messages": [{"role": "user", "content": "word " * 500}]}
 
@@ -38,6 +45,28 @@ def test_explain_shows_the_decision_and_makes_none() -> None:
         assert "cannot tell what kind of request" in explain(lab, {"model": lab.model})[2]
 
 
+def test_a_router_with_tls_is_asked_as_envoy_would_ask_it() -> None:
+    pem = Path(__file__).parent.parent / "fixtures" / "tls"
+    files = {name: str(pem / f"{name}.pem") for name in ("server", "client", "ca")}
+    settings = {
+        "explain": True,
+        "tls": {"certificate": files["server"], "key": str(pem / "server.key"), "client_ca": files["ca"]},
+        "envoy": {"client_certificate": files["client"], "client_key": str(pem / "client.key")},
+    }
+    with Lab(pods=1, workers=1, with_envoy=False, settings=settings) as lab:
+        body = {"model": lab.model, **MODEL_CHAT}
+        for root in (None, files["ca"], files["client"]):
+            config = yaml.safe_load(lab.config_path.read_text())
+            config["envoy"]["router_ca"] = root
+            lab.config_path.write_text(yaml.safe_dump(config))
+            code, out, error = explain(lab, body, "--json")
+            if root == files["client"]:
+                assert (code, out) == (1, "")
+                assert "no TLS with the router at 127.0.0.1:" in error and "certificate verify failed" in error
+            else:
+                assert (code, json.loads(out)["pod"]) == (0, "pod-0"), error
+
+
 def test_explain_says_when_it_is_not_allowed() -> None:
     with Lab(pods=1, workers=1, with_envoy=False) as lab:
         code, _, error = explain(lab, {"model": lab.model, **MODEL_CHAT})
@@ -55,3 +84,19 @@ def test_explain_says_when_nobody_answers() -> None:
     )  # fmt: skip
     assert run.returncode == 1
     assert run.stderr.startswith("pointsman: no answer from the router at 127.0.0.1:1")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_pod_names_are_shown_whole(terminal: bool) -> None:
+    pod = "meta-llama-llama-3-8b-instruct-" + "10-0-0-1-" * 6 + "7"
+    receipt = {
+        "model": "m", "strategy": "s", "pod": pod, "prompt_tokens": 123456, "of": 2,
+        "candidates": [{"pod": pod, "score": 1.23456e-7, "requests": 12345, "matched_tokens": 123456}],
+    }  # fmt: skip
+    out = io.StringIO()
+    show(receipt, Console(file=out, width=80, force_terminal=terminal, color_system=None))
+    table = out.getvalue().partition("\n")[2]
+    assert "…" not in table and "1.23456e-07" in table
+    folded = "".join(line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│"))
+    assert folded == pod
+    assert max(map(len, table.splitlines())) <= (80 if terminal else 1000)

@@ -74,10 +74,13 @@ async def test_ready_means_every_worker_listens(site: Site, workers: list[list[P
     assert (status, body.get("missing", [])) == (503 if missing else 200, missing)
 
 
-async def test_the_number_of_workers(site: Site) -> None:
+async def test_the_number_of_workers_and_of_pods(site: Site) -> None:
     site.worker(0, Phase.DRAINING, Phase.READY)
     site.worker(1, Phase.READY)
-    assert await site.get("/readyz") == (200, {"status": "ready", "workers": 2})
+    site.tables.catalog.publish(CatalogDocument((make_record(0), make_record(1, draining=True))))
+    assert await site.get("/readyz") == (200, {"status": "ready", "workers": 2, "pods": 1})
+    site.tables.catalog.publish(CatalogDocument(()))
+    assert await site.get("/readyz") == (200, {"status": "ready", "workers": 2, "pods": 0})
 
 
 async def test_models(site: Site) -> None:

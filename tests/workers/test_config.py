@@ -1,12 +1,21 @@
 """One configuration out of file, environment and flags; whatever is wrong in one line."""
 
+import ast
+import inspect
 import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from workers.config import Config, ConfigError, load
+from state.tables import Capacity
+from workers.config import ENVELOPE_BYTES, Config, ConfigError, TlsConfig, load
 
 
 def write(folder: Path, text: str) -> Path:
@@ -73,8 +82,18 @@ def test_aibrix_names(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(None)
     assert config.max_message_bytes == 8192
     assert config.redis == "redis://:p%40ss%3Aw%2Frd@redis.svc:6379/0"
+    assert config.envoy.body_limit_bytes == 8192 - ENVELOPE_BYTES
     monkeypatch.setenv("POINTSMAN_REDIS", "redis://other/1")
     assert load(None).redis == "redis://other/1"
+
+
+@pytest.mark.parametrize(("port", "taken"), [("6380", 6380), ("tcp://10.0.0.1:6381", 6381), ("tcp://[fd00::1]:1", 1)])
+def test_the_port_that_kubernetes_sets_for_a_service_called_redis(
+    monkeypatch: pytest.MonkeyPatch, port: str, taken: int
+) -> None:
+    monkeypatch.setenv("REDIS_HOST", "redis.svc")
+    monkeypatch.setenv("REDIS_PORT", port)
+    assert load(None).redis == f"redis://redis.svc:{taken}/0"
 
 
 def test_empty_values_and_what_kubernetes_adds_for_a_service_of_our_name_mean_nothing(
@@ -94,6 +113,20 @@ def test_files_are_found_beside_the_file_that_names_them(tmp_path: Path, monkeyp
     assert load(write(tmp_path, "endpoints: ''")).endpoints is None
     monkeypatch.setenv("POINTSMAN_ENDPOINTS", "here.yaml")
     assert load(path).endpoints == Path("here.yaml")
+
+
+def test_so_is_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from the folder itself, and for Envoy, which is started elsewhere."""
+    named = {
+        "endpoints": "e", "limits": {"users_file": "u"}, "tls": {"certificate": "c", "key": "k", "client_ca": "a"},
+        "envoy": {"router_ca": "r", "client_certificate": "ec", "client_key": "ek"},
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, yaml.safe_dump(named))
+    shown = load(Path("pointsman.yaml")).model_dump()
+    for key, value in named.items():
+        for inner, name in value.items() if isinstance(value, dict) else [("", value)]:
+            assert (shown[key][inner] if inner else shown[key]) == tmp_path / name
 
 
 def test_one_load_leaves_nothing_for_the_next(tmp_path: Path) -> None:
@@ -122,9 +155,15 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("worker_listen: '0.0.0.0:65530'\nworkers: 9", "leaves no room for 13 workers"),
         ("worker_listen: '0.0.0.0:50050'\nworkers: 2", "include that of listen, 50052"),
         ("worker_listen: '127.0.0.1:8078'\nworkers: 2", "include that of admin, 8080"),
+        ("listen: '0.0.0.0:8080'", "listen: 0.0.0.0:8080 and admin, 0.0.0.0:8080, are in each other's way"),
+        ("listen: '127.0.0.1:8080'", "are in each other's way"),
+        ("admin: '[::]:50052'", "are in each other's way"),
+        ("listen: 'localhost:9'\nadmin: '127.0.0.1:9'", "are in each other's way"),
+        ("listen: unix:/run/x\nadmin: unix:/run/x\nworkers: 1", "are in each other's way"),
+        ("worker_listen: 'unix:/run/{i}'\nadmin: unix:/run/3\nworkers: 2", "unix:/run/{i} is also that of admin"),
         ("workers: 0", "workers: Input should be greater than or equal to 1 (got 0)"),
         ("workers: many", "workers: Input should be a valid integer"),
-        ("capacity: {workers: 1}\nworkers: 2", "capacity.workers is 1, fewer than the 2 workers to start"),
+        ("capacity: {workers: 1}\nworkers: 2", "capacity.workers: 1 is fewer than the 2 workers to start"),
         ("transport: http", "transport: Input should be 'h2' or 'grpcio'"),
         ("scrape: {interval_min_seconds: 9}", "interval_max_seconds must not be below interval_min_seconds"),
         ("scrape: {interval_min_seconds: .nan}", "scrape.interval_min_seconds: "),
@@ -132,6 +171,16 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("log: {level: loud}", "log.level: "),
         ("drain_seconds: -1", "drain_seconds: "),
         ("max_message_bytes: 1", "max_message_bytes: "),
+        ("envoy: {client_certificate: c.pem}", "envoy: client_certificate and client_key: one needs the other"),
+        ("envoy: {client_key: k.pem}", "envoy: client_certificate and client_key: one needs the other"),
+        ("max_message_bytes: 33554432\nenvoy: {body_limit_bytes: 33554432}", "set at least 33555456"),
+        ("strategy: random\nstrategy: random", " line 2, column 1: not YAML: 'strategy' is written twice"),
+        ("log: {level: info, format: json, level: debug}", "not YAML: 'level' is written twice"),
+        ("? [a, b]\n: 1", "not YAML: found unhashable key"),
+        ("x: !!map [a]", "not YAML: "),
+        ("x: !!map a", "not YAML: "),
+        ("tls: {certificate: , key: k}", "tls.certificate: must be a path"),
+        ("tls: {certificate: a, key: b, ca: c}", "no key 'tls.ca'; known: tls.certificate, tls.client_ca, tls.key"),
         ("envoy: {listen: x}", "envoy.listen: 'x' is no address"),
         ("- a\n- b", "must be a mapping of keys to values"),
         ("just text", "must be a mapping of keys to values"),
@@ -149,6 +198,19 @@ def test_what_is_wrong_in_the_file(tmp_path: Path, text: str, says: str) -> None
     assert says in message
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "listen: '127.0.0.1:8080'\nadmin: '127.0.0.2:8080'",
+        "listen: '0.0.0.0:8080'\nadmin: '[::1]:8080'",
+        "listen: unix:/run/x\nadmin: unix:/run/y\nworkers: 1",
+        "worker_listen: 'unix:/run/{i}'\nadmin: unix:/run/9\nworkers: 2",
+    ],
+)
+def test_addresses_that_only_look_alike(tmp_path: Path, text: str) -> None:
+    load(write(tmp_path, text))
+
+
 def test_several_mistakes_are_one_line_still(tmp_path: Path) -> None:
     message = refused(write(tmp_path, "workers: 0\nlisten: x\nfoo: 1"))
     assert all(part in message for part in ("workers: ", "listen: ", "no key 'foo'"))
@@ -164,18 +226,74 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("POINTSMAN_WORKERS", "x", "workers: "),
-        ("POINTSMAN_SCRAPE", "x", "environment: "),
-        ("POINTSMAN_SCRAPE__NOTHING", "1", "no key 'scrape.nothing'"),
-        ("ROUTING_ALGORITHM", "pdd", "strategy: no strategy 'pdd'"),
+        ("POINTSMAN_WORKERS", "x", "POINTSMAN_WORKERS: workers: Input should be"),
+        ("POINTSMAN_SCRAPE", "x", "POINTSMAN_SCRAPE: is no JSON of a mapping; write nested keys as POINTSMAN_SCRAPE__"),
+        ("POINTSMAN_SCRAPE", "7", "POINTSMAN_SCRAPE: scrape: must be a mapping"),
+        ("POINTSMAN_SCRAPE", '{"failures": 0}', "POINTSMAN_SCRAPE: scrape.failures: "),
+        ("POINTSMAN_SCRAPE__NOTHING", "1", "POINTSMAN_SCRAPE__NOTHING: no key 'scrape.nothing'"),
+        (
+            "POINTSMAN_SCRAPE__INTERVAL_MAX_SECONDS",
+            "0.1",
+            "POINTSMAN_SCRAPE__INTERVAL_MAX_SECONDS: scrape: interval_max",
+        ),
+        ("POINTSMAN_TLS__CERTIFICATE", "x", "POINTSMAN_TLS__CERTIFICATE: tls.key: Field required"),
+        ("POINTSMAN_TLS__KEI", "1", "no key 'tls.kei'; did you mean 'tls.key'?"),
+        ("POINTSMAN_WORKER", "3", "POINTSMAN_WORKER: there is no such key; did you mean POINTSMAN_WORKERS?"),
+        ("POINTSMAN_LOG_LEVEL", "debug", "did you mean POINTSMAN_LOG__LEVEL?"),
+        ("POINTSMAN_PORT", "8080", "POINTSMAN_PORT: there is no such key; "),
+        ("POINTSMAN_IMAGE", "x", "POINTSMAN_IMAGE: there is no such key; unset it, or see docs/configuration.md"),
+        ("POINTSMAN_LISTEN", "0.0.0.0:8080", "POINTSMAN_LISTEN: listen: 0.0.0.0:8080 and admin"),
+        ("POINTSMAN_CAPACITY__WORKERS", "1", "c.yaml and POINTSMAN_CAPACITY__WORKERS: capacity.workers: 1 is fewer"),
+        ("ROUTING_ALGORITHM", "pdd", "ROUTING_ALGORITHM: strategy: no strategy 'pdd'"),
         ("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS", "soon", "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS: 'soon' is no number"),
-        ("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS", "-5", "scrape.interval_min_seconds: "),
-        ("AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES", "1e9x", "max_message_bytes: "),
+        (
+            "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS",
+            "-5",
+            "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS: scrape.interval_min_seconds: ",
+        ),
+        ("AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES", "1e9x", "AIBRIX_GRPC_MAX_MESSAGE_SIZE_BYTES: max_message_bytes: "),
     ],
 )
-def test_what_is_wrong_in_the_environment(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
+def test_what_is_wrong_in_the_environment_is_said_of_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("workers: 2")
     monkeypatch.setenv(name, value)
-    assert says in refused()
+    assert says in refused(Path("c.yaml"))
+    if not name.startswith("POINTSMAN_WORKER"):
+        monkeypatch.setenv("POINTSMAN_WORKERS", "2")
+    assert name in refused()
+
+
+def test_mistakes_of_several_sources_are_said_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "listen: x\nfoo: 1")
+    monkeypatch.setenv("POINTSMAN_WORKERS", "0")
+    message = refused(path, {"transport": "quic", "log": {"format": "xml"}})
+    assert [part in message for part in (f"{path}: listen: ", f"{path}: no key 'foo'")] == [True, True]
+    assert [part in message for part in ("POINTSMAN_WORKERS: workers: ", "--transport: transport: ")] == [True, True]
+    assert "--log-format: log.format: " in message
+    assert refused(write(tmp_path, "workers: 4"), {"workers": 0}).startswith("--workers: workers: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POINTSMAN_SERVICE_PORT", "50052"),
+        ("POINTSMAN_SERVICE_PORT_GRPC_0", "50052"),
+        ("POINTSMAN_PORT_50052_TCP", "tcp://10.96.0.7:50052"),
+        ("POINTSMAN_PORT_50052_TCP_PROTO", "tcp"),
+        ("POINTSMAN_PORT_50052_TCP_ADDR", "10.96.0.7"),
+        ("POINTSMAN_PORT_53_UDP_PORT", "53"),
+        ("POINTSMAN_ADMIN_SERVICE_HOST", "10.96.0.8"),
+        ("POINTSMAN_ADMIN_PORT", "tcp://10.96.0.8:8080"),
+        ("POINTSMAN_ADMIN_PORT_8080_TCP_PORT", "8080"),
+        ("POINTSMAN_COMPILE", "0"),
+    ],
+)
+def test_variables_of_others_that_bear_our_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    load(None)
 
 
 def test_what_is_wrong_in_flags() -> None:
@@ -200,6 +318,85 @@ def test_tables_have_room_for_every_worker_twice() -> None:
         config = load(None, {"workers": workers, "capacity": {"workers": room}})
         assert config.max_workers == (room or workers + 4)
         assert config.table_capacity().writers == 3 + 2 * config.max_workers
+
+
+def test_every_size_of_the_tables_is_configured() -> None:
+    sizes = {"pods": 7, "catalog_bytes": 5000, "series": 70, "limited_users": 8, "limited_models": 9}
+    config = load(None, {"capacity": sizes, "prefix": {"ring_bytes": 1 << 17}, "workers": 3})
+    usual = asdict(Capacity())
+    assert asdict(config.table_capacity()) == {**usual, **sizes, "writers": 17, "prefix_ring_bytes": 1 << 17}
+    assert not [name for name, size in asdict(config.table_capacity()).items() if size == usual[name]]
+
+
+def section(field: FieldInfo) -> type[BaseModel] | None:
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def keys() -> Iterator[tuple[str, str]]:
+    """Section and name of each key; those of no section are the whole configuration's."""
+    for name, field in Config.model_fields.items():
+        inner = section(field)
+        for key in [name] if inner is None else inner.model_fields:
+            yield (Config if inner is None else inner).__name__, key
+
+
+def reads(source: Path) -> Iterator[tuple[str, str]]:
+    """Section and name of what a file reads: `config.workers`, `config.scrape.failures`, `scrape.failures`, or through
+    a parameter that is annotated as a section. The checks in config.py do not count."""
+    classes = {name: inner.__name__ for name, field in Config.model_fields.items() if (inner := section(field))}
+    own = source.name == "config.py"
+    for function in ast.walk(ast.parse(source.read_text())):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or (own and function.name.startswith("_")):
+            continue
+        owners = {**classes, "config": "Config", "_config": "Config"} | ({"self": "Config"} if own else {})
+        for each in function.args.args:
+            for kind in (node.id for node in ast.walk(each) if isinstance(node, ast.Name)):
+                if kind in classes.values():
+                    owners[each.arg] = kind
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute):
+                yield owners.get(getattr(node.value, "id", getattr(node.value, "attr", "")), ""), node.attr
+
+
+def test_every_key_is_read_somewhere() -> None:
+    files = Path(inspect.getfile(Config)).parent.rglob("*.py")
+    found = {read for file in files for read in reads(file)}
+    assert [key for key in keys() if key not in found] == []
+
+
+DOCUMENTED = re.compile(r"^\| (?P<keys>`[a-z_.]+`(?:, `[a-z_.]+`)*) \| (?P<default>[^|]+) \| [^|]+ \|$", re.M)
+
+
+def told(key: str, default: object) -> str:
+    """A default as the page has it."""
+    match default:
+        case None | "":
+            return "none"
+        case bool():
+            return str(default).lower()
+        case str():
+            return f"`{default}`"
+        case int() if key.endswith("_bytes") and default:
+            return f"{default >> 20} MiB"
+        case int() if default > 9999:
+            return f"{default:,}"
+    return f"{default:g}"
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    page = (Path(inspect.getfile(Config)).parent.parent / "docs" / "configuration.md").read_text()
+    rows = {
+        key: row["default"] for row in DOCUMENTED.finditer(page) for key in row["keys"].replace("`", "").split(", ")
+    }
+    usual = load(None).model_dump(mode="json") | {"tls": dict.fromkeys(TlsConfig.model_fields)}
+    defaults = {}
+    for name, value in usual.items():
+        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            full = f"{name}.{key}" if key else name
+            defaults[full] = told(full, inner)
+    defaults |= {"workers": "CPUs", "session_secret": "new at each start", "capacity.workers": "`workers` + 4"}
+    assert rows == defaults
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from workers.discovery.endpoints_file import EndpointsError, read_endpoints
 
@@ -57,7 +58,7 @@ models:
     )
     assert model.endpoints[0].name == "first"
     assert (model.endpoints[0].metrics_port, model.endpoints[1].metrics_port, model.metrics_port) == (9001, None, 9000)
-    assert model.config["profiles"]["x"] == {"routingStrategy": "random"}
+    assert model.config.settings()["profiles"]["x"] == {"routingStrategy": "random"}
 
 
 def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
@@ -67,8 +68,8 @@ def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "the file: "),
-        ("[]", "the file: "),
+        ("", "must be a mapping with keys such as `models`"),
+        ("[]", "must be a mapping with keys such as `models`"),
         ("models:", "models: "),
         ("models: [{}]", "models.0.name: Field required"),
         ("models: [{name: ''}]", "models.0.name: "),
@@ -81,11 +82,18 @@ def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
         ("models: [{name: a, endpoints: ['unix:/x']}]", "'unix:/x' is no pod address: write host:port"),
         ("models: [{name: a, endpoints: ['a:0']}]", "is no address"),
         ("models: [{name: a, endpoints: [{address: 'a:1', metrics_port: 70000}]}]", "metrics_port"),
-        ("models: [{name: a, endpoint: ['a:1']}]", "models.0.endpoint: Extra inputs"),
+        ("models: [{name: a, endpoint: ['a:1']}]", "no key 'models.0.endpoint'; did you mean 'models.0.endpoints'?"),
         ("models: [{name: a, labels: {a: 1}}]", "models.0.labels.a"),
         ("models: [{name: a, config: {1: 2}}]", "models.0.config.1"),
-        ("models: [{name: a, config: {a: {1: 2}}}]", "models.0.config: must hold nothing that JSON has not"),
-        ("models: [{name: a, config: {a: !!binary aGk=}}]", "must hold nothing that JSON has not"),
+        ("models: [{name: a, endpoints: [{adress: x}]}]", "models.0.endpoints.0.address: Field required"),
+        (
+            "models: [{name: a, endpoints: [{address: x, adapter: [y]}]}]",
+            "did you mean 'models.0.endpoints.0.adapters'?",
+        ),
+        ("models: [{name: a, endpoints: [7]}]", "models.0.endpoints.0: write host:port, or a mapping"),
+        ("models: [{name: a, endpoints: 'b:1'}]", "models.0.endpoints: must be a list"),
+        ("models: [7]", "models.0: must be a mapping with keys such as `name`"),
+        ("models: [{name: a, labels: 7}]", "models.0.labels: must be a mapping of keys to values"),
         ("models: [{name: a}, {}, {}]", "(and 1 more)"),
         ("models: [\n  {name: a,\n", "line "),
         ("a: b: c", "line 1, column 5: not YAML"),
@@ -103,6 +111,53 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path: Path, text: 
     assert message.startswith(f"{path}:")
     assert says in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            "{profiles: {x: {routingStrategy: nope}}}",
+            "models.0.config.profiles.x.routingStrategy: no strategy 'nope'; ",
+        ),
+        ("{profiles: {x: {routingStrategy: least-requests}}}", "did you mean 'least-request'?"),
+        ("{profiles: {x: {routingStrategy: 'random:1,least-request:1'}}}", "random has no scores"),
+        ("{profiles: {x: {routingStrategy: 'prefix-cache:x'}}}", "is no combination of strategies"),
+        ("{profiles: {x: {routingStrategi: random}}}", "did you mean 'models.0.config.profiles.x.routingStrategy'?"),
+        ("{profiles: {x: {requestsPerSecond: '5'}}}", "x.requestsPerSecond: Input should be a valid integer"),
+        ("{profiles: {x: {requestsPerSecond: -1}}}", "x.requestsPerSecond: "),
+        ("{profiles: {x: {routingConfig: {promptTokensGte: '8'}}}}", "routingConfig: promptTokensGte: must be a whole"),
+        ("{profiles: {x: {routingConfig: {a: {1: 2}}}}}", "routingConfig: must hold nothing that JSON has not"),
+        ("{profiles: {x: {routingConfig: {a: !!binary aGk=}}}}", "routingConfig: must hold nothing that JSON has not"),
+        ("{profiles: {x: 7}}", "models.0.config.profiles.x: must be a mapping with keys such as `routingStrategy`"),
+        ("{profiles: {default: {}}, lockedRoutingStrategy: pd}", "lockedRoutingStrategy: no strategy 'pd'"),
+        ("{profiles: {default: {}}, defaultProfile: defalt}", "no profile 'defalt'; did you mean 'default'?"),
+        ("{lockedRoutingStrategy: random}", "add `profiles: {default: {}}`"),
+        ("{lockedStrategy: random}", "did you mean 'models.0.config.lockedRoutingStrategy'?"),
+        ("{state: asleep}", "models.0.config.state: no state 'asleep'; did you mean 'sleeping'?"),
+    ],
+)
+def test_routing_profiles_that_could_not_be_followed(tmp_path: Path, config: str, says: str) -> None:
+    """Else they would be found out request by request, with a 400 that blames the client."""
+    path = write(tmp_path, f"models: [{{name: a, config: {config}}}]")
+    with pytest.raises(EndpointsError) as raised:
+        read_endpoints(path)
+    assert says in str(raised.value)
+
+
+def test_an_annotation_in_a_label_is_read_as_strictly(tmp_path: Path) -> None:
+    label = """model.aibrix.ai/config: '{"profiles": {"x": {"routingStrategy": "nope"}}}'"""
+    for place in (f"labels: {{{label}}}", f"endpoints: [{{address: b, labels: {{{label}}}}}]"):
+        with pytest.raises(EndpointsError, match=r"config: profiles\.x\.routingStrategy: no strategy 'nope'"):
+            read_endpoints(write(tmp_path, f"models: [{{name: a, {place}}}]"))
+
+
+def test_a_configuration_is_handed_on_as_it_was_written(tmp_path: Path) -> None:
+    text = (
+        "{lockedRoutingStrategy: '', defaultProfile: x, profiles: {x: , y: {routingConfig: {q: [1]}}}, state: Active}"
+    )
+    (model,) = read_endpoints(write(tmp_path, f"models: [{{name: a, config: {text}}}]"))
+    assert model.config.settings() == yaml.safe_load(text)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

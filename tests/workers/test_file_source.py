@@ -169,13 +169,13 @@ async def test_rolesets(tmp_path: Path) -> None:
 async def test_one_pod_of_two_models_and_its_adapters(tmp_path: Path) -> None:
     source = source_of(
         tmp_path,
-        "models: [{name: a, adapters: [x], endpoints: ['10.0.0.1:1'], labels: {k: v}, config: {q: 1}},"
+        "models: [{name: a, adapters: [x], endpoints: ['10.0.0.1:1'], labels: {k: v}, config: {state: active}},"
         " {name: b, endpoints: [{address: '10.0.0.1:1', adapters: [y]}]}]",
     )
     pods = await found(source)
     assert pods["10.0.0.1:1"].models == ("a", "x", "b", "y")
     _, settings = await source.resolve()
-    assert settings == {"a": {"q": 1}}
+    assert settings == {"a": {"state": "active"}}
 
 
 async def test_names_are_told_apart(tmp_path: Path) -> None:

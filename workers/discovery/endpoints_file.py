@@ -20,11 +20,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from router.rules import CONFIG
 from workers.address import parse_address
+from workers.discovery.model_config import ModelConfig, first_problem
 from workers.documents import NotYaml, read_yaml
+from workers.problems import problems_of
 
 DEFAULT_PORT = 8000
 """Of a pod that is given without one."""
@@ -48,16 +50,16 @@ def _plain(value: str) -> str:
     return value
 
 
-def _jsonable(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    try:
-        orjson.dumps(value)
-    except TypeError as error:
-        raise ValueError(f"must hold nothing that JSON has not: {error}") from None
-    return value
+def _annotated(labels: Mapping[str, str]) -> Mapping[str, str]:
+    problem = CONFIG in labels and first_problem(labels[CONFIG])
+    if problem:
+        raise ValueError(f"{CONFIG}: {problem}")
+    return labels
 
 
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Labels = Annotated[Mapping[str, str], AfterValidator(_annotated)]
 
 
 class _Strict(BaseModel):
@@ -70,13 +72,15 @@ class Endpoint(_Strict):
     address: Annotated[str, AfterValidator(_tcp)]
     name: Name | None = None
     metrics_port: Port | None = None
-    labels: Mapping[str, str] = {}
+    labels: Labels = {}
     adapters: tuple[Name, ...] = ()
     draining: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str | Mapping):
+            raise ValueError("write host:port, or a mapping with `address`")
         return {"address": value} if isinstance(value, str) else value
 
 
@@ -96,9 +100,9 @@ class ModelEntry(_Strict):
     endpoints: tuple[Endpoint, ...] = ()
     rolesets: tuple[Roleset, ...] = ()
     metrics_port: Port | None = None
-    labels: Mapping[str, str] = {}
+    labels: Labels = {}
     adapters: tuple[Name, ...] = ()
-    config: Annotated[Mapping[str, Any], AfterValidator(_jsonable)] = {}
+    config: ModelConfig = ModelConfig()
 
 
 class _File(_Strict):
@@ -118,7 +122,5 @@ def read_endpoints(path: Path) -> tuple[ModelEntry, ...]:
     except NotYaml as error:
         raise EndpointsError(f"{path}:{error}") from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "the file"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise EndpointsError(f"{path}: {place}: {problem['msg'].removeprefix('Value error, ')}{more}") from None
+        first, *more = problems_of(error, _File)
+        raise EndpointsError(f"{path}: {first}{f' (and {len(more)} more)' if more else ''}") from None

@@ -85,7 +85,8 @@ class FileSource:
             self._addresses[host] = tuple(v4 or v6)
 
         await asyncio.gather(*(look_up(host) for host in hosts))
-        settings = {model.name: dict(model.config) for model in self._models if model.config}
+        configs = {model.name: model.config.settings() for model in self._models}
+        settings = {name: config for name, config in configs.items() if config}
         return _pods(self._models, self._addresses), settings
 
 

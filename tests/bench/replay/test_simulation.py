@@ -148,7 +148,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Any) -> None:
     ("options", "words"),
     [
         (["--strategies", "nonsense"], "'nonsense' is none of"),
-        (["--speed", "0"], "0.0 is not above 0"),
+        (["--speed", "0"], "0.0 is not in the range x>0"),
     ],
 )
 def test_mistakes_are_named(options: list[str], words: str) -> None:
