@@ -135,7 +135,7 @@ def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]
                 name = known.name
             else:
                 name = endpoint.name or pod_name(model.name, host if len(ips) == 1 else ip, number)
-                if name in names_taken:  # only where the file gives it twice, or to a host with several addresses
+                while name in names_taken:  # only where the file gives it twice, or to a host with several addresses
                     name = f"{name}-{address}"
                 names_taken.add(name)
             metrics_port = endpoint.metrics_port or model.metrics_port or port
