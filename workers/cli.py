@@ -55,28 +55,33 @@ def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def load_checked(path: Path | None, flags: dict[str, Any] | None = None) -> Config:
+    """The configuration, with the files that it names looked into. Raises ConfigError."""
+    config = load(path, flags)
+    if config.endpoints is not None:
+        from workers.discovery.endpoints_file import EndpointsError, read_endpoints
+
+        try:
+            read_endpoints(config.endpoints)
+        except EndpointsError as error:
+            raise ConfigError(str(error)) from None
+    if config.limits.users_file is not None:
+        from workers.users import UsersError, read_users
+
+        try:
+            read_users(config.limits.users_file)
+        except UsersError as error:
+            raise ConfigError(str(error)) from None
+    return config
+
+
 def load_or_exit(path: Path | None, flags: dict[str, Any] | None = None) -> Config:
-    """The configuration, or one line on standard error and exit code 2."""
+    """The same, or one line on standard error and exit code 2."""
     try:
-        config = load(path, flags)
-        if config.endpoints is not None:
-            from workers.discovery.endpoints_file import EndpointsError, read_endpoints
-
-            try:
-                read_endpoints(config.endpoints)
-            except EndpointsError as error:
-                raise ConfigError(str(error)) from None
-        if config.limits.users_file is not None:
-            from workers.users import UsersError, read_users
-
-            try:
-                read_users(config.limits.users_file)
-            except UsersError as error:
-                raise ConfigError(str(error)) from None
+        return load_checked(path, flags)
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(_CONFIG_ERROR)
-    return config
 
 
 @main.command()
@@ -110,13 +115,16 @@ def serve(
     given = {name: value for name, value in flags.items() if value is not None}
     if log_format:
         given["log"] = {"format": log_format}
-    config = load_or_exit(path, given)
     from workers.supervisor import serve as run
     from workers.transport import tls_context
 
-    try:
+    def checked() -> Config:
+        config = load_checked(path, given)
         tls_context(config.tls)
-        code = run(config, lambda: load(path, given))
+        return config
+
+    try:
+        code = run(checked(), checked)
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(_CONFIG_ERROR)
