@@ -14,7 +14,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import click
 
-from workers.config import Config, ConfigError, load
+from workers.config import Config, ConfigError
 from workers.users_cli import users
 
 _CONFIG_ERROR = 2
@@ -98,10 +98,11 @@ def serve(
     if log_format:
         given["log"] = {"format": log_format}
     config = load_or_exit(path, given, serving=True)
+    from workers.checks import load_checked
     from workers.supervisor import serve as run
 
     try:
-        code = run(config, lambda: load(path, given))
+        code = run(config, lambda: load_checked(path, given, serving=True))
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(_CONFIG_ERROR)

@@ -17,6 +17,7 @@ from workers.calls import Method, Methods
 from workers.config import Config
 from workers.h2.limits import Counters
 from workers.health import EXT_PROC_SERVICE, Health
+from workers.last_users import LastUsers
 from workers.limits import open_gate
 from workers.process import Stop
 from workers.transport import Meter, make_server, tls_context
@@ -61,7 +62,9 @@ def prefix_knowledge(config: Config, tables: Tables) -> Prefixes:
     return known
 
 
-async def run_worker(config: Config, tables: Tables, index: int, ready: Callable[[], None]) -> None:
+async def run_worker(
+    config: Config, tables: Tables, index: int, ready: Callable[[], None], last_users: LastUsers | None = None
+) -> None:
     """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
     stop = Stop()
     health = Health()
@@ -77,7 +80,7 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
     )
     waker = Waker()
     scheduler.wake = waker.ask
-    async with open_gate(config, tables) as gate:
+    async with open_gate(config, tables, last_users) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
         server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)
         context = tls_context(config.tls)

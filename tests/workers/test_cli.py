@@ -62,6 +62,7 @@ def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path
         ("endpoints: none.yaml", "none.yaml: cannot be read: No such file or directory"),
         ("endpoints: bad.yaml", "bad.yaml: models.0.name: Field required"),
         ("endpoints: profile.yaml", "models.0.config.profiles.default.routingStrategy: no strategy 'nope'; known: "),
+        ("redis: redis://redis..svc:6379/0", "redis: no Redis URL: 'redis..svc' can be no host's name"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, command: str, text: str, says: str) -> None:
