@@ -18,6 +18,8 @@ from router.errors import bad_strategy
 from router.fleet import Candidates
 from router.request import RoutingRequest
 from router.strategies.base import Context, Scoring, Strategy
+from router.strategies.marginal_delay import MarginalDelay
+from router.strategies.prefix_aware import PrefixAware
 from state.pods import Floats
 
 HEAVIEST: Final = 1_000_000
@@ -87,6 +89,7 @@ class Weighted(Scoring):
         super().__init__(context)
         self.parts = parts
         self._units = [float(getattr(part, "unit", UNITS.get(part.name, 0.0))) for part, _ in parts]
+        self._hear = told([part for part, _ in parts])
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """The weighted cost; all NaN if nobody knows anything."""
@@ -102,9 +105,16 @@ class Weighted(Scoring):
         return total / weights
 
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
-        """Every part hears of the choice."""
-        for part, _ in self.parts:
+        """Every part hears of the choice, but the prompt is remembered and its prefill promised once."""
+        for part in self._hear:
             part.chosen(request, candidates, index, now)
+
+
+def told(parts: list[Scoring]) -> list[Scoring]:
+    """Those whose `chosen` is called: of the ones that all do the same then, `marginal-delay`, else the first."""
+    same = [part for part in parts if isinstance(part, PrefixAware | MarginalDelay)]
+    same.sort(key=lambda part: not isinstance(part, MarginalDelay))  # its promise reckons with attention and decoding
+    return [part for part in parts if part not in same[1:]]
 
 
 def scaled(scores: Floats, unit: float) -> Floats | None:

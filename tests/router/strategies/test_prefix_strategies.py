@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from router.strategies import STRATEGIES, formula
+from router.strategies.weighted import Strategies
 
 AWARE = [
     "prefix-cache",
@@ -46,6 +47,29 @@ def test_they_work_without_prefix_knowledge(lab: Any, prompt: Any, name: str) ->
     request = fleet.request(prompt("a", 4))
     fleet.send(name, request)
     assert request.uncached_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("value", "like"),
+    [
+        ("prefix-cache:1,preble:1", "prefix-cache"),
+        ("lmetric,dynamo-kv,least-request", "lmetric"),
+        ("prefix-cache:3,marginal-delay", "marginal-delay"),
+        ("marginal-delay,preble", "marginal-delay"),
+        ("least-request,prefix-cache", "prefix-cache"),
+    ],
+)
+def test_in_a_combination_a_prompt_is_remembered_and_promised_once(
+    lab: Any, prompt: Any, value: str, like: str
+) -> None:
+    def sent(name: str) -> tuple[float, int]:
+        fleet = lab(2, waiting=0.0, running=0.0, kv_usage=0.1)
+        tables, _, context = fleet.worker()
+        fleet.strategies[(name, 0)] = Strategies(STRATEGIES, context).get(name)
+        slot = fleet.send(name, fleet.request(prompt("system", 16)))
+        return tables.ledger.busy_until(2)[slot] - fleet.now, sum(tables.prefix_log.heads.tolist())
+
+    assert sent(value) == sent(like)
 
 
 @pytest.mark.parametrize("name", ["prefix-cache", "prefix-cache-preble"])
