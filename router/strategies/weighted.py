@@ -18,8 +18,6 @@ from router.errors import bad_strategy
 from router.fleet import Candidates
 from router.request import RoutingRequest
 from router.strategies.base import Context, Scoring, Strategy
-from router.strategies.marginal_delay import MarginalDelay
-from router.strategies.prefix_aware import PrefixAware
 from state.pods import Floats
 
 HEAVIEST: Final = 1_000_000
@@ -109,12 +107,16 @@ class Weighted(Scoring):
         for part in self._hear:
             part.chosen(request, candidates, index, now)
 
+    def used(self, user: str, counted: int, input_tokens: int, output_tokens: int, now: float) -> None:
+        """Every part hears of it."""
+        for part, _ in self.parts:
+            part.used(user, counted, input_tokens, output_tokens, now)
+
 
 def told(parts: list[Scoring]) -> list[Scoring]:
-    """Those whose `chosen` is called: of the ones that all do the same then, `marginal-delay`, else the first."""
-    same = [part for part in parts if isinstance(part, PrefixAware | MarginalDelay)]
-    same.sort(key=lambda part: not isinstance(part, MarginalDelay))  # its promise reckons with attention and decoding
-    return [part for part in parts if part not in same[1:]]
+    """Those whose `chosen` is called: of the ones that promise, the best at it, and the first of equals."""
+    best = max(parts, key=lambda part: part.promises)
+    return [part for part in parts if part is best or not part.promises]
 
 
 def scaled(scores: Floats, unit: float) -> Floats | None:
