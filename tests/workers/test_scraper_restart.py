@@ -11,6 +11,7 @@ from fleet import make_tables
 from state.pods import COLUMN, Health
 from state.tables import SCRAPER, Tables
 from workers.config import Config, load
+from workers.scrape.page import Sample
 from workers.scraper import Scraper
 
 PAGE = (Path(__file__).parent.parent / "fixtures/vllm-0.32/metrics-after-4-requests.txt").read_bytes()
@@ -166,3 +167,22 @@ async def test_nor_one_whose_only_peer_has_failed(tmp_path: Path, engines: list[
             worker.ledger.outcome(worker.ledger.charge(0, 1, 1, held=True), ok=False)
         await until(lambda: scraper._pods[0].bad == 5)
         assert states(tables)[0] is Health.READY
+
+
+@pytest.mark.parametrize(("disbelieved", "left"), [((), 2), (("waiting",), 5)])
+async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
+    tmp_path: Path, engines: list[Engine], disbelieved: tuple[str, ...], left: int
+) -> None:
+    tables = make_tables(writer=SCRAPER)
+    scraper = Scraper(configuration(tmp_path, engines), tables)
+    await scraper.discover()
+    watched = scraper._pods[0]
+    for _ in range(5):
+        tables.ledger.charge(0, 100, 100, held=False)
+    for poll in range(10):
+        scraper._take(watched, Sample(running=2.0, disbelieved=disbelieved, found=1), 1000.0 + 3 * poll)
+    assert tables.ledger.load(0)[0] == left
+    for slot in list(scraper._pods):
+        scraper._unwatch(slot)
+    if scraper._timer is not None:
+        scraper._timer.cancel()
