@@ -230,3 +230,23 @@ def test_equal_prompts_without_a_session_share_a_pod(lab: Any, prompt: Any) -> N
 def test_every_strategy_explains_itself() -> None:
     for name, kind in STRATEGIES.items():
         assert formula(kind), name
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_pod_that_says_nothing_of_itself_is_neither_flooded_nor_shunned(lab: Any, prompt: Any, name: str) -> None:
+    said = {"waiting": 0.0, "running": 2.0, "kv_usage": 0.4, "busy_ratio": 0.5, "num_gpu_blocks": 4000.0}
+    said |= {"block_size": 16.0, "prompt_tokens_per_second": 900.0, "generation_tokens_per_second": 200.0}
+    said |= {"prefill_mean_seconds": 0.1, "decode_mean_seconds": 2.0, "prompt_tokens_mean": 500.0}
+    fleet = lab(3, **said)
+    fleet.add(3)
+    sent: Counter[int] = Counter()
+    for number in range(200):
+        fleet.now += 0.1
+        sent[fleet.send(name, fleet.request(prompt(f"user {number}", 2), session_key=f"s{number}"))] += 1
+        if number % 10 == 9:
+            fleet.finish()
+            for slot in range(3):
+                fleet.poll(slot, **said)
+            fleet.poll(3)
+    assert 15 <= sent[3] <= 110
+    assert max(sent.values()) <= 110
