@@ -387,6 +387,8 @@ class Response:
             if usage.cached_tokens > 0:
                 series.add(usage.cached_tokens, "used_tokens", served.model, "cached")
         gate, grant = self._policy.gate, served.grant
+        if grant is not None and grant.user and self._decision is not None:
+            self._scheduler.used(self._decision, grant.user, usage.prompt_tokens, usage.completion_tokens)
         if gate is None or grant is None or not grant.user:
             return None
         return gate.add_tokens(grant.user, usage.total_tokens)

@@ -209,6 +209,11 @@ class Scheduler:
         """How a request ended, for passive health."""
         self._ledger.outcome(charge, ok=ok)
 
+    def used(self, decision: Decision, user: str, input_tokens: int, output_tokens: int) -> None:
+        """What a user's request took, by its answer: for strategies that count that."""
+        strategy = self._strategies.get(decision.strategy)
+        strategy.used(user, decision.tokens, input_tokens, output_tokens, self.clock())
+
     def finished(self, pod: Pod, status: int) -> None:
         """Count a request that has ended."""
         self.series.add(1.0, "finished", pod.name, str(status))

@@ -65,6 +65,7 @@ class _Watched:
     restarts: float = 0.0
     good: int = 0
     bad: int = 0
+    disbelieved: tuple[str, ...] = ()
     task: asyncio.Task[None] | None = None
 
 
@@ -265,6 +266,12 @@ class Scraper:
             watched.restarts = state.restarts
             watched.incarnation += 1
             log.info("an engine has restarted", pod=watched.pod.name)
+        if sample.disbelieved != watched.disbelieved:
+            watched.disbelieved = sample.disbelieved
+            if sample.disbelieved:
+                log.warning(
+                    "metrics that cannot be true are left out", pod=watched.pod.name, of=", ".join(sample.disbelieved)
+                )
         row, slot = watched.row, watched.slot
         row[_COLUMNS] = [state[place] for place in _PLACES]
         row[COLUMN["utilization"]] = sample.utilization
@@ -273,7 +280,9 @@ class Scraper:
         row[COLUMN["failed_polls"]] = 0
         ledger = self._tables.ledger
         own, tokens = ledger.load(slot)
-        correction = watched.excess.correction(own, sample.running + _or_zero(sample.waiting), now)
+        # What an engine says wrongly is not what it does not have.
+        engine = math.nan if sample.disbelieved else sample.running + _or_zero(sample.waiting)
+        correction = watched.excess.correction(own, engine, now)
         if correction:
             # Tokens go with requests, in the same proportion.
             ledger.settle(slot, correction, -tokens if own <= 0 else round(tokens * correction / own))

@@ -17,6 +17,7 @@ from state.pods import COLUMN, Health
 from state.tables import SCRAPER, Tables
 from workers.config import Config, LogConfig, load
 from workers.process import run_child
+from workers.scrape.page import Sample
 from workers.scraper import Scraper, run_scraper
 
 PAGE = (Path(__file__).parent.parent / "fixtures/vllm-0.32/metrics-after-4-requests.txt").read_bytes()
@@ -224,3 +225,22 @@ def test_nor_the_end_of_the_process(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
     os.close(read)
     assert [pod.address for pod in tables.catalog.read()[1].pods] == ["127.0.0.1:9"]
+
+
+@pytest.mark.parametrize(("disbelieved", "left"), [((), 2), (("waiting",), 5)])
+async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
+    tmp_path: Path, engines: list[Engine], disbelieved: tuple[str, ...], left: int
+) -> None:
+    tables = make_tables(writer=SCRAPER)
+    scraper = Scraper(configuration(tmp_path, engines), tables)
+    await scraper.discover()
+    watched = scraper._pods[0]
+    for _ in range(5):
+        tables.ledger.charge(0, 100, 100, held=False)
+    for poll in range(10):
+        scraper._take(watched, Sample(running=2.0, disbelieved=disbelieved, found=1), 1000.0 + 3 * poll)
+    assert tables.ledger.load(0)[0] == left
+    for slot in list(scraper._pods):
+        scraper._unwatch(slot)
+    if scraper._timer is not None:
+        scraper._timer.cancel()
