@@ -1,12 +1,14 @@
 # Two commands are all a fresh machine needs: `make demo` and `make test`.
 # Both need Python 3.11 or newer, make and a package registry, and install into .venv. Where there is a C compiler the
-# hot path is compiled (setup.py), which takes a minute once, and again whenever one of its sources changed.
+# hot path is compiled (setup.py), which takes some minutes once, and again whenever one of its sources changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
+# Setuptools warns that folders here might hide an editable installation; they are what is installed.
+PIP := $(BIN)/python -W 'ignore:Editable installation' -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py $(wildcard router/*.py router/*/*.py state/*.py workers/calls.py workers/h2/*.py)
 
 ARGS ?=
@@ -18,19 +20,21 @@ INTERPRETED := tests/router tests/state tests/workers/h2
 install: $(STAMP) $(COMPILED)
 
 $(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	POINTSMAN_COMPILE=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@
+	@echo "installing pointsman and what its tests need into $(VENV): one to three minutes ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@POINTSMAN_COMPILE=0 $(PIP) --editable '.[dev]'
+	@touch $@
 
 $(COMPILED): $(SOURCES) | $(STAMP)
-	@echo "compiling the hot path ..."
+	@[ "$(POINTSMAN_COMPILE)" = 0 ] || \
+	    echo "compiling the hot path, once and when its sources change: one to four minutes (log: $@.log) ..."
 	@rm -f build/compiled.json
 	@$(BIN)/python setup.py --quiet build_ext --inplace >$@.log 2>&1 || \
 	    echo "it could not be compiled and stays interpreted; $@.log says why"
 	@grep '^pointsman:' $@.log || true
 	@[ -e build/compiled.json ] || find router state workers -name '*.so' -delete
-	touch $@
+	@touch $@
 
 demo: install
 	$(BIN)/pointsman demo $(ARGS)
@@ -64,7 +68,7 @@ h2spec:
 
 # ARGS="--runs 1000000 --corpus FOLDER"
 fuzz: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(PIP) --editable '.[fuzz]'
 	$(BIN)/python -m bench.fuzz $(ARGS)
 
 clean:

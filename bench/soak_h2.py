@@ -25,7 +25,7 @@ import hpack
 import uvloop
 
 from workers.calls import Metadata, Method, Reply
-from workers.h2.limits import Limits
+from workers.h2.limits import COUNTED, Limits
 from workers.h2.server import H2Server
 
 ECHO = "/soak/Echo"
@@ -76,7 +76,7 @@ async def serve() -> None:
     print(json.dumps(server.addresses[0]), flush=True)
     while True:
         await asyncio.sleep(1)
-        counters = {name: getattr(server.counters, name) for name in server.counters.__slots__}
+        counters = {name: getattr(server.counters, name) for name in COUNTED}
         print(json.dumps({**counters, "rss_mib": rss_mib(), "open_calls": SoakCall.open_calls}), flush=True)
 
 

@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/access_log.proto\x12\x14pointsman.access_log\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\xa7\x01\n\x08Metadata\x12K\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x32.pointsman.access_log.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\xe6\x01\n\rResponseFlags\x12\x1b\n\x13no_healthy_upstream\x18\x02 \x01(\x08\x12 \n\x18upstream_request_timeout\x18\x03 \x01(\x08\x12\x1d\n\x15upstream_remote_reset\x18\x05 \x01(\x08\x12#\n\x1bupstream_connection_failure\x18\x06 \x01(\x08\x12\'\n\x1fupstream_connection_termination\x18\x07 \x01(\x08\x12)\n!downstream_connection_termination\x18\x0f \x01(\x08\"4\n\rSocketAddress\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nport_value\x18\x03 \x01(\r\"F\n\x07\x41\x64\x64ress\x12;\n\x0esocket_address\x18\x01 \x01(\x0b\x32#.pointsman.access_log.SocketAddress\"\xf4\x02\n\x0f\x41\x63\x63\x65ssLogCommon\x12\x41\n\x1etime_to_first_upstream_rx_byte\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x42\n\x1ftime_to_last_downstream_tx_byte\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12>\n\x17upstream_remote_address\x18\r \x01(\x0b\x32\x1d.pointsman.access_log.Address\x12;\n\x0eresponse_flags\x18\x10 \x01(\x0b\x32#.pointsman.access_log.ResponseFlags\x12\x30\n\x08metadata\x18\x11 \x01(\x0b\x32\x1e.pointsman.access_log.Metadata\x12+\n\x08\x64uration\x18\x17 \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x16HTTPResponseProperties\x12\x33\n\rresponse_code\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\"\x96\x01\n\x12HTTPAccessLogEntry\x12@\n\x11\x63ommon_properties\x18\x01 \x01(\x0b\x32%.pointsman.access_log.AccessLogCommon\x12>\n\x08response\x18\x04 \x01(\x0b\x32,.pointsman.access_log.HTTPResponseProperties\"S\n\x14HTTPAccessLogEntries\x12;\n\tlog_entry\x18\x01 \x03(\x0b\x32(.pointsman.access_log.HTTPAccessLogEntry\"X\n\x17StreamAccessLogsMessage\x12=\n\thttp_logs\x18\x02 \x01(\x0b\x32*.pointsman.access_log.HTTPAccessLogEntries\"\x1a\n\x18StreamAccessLogsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/access_log.proto\x12\x14pointsman.access_log\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1egoogle/protobuf/wrappers.proto\"\xa7\x01\n\x08Metadata\x12K\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x32.pointsman.access_log.Metadata.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\x87\x02\n\rResponseFlags\x12\x1b\n\x13no_healthy_upstream\x18\x02 \x01(\x08\x12 \n\x18upstream_request_timeout\x18\x03 \x01(\x08\x12\x1d\n\x15upstream_remote_reset\x18\x05 \x01(\x08\x12#\n\x1bupstream_connection_failure\x18\x06 \x01(\x08\x12\'\n\x1fupstream_connection_termination\x18\x07 \x01(\x08\x12)\n!downstream_connection_termination\x18\x0f \x01(\x08\x12\x1f\n\x17\x64ownstream_remote_reset\x18\x1c \x01(\x08\"4\n\rSocketAddress\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nport_value\x18\x03 \x01(\r\"F\n\x07\x41\x64\x64ress\x12;\n\x0esocket_address\x18\x01 \x01(\x0b\x32#.pointsman.access_log.SocketAddress\"\xf4\x02\n\x0f\x41\x63\x63\x65ssLogCommon\x12\x41\n\x1etime_to_first_upstream_rx_byte\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x42\n\x1ftime_to_last_downstream_tx_byte\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12>\n\x17upstream_remote_address\x18\r \x01(\x0b\x32\x1d.pointsman.access_log.Address\x12;\n\x0eresponse_flags\x18\x10 \x01(\x0b\x32#.pointsman.access_log.ResponseFlags\x12\x30\n\x08metadata\x18\x11 \x01(\x0b\x32\x1e.pointsman.access_log.Metadata\x12+\n\x08\x64uration\x18\x17 \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x16HTTPResponseProperties\x12\x33\n\rresponse_code\x18\x01 \x01(\x0b\x32\x1c.google.protobuf.UInt32Value\"\x96\x01\n\x12HTTPAccessLogEntry\x12@\n\x11\x63ommon_properties\x18\x01 \x01(\x0b\x32%.pointsman.access_log.AccessLogCommon\x12>\n\x08response\x18\x04 \x01(\x0b\x32,.pointsman.access_log.HTTPResponseProperties\"S\n\x14HTTPAccessLogEntries\x12;\n\tlog_entry\x18\x01 \x03(\x0b\x32(.pointsman.access_log.HTTPAccessLogEntry\"X\n\x17StreamAccessLogsMessage\x12=\n\thttp_logs\x18\x02 \x01(\x0b\x32*.pointsman.access_log.HTTPAccessLogEntries\"\x1a\n\x18StreamAccessLogsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,21 +41,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METADATA_FILTERMETADATAENTRY']._serialized_start=233
   _globals['_METADATA_FILTERMETADATAENTRY']._serialized_end=311
   _globals['_RESPONSEFLAGS']._serialized_start=314
-  _globals['_RESPONSEFLAGS']._serialized_end=544
-  _globals['_SOCKETADDRESS']._serialized_start=546
-  _globals['_SOCKETADDRESS']._serialized_end=598
-  _globals['_ADDRESS']._serialized_start=600
-  _globals['_ADDRESS']._serialized_end=670
-  _globals['_ACCESSLOGCOMMON']._serialized_start=673
-  _globals['_ACCESSLOGCOMMON']._serialized_end=1045
-  _globals['_HTTPRESPONSEPROPERTIES']._serialized_start=1047
-  _globals['_HTTPRESPONSEPROPERTIES']._serialized_end=1124
-  _globals['_HTTPACCESSLOGENTRY']._serialized_start=1127
-  _globals['_HTTPACCESSLOGENTRY']._serialized_end=1277
-  _globals['_HTTPACCESSLOGENTRIES']._serialized_start=1279
-  _globals['_HTTPACCESSLOGENTRIES']._serialized_end=1362
-  _globals['_STREAMACCESSLOGSMESSAGE']._serialized_start=1364
-  _globals['_STREAMACCESSLOGSMESSAGE']._serialized_end=1452
-  _globals['_STREAMACCESSLOGSRESPONSE']._serialized_start=1454
-  _globals['_STREAMACCESSLOGSRESPONSE']._serialized_end=1480
+  _globals['_RESPONSEFLAGS']._serialized_end=577
+  _globals['_SOCKETADDRESS']._serialized_start=579
+  _globals['_SOCKETADDRESS']._serialized_end=631
+  _globals['_ADDRESS']._serialized_start=633
+  _globals['_ADDRESS']._serialized_end=703
+  _globals['_ACCESSLOGCOMMON']._serialized_start=706
+  _globals['_ACCESSLOGCOMMON']._serialized_end=1078
+  _globals['_HTTPRESPONSEPROPERTIES']._serialized_start=1080
+  _globals['_HTTPRESPONSEPROPERTIES']._serialized_end=1157
+  _globals['_HTTPACCESSLOGENTRY']._serialized_start=1160
+  _globals['_HTTPACCESSLOGENTRY']._serialized_end=1310
+  _globals['_HTTPACCESSLOGENTRIES']._serialized_start=1312
+  _globals['_HTTPACCESSLOGENTRIES']._serialized_end=1395
+  _globals['_STREAMACCESSLOGSMESSAGE']._serialized_start=1397
+  _globals['_STREAMACCESSLOGSMESSAGE']._serialized_end=1485
+  _globals['_STREAMACCESSLOGSRESPONSE']._serialized_start=1487
+  _globals['_STREAMACCESSLOGSRESPONSE']._serialized_end=1513
 # @@protoc_insertion_point(module_scope)

@@ -25,20 +25,22 @@ class Metadata(_message.Message):
     def __init__(self, filter_metadata: _Optional[_Mapping[str, _struct_pb2.Struct]] = ...) -> None: ...
 
 class ResponseFlags(_message.Message):
-    __slots__ = ("no_healthy_upstream", "upstream_request_timeout", "upstream_remote_reset", "upstream_connection_failure", "upstream_connection_termination", "downstream_connection_termination")
+    __slots__ = ("no_healthy_upstream", "upstream_request_timeout", "upstream_remote_reset", "upstream_connection_failure", "upstream_connection_termination", "downstream_connection_termination", "downstream_remote_reset")
     NO_HEALTHY_UPSTREAM_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_REQUEST_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_REMOTE_RESET_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_CONNECTION_FAILURE_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_CONNECTION_TERMINATION_FIELD_NUMBER: _ClassVar[int]
     DOWNSTREAM_CONNECTION_TERMINATION_FIELD_NUMBER: _ClassVar[int]
+    DOWNSTREAM_REMOTE_RESET_FIELD_NUMBER: _ClassVar[int]
     no_healthy_upstream: bool
     upstream_request_timeout: bool
     upstream_remote_reset: bool
     upstream_connection_failure: bool
     upstream_connection_termination: bool
     downstream_connection_termination: bool
-    def __init__(self, no_healthy_upstream: _Optional[bool] = ..., upstream_request_timeout: _Optional[bool] = ..., upstream_remote_reset: _Optional[bool] = ..., upstream_connection_failure: _Optional[bool] = ..., upstream_connection_termination: _Optional[bool] = ..., downstream_connection_termination: _Optional[bool] = ...) -> None: ...
+    downstream_remote_reset: bool
+    def __init__(self, no_healthy_upstream: _Optional[bool] = ..., upstream_request_timeout: _Optional[bool] = ..., upstream_remote_reset: _Optional[bool] = ..., upstream_connection_failure: _Optional[bool] = ..., upstream_connection_termination: _Optional[bool] = ..., downstream_connection_termination: _Optional[bool] = ..., downstream_remote_reset: _Optional[bool] = ...) -> None: ...
 
 class SocketAddress(_message.Message):
     __slots__ = ("address", "port_value")

@@ -1,8 +1,10 @@
 """What Envoy's access log says of finished requests: the end of every charge that was left to it.
 
-The reply that routed a request put a ticket into Envoy's dynamic metadata, `slot.generation.tokens`; the log entry
-brings it back with the response code and the timings, to whichever worker Envoy's log stream is connected to. Clients
-cannot write dynamic metadata, so a ticket is always our own. Each entry releases its charge once.
+The reply that routed a request put a ticket into Envoy's dynamic metadata, `replica.slot.generation.tokens`; the log
+entry brings it back with the response code and the timings, to whichever worker Envoy's log stream is connected to.
+Clients cannot write dynamic metadata, so a ticket is always a router's. Each entry releases its charge once. An entry
+about a request that another replica routed, or this one before its supervisor was restarted, says nothing about the
+loads that are kept here: it is passed over.
 
 Where Envoy may retry on another pod it was given several addresses in order. The entry names the one that answered:
 those before it have failed (`router/retries.py`).
@@ -48,14 +50,22 @@ class AccessLog:
         if NAMESPACE not in metadata:
             return
         fields = metadata[NAMESPACE].fields
-        charge = _charge(fields["ticket"].string_value) if "ticket" in fields else None
         scheduler = self._scheduler
+        replica, _, ticket = fields["ticket"].string_value.partition(".") if "ticket" in fields else ("", "", "")
+        if replica != scheduler.tables.replica:
+            scheduler.series.add(1.0, "foreign")
+            return
+        charge = _charge(ticket)
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
             return
+        if not common.upstream_remote_address.socket_address.address and "request-id" in fields:  # no pod had it
+            request_id = fields["request-id"].string_value.encode()
+            if request_id in scheduler.tables.abandoned:
+                return  # given back already
         scheduler.tables.ledger.release(charge, held=False)
         code = entry.response.response_code.value
         flags = common.response_flags
-        client_left = code == 0 or flags.downstream_connection_termination
+        client_left = code == 0 or flags.downstream_connection_termination or flags.downstream_remote_reset
         pod = fields["pod"].string_value if "pod" in fields else ""
         answered = self._after_retries(entry, charge) if ENVOY_LB in metadata else None
         if answered is not None:
@@ -76,6 +86,11 @@ class AccessLog:
         tried = fields[ENDPOINT].string_value.split(",")[:MOST_ENDPOINTS]
         pod = answered_after_retries(self._scheduler, charge, tried, address)
         return None if pod is None else (Charge(pod.slot, pod.generation, 0), pod.name)
+
+    def late(self, message: bytes | None) -> None:
+        """A batch that was under way when the stream was ended here, as a worker does before it goes."""
+        if message is not None:
+            self.receive(message)
 
     def half_close(self) -> bytes | None:
         """Envoy is done: one empty StreamAccessLogsResponse."""

@@ -52,10 +52,14 @@ class Exchange(RequestPhase):
             if part is None:
                 return self._receive_any(message)
             # What follows the phase in a message is the same for all streams of an Envoy: a look-up, not a parse.
-            modes = self._peer.modes.get(message[part[1] :])
-            if modes is None:
-                return self._receive_any(message)
-            if self._headers is None:
+            rest = message[part[1] :]
+            if self._headers is not None:
+                if rest not in self._peer.later:
+                    return self._receive_any(message)
+            else:
+                modes = self._peer.modes.get(rest)
+                if modes is None:
+                    return self._receive_any(message)
                 self._modes = modes  # the first message says how this Envoy is set up
                 self._headers = {}
                 self._request_id = self._new_request_id()
@@ -88,9 +92,10 @@ class Exchange(RequestPhase):
             request = ProcessingRequest.FromString(message)
         except DecodeError as error:
             raise MessageError(f"not a ProcessingRequest: {error}") from None
-        if self._headers is None:
+        first = self._headers is None
+        if first:
             self._begin(request)
-        self._peer.remember(request, self._modes)
+        self._peer.remember(request, self._modes, first=first)
         which = request.WhichOneof("request")
         if which == "request_headers":
             return self._on_request_headers(*_plain(request.request_headers, wire.REQUEST_NAMES))
@@ -120,6 +125,15 @@ class Exchange(RequestPhase):
             self._end(response.status)
         else:
             self._end(0 if self._policy.draining else 499)
+
+    def late(self, message: bytes | None) -> None:
+        """The stream was ended with the decision, and only now Envoy ends its half. It would have reset the stream if
+        it had taken the reply: the client left before, so there will be no log entry to give the charge back. (Or Envoy
+        answered by itself at once: `state.abandoned`.)"""
+        decision = self._decision
+        if message is None and self.finished and self._response is None and decision is not None:
+            self._scheduler.abandon(decision, self._request_id)
+            self._decision = None
 
     # -- phases, in the order in which Envoy goes through them
 

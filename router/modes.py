@@ -59,7 +59,7 @@ class Modes:
 class Peer:
     """What is the same for every stream of one Envoy listener."""
 
-    __slots__ = ("by_log", "destination", "modes")
+    __slots__ = ("by_log", "destination", "later", "modes")
 
     def __init__(self, accounting: str = "stream", destination: str = "header") -> None:
         self.by_log = accounting == "access-log"
@@ -68,18 +68,25 @@ class Peer:
         except ValueError:
             self.destination = Destination.HEADER
         self.modes: dict[bytes, Modes] = {}
-        """By what follows the phase in a message: a few constants in a well-behaved Envoy's life."""
+        """By what follows the phase in a stream's first message: a few constants in a well-behaved Envoy's life."""
+        self.later: set[bytes] = set()
+        """What follows the phase in later messages, which say nothing of modes."""
 
-    def remember(self, request: ProcessingRequest, modes: Modes) -> None:
+    def remember(self, request: ProcessingRequest, modes: Modes, *, first: bool) -> None:
         """Know this message's modes by its bytes from now on, if they are all that follows the phase."""
-        if request.attributes or len(request.metadata_context.filter_metadata) or len(self.modes) >= _MOST_KNOWN:
+        known = len(self.modes) if first else len(self.later)
+        if request.attributes or len(request.metadata_context.filter_metadata) or known >= _MOST_KNOWN:
             return
         rest = ProcessingRequest()
         rest.CopyFrom(request)
         rest.ClearField(request.WhichOneof("request") or "observability_mode")
         remainder = rest.SerializeToString()
-        if len(remainder) <= _LONGEST_KNOWN:
+        if len(remainder) > _LONGEST_KNOWN:
+            return
+        if first:
             self.modes[remainder] = modes
+        else:
+            self.later.add(remainder)
 
 
 UNKNOWN_MODES: Final = Modes(ProcessingRequest())

@@ -245,13 +245,15 @@ class RequestPhase:
         return self._later(answer, partial(self._choose_or_give_back, choose))
 
     def _choose_or_give_back(self, choose: Callable[[], Reply], model_grant: Grant) -> Reply:
+        chosen = False
         try:
-            return choose()
-        except RequestError:
+            reply = choose()
+            chosen = self._decision is not None or not self._refused
+            return reply
+        finally:
             gate = self._policy.gate
-            if gate is not None:
-                gate.give_back_model(model_grant)
-            raise
+            if not chosen and gate is not None:
+                gate.give_back_model(model_grant)  # refused, or only explained
 
     def _choose(
         self,
@@ -333,7 +335,7 @@ class RequestPhase:
         """Nobody has named a strategy: Envoy finds the model's service by the `model` header."""
         duplex = self._held_back
         self.idle = not (self._modes.duplex_request or self._modes.duplex_response)
-        self.finished = self._peer.by_log and not self._modes.duplex_response
+        self.finished = self._peer.by_log and not self._modes.duplex_response and not self._watches
         self._serve(parsed, (("x-aibrix-config-profile", profile_name),) if profile_name else ())
         reply = replies.request_body_more((("model", parsed.model.encode()),), duplex=duplex)
         if duplex:

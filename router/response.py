@@ -77,6 +77,7 @@ class Response:
         "_decision",
         "_expects_body",
         "_held",
+        "_in_one",
         "_json",
         "_large",
         "_length",
@@ -120,6 +121,8 @@ class Response:
         self._large = False
         self._length = -1
         self._expects_body = modes.response_body_comes
+        self._in_one = modes.known and modes.response_mode == _BUFFERED
+        """The body comes in one message, which is not marked as the end when trailers follow."""
         self.status = 0
         """What the client gets, as far as that is known; 0 before the headers."""
         self.over = False
@@ -204,6 +207,7 @@ class Response:
             if not small:
                 return b""
             self._held = bytearray()
+            self._in_one = True
             return replies.RESPONSE_BODY_MODE[_BUFFERED]
         self._held = bytearray()
         if not modes.response_flows:
@@ -270,6 +274,9 @@ class Response:
         if self._sse is not None:
             self._sse.finish()
             self._count(self._sse.usage)
+        elif self._json is not None:
+            collected = bytes(self._json)
+            self._count(read_end(collected) if self._large else read_reply(collected)[0])
         return replies.RESPONSE_TRAILERS
 
     def _error_piece(self, held: bytearray, piece: bytes, over: bool) -> Reply:
@@ -277,7 +284,7 @@ class Response:
         first = not held
         held += piece
         duplex = self._modes.duplex_response
-        whole = over or len(held) == self._length or _is_json_object(held)
+        whole = over or self._in_one or len(held) == self._length or _is_json_object(held)
         if not whole and len(held) <= MOST_BYTES and self._modes.response_mode != ProcessingMode.BUFFERED_PARTIAL:
             return None if duplex else replies.RESPONSE_BODY_HELD_BACK
         self._held = None
@@ -380,6 +387,8 @@ class Response:
             if usage.cached_tokens > 0:
                 series.add(usage.cached_tokens, "used_tokens", served.model, "cached")
         gate, grant = self._policy.gate, served.grant
+        if grant is not None and grant.user and self._decision is not None:
+            self._scheduler.used(self._decision, grant.user, usage.prompt_tokens, usage.completion_tokens)
         if gate is None or grant is None or not grant.user:
             return None
         return gate.add_tokens(grant.user, usage.total_tokens)

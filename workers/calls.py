@@ -88,17 +88,27 @@ class PushingCall(Call, Protocol):
         """Called once, before the first `receive`."""
 
 
+class LateCall(Call, Protocol):
+    """A call that wants to know what the client says after the stream was ended from this side."""
+
+    def late(self, message: bytes | None, /) -> None:
+        """Take one message that was under way when the call was closed, or None: the client ended its half before our
+        end reached it, so it may not have read the last reply either. A client that has read all resets the stream."""
+
+
 class Method:
     """A gRPC method: how to open a call on it.
 
     `pushes` says that `open` returns a `PushingCall`. A pushing call stays open after the client's half close.
+    `listens` says that it returns a `LateCall`. Not every transport can tell.
     """
 
-    __slots__ = ("open", "pushes")
+    __slots__ = ("listens", "open", "pushes")
 
-    def __init__(self, open: Callable[[Metadata], Call], *, pushes: bool = False) -> None:
+    def __init__(self, open: Callable[[Metadata], Call], *, pushes: bool = False, listens: bool = False) -> None:
         self.open = open
         self.pushes = pushes
+        self.listens = listens
 
 
 Methods = Mapping[str, Method]

@@ -14,7 +14,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import click
 
-from workers.config import Config, ConfigError, load
+from workers.config import Config, ConfigError
 from workers.users_cli import users
 
 _CONFIG_ERROR = 2
@@ -36,7 +36,7 @@ class _Commands(click.Group):
                 command: click.Command = entry.load()
             except ModuleNotFoundError as error:
                 raise click.ClickException(
-                    f"{name} needs the Python package {error.name!r}: pip install 'pointsman[bench]'"
+                    f"{name} needs the Python package {error.name!r}: pip install '.[bench]' in a clone of pointsman"
                 ) from None
             return command
         return None
@@ -98,10 +98,11 @@ def serve(
     if log_format:
         given["log"] = {"format": log_format}
     config = load_or_exit(path, given, serving=True)
+    from workers.checks import load_checked
     from workers.supervisor import serve as run
 
     try:
-        code = run(config, lambda: load(path, given))
+        code = run(config, lambda: load_checked(path, given, serving=True))
     except ConfigError as error:
         click.echo(f"pointsman: {error}", err=True)
         sys.exit(_CONFIG_ERROR)

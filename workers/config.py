@@ -108,6 +108,13 @@ class LimitsConfig(_Section):
     """For an answer of Redis, before it counts as out of reach."""
 
 
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        below, above = 1 << value.bit_length() - 1, 1 << value.bit_length()
+        raise ValueError(f"must be a power of two, or 0: write {below} or {above}")
+    return value
+
+
 class PrefixConfig(_Section):
     """What the router remembers of the prefixes it sent where."""
 
@@ -115,8 +122,9 @@ class PrefixConfig(_Section):
     """Distinct blocks that each worker's view may hold."""
     ttl_seconds: Seconds = 1200.0
     """After which a prefix that was not used again counts as evicted by the engine."""
-    block_bytes: int = Field(0, ge=0, le=65536)
-    """Bytes of text in a block; 0 follows the engines' KV blocks."""
+    block_bytes: Annotated[int, Field(ge=0, le=65536), AfterValidator(_power_of_two)] = 0
+    """Bytes of text in a block, a power of two (the prefix log has room for its logarithm); 0 follows the engines' KV
+    blocks."""
     seed: int = Field(0, ge=0, lt=1 << 63)
     """Of the hashes; must be the same in all replicas."""
     ring_bytes: int = Field(4 << 20, ge=65536)
@@ -359,6 +367,9 @@ def _aibrix_environment() -> dict[str, Any]:
     }
     if prefix["ttl_seconds"] is not None:
         prefix["ttl_seconds"] *= 60
+    size = prefix["block_bytes"]
+    if size is not None and size > 1 and size.is_integer():
+        prefix["block_bytes"] = 1 << (int(size) - 1).bit_length()  # AIBrix takes any size
     given = {name: value for name, value in prefix.items() if value is not None}
     if given:
         values["prefix"] = given

@@ -217,8 +217,7 @@ def _ext_proc(config: Config) -> Json:
             "request_trailer_mode": "SKIP",
             "response_trailer_mode": "SKIP",
         },
-        # Only when the router is gone and there is something to fall back to.
-        failure_mode_allow=envoy.destination == "override-host",
+        failure_mode_allow=_may_pass_unrouted(config),
         allow_mode_override=True,
         route_cache_action="CLEAR",
         status_on_error={"code": "ServiceUnavailable"},
@@ -227,6 +226,13 @@ def _ext_proc(config: Config) -> Json:
         mutation_rules={"allow_all_routing": False},
         metadata_options={"receiving_namespaces": {"untyped": [NAMESPACE, RESPONSE_NAMESPACE, ENVOY_LB]}},
     )
+
+
+def _may_pass_unrouted(config: Config) -> bool:
+    """While the router is gone: where there is something to fall back to, and no lock that only the router opens."""
+    limits = config.limits
+    locked = limits.require_key or bool(limits.bearer_token.get_secret_value())
+    return config.envoy.destination == "override-host" and not locked
 
 
 def _access_log() -> Json:

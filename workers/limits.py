@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator
 from router.limits import Counters, Gate, SharedCounters
 from state.tables import Tables
 from workers.config import Config
+from workers.last_users import LastUsers
 from workers.limits_redis import RedisCounters
 from workers.users import UserBook
 
 
 @contextlib.asynccontextmanager
-async def open_gate(config: Config, tables: Tables) -> AsyncIterator[Gate]:
-    """Also follows the users file, or stays connected to Redis, as long as it is open."""
+async def open_gate(config: Config, tables: Tables, last_users: LastUsers | None = None) -> AsyncIterator[Gate]:
+    """Also follows the users file, or stays connected to Redis, as long as it is open. Raises UsersError where neither
+    the users file nor `last_users` can be used."""
     limits = config.limits
     counters: Counters
     async with contextlib.AsyncExitStack() as stack:
@@ -25,7 +27,7 @@ async def open_gate(config: Config, tables: Tables) -> AsyncIterator[Gate]:
         else:
             book = None
             if limits.users_file is not None:
-                book = UserBook(limits.users_file, tables.capacity.limited_users)
+                book = UserBook(limits.users_file, tables.capacity.limited_users, last_users)
                 watching = asyncio.create_task(book.watch())
                 stack.push_async_callback(_end, watching)
             counters = SharedCounters(tables.user_minutes, tables.model_seconds, book, time.monotonic)

@@ -3,21 +3,30 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from platform import python_version
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from state.ledger import Entry
 from state.pods import COLUMN, Health
-from state.roster import Phase
+from state.roster import Kind, Phase
 from state.series import DECISION_BUCKETS, OVERFLOW, merge
 from state.tables import Tables
+from workers.compiled import is_compiled
 
 _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "decisions": ("pointsman_decisions", "Requests routed", ("model", "pod", "strategy")),
     "refused": ("pointsman_refused", "Requests answered by the router itself", ("status", "code")),
     "finished": ("pointsman_finished", "Requests that ended, by the status the client got", ("pod", "status")),
+    "foreign": ("pointsman_foreign_log_entries", "Log entries on requests that another replica routed", ()),
     "retried": ("pointsman_retried", "Requests that Envoy sent to another pod after the first failed", ("pod",)),
     "used_tokens": ("pointsman_used_tokens", "Tokens of answered requests, by their own usage", ("model", "kind")),
     "limits_outage": ("pointsman_limits_outage", "Requests whose limits could not be checked", ("policy",)),
@@ -53,11 +62,25 @@ class TablesCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Called by prometheus_client for each scrape of ours."""
         merged = merge(self._tables.all_series())
-        yield from _counters(merged)
+        yield from _counters({**self._zeros(), **merged})
         yield from _histogram(merged)
         yield from self._gauges(merged)
         yield from self._pods()
         yield from self._processes()
+
+    def _zeros(self) -> dict[tuple[str, ...], float]:
+        """Counters whose first event matters: increase() only sees it if they were there before."""
+        _, document = self._tables.catalog.read()
+        names = {
+            f"worker {process.number}" if process.kind is Kind.WORKER else process.kind.name.lower()
+            for process in self._tables.roster.processes()
+        }
+        return {
+            ("foreign",): 0.0,
+            ("page_cpu_seconds",): 0.0,
+            **{("restarts", name): 0.0 for name in names},
+            **{(name, pod.name): 0.0 for name in ("retried", "ejections", "settled") for pod in document.pods},
+        }
 
     @staticmethod
     def _gauges(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:
@@ -110,6 +133,15 @@ class TablesCollector(Collector):
         yield from engine.values()
 
     def _processes(self) -> Iterator[Metric]:
+        yield InfoMetricFamily(
+            "pointsman_build",
+            "What runs here",
+            {
+                "version": version("pointsman"),
+                "python": python_version(),
+                "hot_path": "compiled" if is_compiled() else "interpreted",
+            },
+        )
         up = GaugeMetricFamily("pointsman_process_up", "1 for a process that is ready", labels=("process", "number"))
         ready: dict[tuple[str, str], float] = {}
         for process in self._tables.roster.processes():  # a worker and its successor are one

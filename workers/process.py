@@ -1,12 +1,14 @@
 """What every child process does first: a name, a way to die, a log, an event loop."""
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import TextIO, cast
 
 import setproctitle
 import structlog
@@ -22,6 +24,21 @@ def die_with_parent(parent: int, how: signal.Signals) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(how), 0, 0, 0)
     if os.getppid() != parent:  # it died before the kernel was asked
         os.kill(os.getpid(), how)
+
+
+class _Lossy:
+    """A file that loses what cannot be written: a full disk, or a log collector that died, ends no request."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.flush()
 
 
 def set_up_logging(config: LogConfig, name: str) -> None:
@@ -40,7 +57,7 @@ def set_up_logging(config: LogConfig, name: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(levels[config.level]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Lossy(sys.stderr))),
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()

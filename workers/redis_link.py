@@ -11,16 +11,22 @@ get LOST, and so do the calls after them, at once, until a new connection has an
 timeout to those who asked in that moment, and nothing to those who come later. Connecting again is tried for ever, in
 the background, with a growing pause.
 
+A server that answers but takes no writes (a replica after a failover that kept our connection, one that is loading) is
+as good as none: the connection ends, and the next attempt looks the name up again. Other errors are told in the log.
+
 Replies are values, errors among them (`ReplyError`): a future whose stream has gone is nobody's unretrieved exception.
 RESP 2 only. No cluster, no sentinel: an address or a socket, by URL.
 """
 
 import asyncio
 import contextlib
+import math
 import random
+import re
 import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from hashlib import sha1
 from typing import Any, Final, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
@@ -34,9 +40,15 @@ FIRST_PAUSE_SECONDS: Final = 0.05
 LONGEST_PAUSE_SECONDS: Final = 1.0
 STEADY_SECONDS: Final = 5.0
 """A connection that lasted as long was all right: its end is told in the log, and a new one is tried soon."""
+COMPLAIN_SECONDS: Final = 10.0
+"""Between two lines in the log about calls that the server refused."""
 MOST_WAITING: Final = 8192
 """Calls without a reply on one connection; further ones are LOST."""
 _GRACE_SECONDS: Final = 0.002
+_UNUSABLE: Final = re.compile(r"(?:.* -)?(?:READONLY|MASTERDOWN|LOADING|NOAUTH)\b")
+"""What a server says that is of no use to anybody; before Redis 7 scripts say it somewhere in the text."""
+_PROBE: Final = (b"EXPIRE", b"pointsman-probe", b"1")
+"""A write that changes nothing: there is no such key."""
 
 
 class ReplyError:
@@ -46,6 +58,11 @@ class ReplyError:
 
     def __init__(self, text: str) -> None:
         self.text = text
+
+    @property
+    def unusable(self) -> bool:
+        """Whether the server would say so to any call."""
+        return _UNUSABLE.match(self.text) is not None
 
     def __repr__(self) -> str:
         return f"ReplyError({self.text!r})"
@@ -95,9 +112,12 @@ def parse_redis_url(url: str) -> RedisAddress:
     database = parts.path.strip("/") or "0"
     if not database.isascii() or not database.isdigit():
         raise ValueError(f"no Redis URL: the path must be a database's number, not {database!r}")
-    return RedisAddress(
-        parts.hostname or "localhost", port, "", parts.scheme == "rediss", username, password, int(database)
-    )
+    host = parts.hostname or "localhost"
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"no Redis URL: {host!r} can be no host's name") from None
+    return RedisAddress(host, port, "", parts.scheme == "rediss", username, password, int(database))
 
 
 def _command(*parts: bytes) -> bytes:
@@ -131,6 +151,8 @@ class _Connection(asyncio.Protocol):
         """Done, with the reason, when the connection has ended."""
         self.closed: asyncio.Future[None] = self._loop.create_future()
         """Done when its socket is closed, too."""
+        self.on_error: Callable[[ReplyError], None] = lambda _: None
+        """Told of every error that a call gets for a reply."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods alone
@@ -161,7 +183,7 @@ class _Connection(asyncio.Protocol):
         buffer = self._buffer + data if self._buffer else data
         at = 0
         try:
-            while at < len(buffer):
+            while at < len(buffer) and not self.lost.done():
                 value, at = _parse(buffer, at)
                 self._on_reply(value)
         except _Incomplete:
@@ -175,8 +197,14 @@ class _Connection(asyncio.Protocol):
         call = self._waiting.popleft()
         if call.script is not None and isinstance(value, ReplyError) and value.text.startswith("NOSCRIPT"):
             self._send_whole(call)
-        elif not call.future.done():  # else the stream that asked has gone
+            return
+        if not call.future.done():  # else the stream that asked has gone
             call.future.set_result(value)
+        if isinstance(value, ReplyError):
+            if value.unusable:
+                self.end(value.text)
+            else:
+                self.on_error(value)
 
     def _send_whole(self, call: _Call) -> None:
         """The server has forgotten the script (it restarted, or somebody flushed its scripts)."""
@@ -228,6 +256,8 @@ class RedisLink:
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
+        self._complained = -math.inf
+        self._uncomplained = 0
 
     @property
     def up(self) -> bool:
@@ -283,6 +313,15 @@ class RedisLink:
             await asyncio.sleep(pause * random.uniform(0.75, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    def _complain(self, error: ReplyError) -> None:
+        """Say what the server has against a call, but not for each of thousands."""
+        now = time.monotonic()
+        if now - self._complained < COMPLAIN_SECONDS:
+            self._uncomplained += 1
+            return
+        log.warning("Redis refuses a call", reply=error.text, more_since_last_told=self._uncomplained)
+        self._complained, self._uncomplained = now, 0
+
     def _forget(self, _: "asyncio.Future[str]") -> None:
         self._connection = None
 
@@ -299,20 +338,21 @@ class RedisLink:
                     context = ssl.create_default_context() if address.tls else None
                     await loop.create_connection(lambda: connection, address.host, address.port, ssl=context)
                 refusal = await self._greet(connection)
-        except (OSError, TimeoutError) as error:
-            connection.end("could not be made")
-            return None, str(error) or "timed out"
         except asyncio.CancelledError:
             connection.end("closed here")
             raise
+        except Exception as error:  # whatever it is, there may be a connection next time
+            connection.end("could not be made")
+            return None, (str(error) or "timed out") if isinstance(error, OSError) else repr(error)
         if refusal is not None:
             connection.end("could not be made")
             return None, refusal.text
         connection.use_timeout(self._timeout)
+        connection.on_error = self._complain
         return connection, ""
 
     async def _greet(self, connection: _Connection) -> ReplyError | None:
-        """Log in, choose the database and bring the scripts; all in one round trip."""
+        """Log in, choose the database, bring the scripts and see that writes are taken; all in one round trip."""
         address = self._address
         commands = []
         if address.password:
@@ -321,9 +361,14 @@ class RedisLink:
         if address.database:
             commands.append((b"SELECT", b"%d" % address.database))
         commands += [(b"SCRIPT", b"LOAD", script.text) for script in self._scripts]
-        commands.append((b"PING",))
+        commands += [(b"PING",), _PROBE]
         replies = await asyncio.gather(*(connection.send(_command(*command)) for command in commands))
-        return next((reply for reply in replies if isinstance(reply, ReplyError)), None)
+        *others, probe = replies
+        if isinstance(probe, ReplyError) and (
+            probe.unusable or probe is LOST
+        ):  # not for a key that is no business of ours
+            others.append(probe)
+        return next((reply for reply in others if isinstance(reply, ReplyError)), None)
 
 
 class _Incomplete(Exception):

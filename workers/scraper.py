@@ -65,6 +65,7 @@ class _Watched:
     restarts: float = 0.0
     good: int = 0
     bad: int = 0
+    disbelieved: tuple[str, ...] = ()
     task: asyncio.Task[None] | None = None
 
 
@@ -91,28 +92,31 @@ class Scraper:
         self._seen: tuple[list[int], list[int]] = ([], [])
         self._without = False
 
-    async def run(self) -> None:
-        """Until cancelled."""
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Until cancelled. `ready` is called after the first discovery; a predecessor's pods are polled before it."""
         for slot, pod in self._registry.pods.items():
             if slot not in self._pods:
                 self._watch(slot, pod)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._judge_forever())
-            group.create_task(self._discover_forever())
+            group.create_task(self._discover_forever(ready))
 
     async def discover(self) -> None:
         """Follow the source once."""
-        now = self._clock()
-        found: list[FoundPod] = []
-        settings: Settings = {}
-        if self._source is not None:
-            self._source.reload()
-            if not self._source.loaded:
-                return
-            found, settings = await self._source.resolve()
-            found = [_with_usable_profiles(pod) for pod in found]
+        if self._source is None:
+            self._take_over([], {})
+            return
+        self._source.reload()
+        if self._source.loaded:
+            self._take_over(*await self._source.resolve())
+
+    def _take_over(self, found: list[FoundPod], settings: Settings) -> None:
+        complete = self._source is None or self._source.complete
+        if not found and not complete and self._tables.catalog.version == 0:
+            return  # not a word of any pod yet: discovery has not loaded
+        found = [_with_usable_profiles(pod) for pod in found]
         try:
-            added, leaving = self._registry.update(found, settings, now)
+            added, leaving = self._registry.update(found, settings, self._clock(), complete=complete)
         except RegistryFull as error:
             log.error("pods not taken over, the others stay as they are", error=str(error))
             return
@@ -126,7 +130,7 @@ class Scraper:
                     self._unwatch(slot)
                     self._watch(slot, pod)
                 watched.pod = pod
-        if not found and not self._without:
+        if not found and complete and not self._without:
             cure = "set `endpoints`" if self._source is None else f"list some in {self._source.path}"
             log.warning("there are no pods, every request will be refused", cure=cure)
         self._without = not found
@@ -135,15 +139,19 @@ class Scraper:
 
     # -- loops
 
-    async def _discover_forever(self) -> None:
+    async def _discover_forever(self, ready: Callable[[], None]) -> None:
         resolved = self._clock()
+        await self.discover()
+        ready()
+        source = self._source
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = self._clock()
-            changed = self._source is not None and self._source.changed()
-            if changed or now - resolved >= RESOLVE_SECONDS:
+            if now - resolved >= RESOLVE_SECONDS or (source is not None and source.changed()):
                 resolved = now
                 await self.discover()
+            elif source is not None and source.loaded and source.news:
+                self._take_over(*source.listed())
             for slot in self._registry.sweep(now):
                 self._unwatch(slot)
                 log.info("a pod is gone", slot=slot)
@@ -258,6 +266,12 @@ class Scraper:
             watched.restarts = state.restarts
             watched.incarnation += 1
             log.info("an engine has restarted", pod=watched.pod.name)
+        if sample.disbelieved != watched.disbelieved:
+            watched.disbelieved = sample.disbelieved
+            if sample.disbelieved:
+                log.warning(
+                    "metrics that cannot be true are left out", pod=watched.pod.name, of=", ".join(sample.disbelieved)
+                )
         row, slot = watched.row, watched.slot
         row[_COLUMNS] = [state[place] for place in _PLACES]
         row[COLUMN["utilization"]] = sample.utilization
@@ -266,7 +280,9 @@ class Scraper:
         row[COLUMN["failed_polls"]] = 0
         ledger = self._tables.ledger
         own, tokens = ledger.load(slot)
-        correction = watched.excess.correction(own, sample.running + _or_zero(sample.waiting), now)
+        # What an engine says wrongly is not what it does not have.
+        engine = math.nan if sample.disbelieved else sample.running + _or_zero(sample.waiting)
+        correction = watched.excess.correction(own, engine, now)
         if correction:
             # Tokens go with requests, in the same proportion.
             ledger.settle(slot, correction, -tokens if own <= 0 else round(tokens * correction / own))
@@ -352,13 +368,11 @@ def _or_zero(value: float) -> float:
 
 
 async def run_scraper(config: Config, tables: Tables, ready: Callable[[], None]) -> None:
-    """The scraper process: discover once, say so, then go on until told to stop."""
+    """The scraper process, until told to stop."""
     stop = Stop()
     os.nice(NICENESS)
     scraper = Scraper(config, tables)
-    await scraper.discover()
-    ready()
-    work = asyncio.ensure_future(scraper.run())
+    work = asyncio.ensure_future(scraper.run(ready))
     waiting = asyncio.ensure_future(stop.wait())
     await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
     if work.done():

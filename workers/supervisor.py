@@ -6,7 +6,8 @@ milliseconds and shares the memory of the code. What a child does is in `ext_pro
 
     SIGTERM, SIGINT   drain and end; a second one ends at once
     SIGHUP            read the configuration again and replace every worker, one after the other: the successor
-                      listens before its predecessor is told to drain
+                      listens before its predecessor is told to drain. The configuration is on trial until the first
+                      of them is ready; should it end before, or take too long, the one before stays in force
     SIGTTIN, SIGTTOU  one worker more, one less
 """
 
@@ -29,9 +30,11 @@ from workers.admin import run_admin
 from workers.compiled import is_compiled, outdated
 from workers.config import Config, ConfigError
 from workers.ext_proc import run_worker
+from workers.last_users import LastUsers
 from workers.ports import Reservation, clear_stale_socket
 from workers.process import run_child, set_up_logging
 from workers.scraper import run_scraper
+from workers.users import UsersError, read_text
 
 log = structlog.get_logger()
 
@@ -39,6 +42,8 @@ BACK_OFF_SECONDS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Before the first, second, ... restart in a row; the last one repeats."""
 STEADY_SECONDS = 10.0
 """A child that lived this long was all right: its successor starts at once."""
+READY_SECONDS = 60.0
+"""For a replacement to become ready, before it is killed and the rolling restart ends."""
 KILL_AFTER_SECONDS = 5.0
 """Beyond the drain time, before a child that was told to end is killed."""
 
@@ -46,10 +51,19 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal
 
 
 @dataclass(eq=False)
+class Plan:
+    """What children are started with."""
+
+    config: Config
+    last_users: LastUsers | None
+
+
+@dataclass(eq=False)
 class Child:
     """One running process."""
 
     seat: "Seat"
+    plan: Plan
     pid: int
     writer: int
     started: float
@@ -84,7 +98,9 @@ class Supervisor:
     """See the head of this file. `reload` gives the configuration anew, or raises ConfigError."""
 
     def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
-        self._config = config
+        self._plan = _plan(config)
+        self._trial: Plan | None = None
+        """Read again, and not yet known to work."""
         self._reload = reload
         self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
         for writer in (SUPERVISOR, SCRAPER, ADMIN):
@@ -96,10 +112,16 @@ class Supervisor:
         self._children: dict[int, Child] = {}
         self._rolling: deque[Seat] = deque()
         self._roll_again = False
+        self._roll_at: float | None = None
+        """When the rolling restart goes on, where it has to wait."""
         self._reservations: list[Reservation] = []
         self._stopping = False
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    @property
+    def _config(self) -> Config:
+        return self._plan.config
 
     def run(self) -> int:
         """Until everything has ended. Returns the exit code."""
@@ -154,6 +176,7 @@ class Supervisor:
         now = time.monotonic()
         due = [seat.start_at for seat in self._seats if seat.start_at is not None]
         due += [child.kill_at for child in self._children.values() if child.kill_at is not None]
+        due += [self._roll_at] if self._roll_at is not None else []
         timeout = max(0.0, min(due) - now) if due else None
         for key, _ in self._selector.select(timeout):
             if key.fd == self._wake_read:
@@ -181,8 +204,8 @@ class Supervisor:
     def _stop(self) -> None:
         log.info("draining", seconds=self._config.drain_seconds)
         self._stopping = True
-        self._rolling.clear()
         self._roll_again = False
+        self._end_roll()
         for seat in self._seats:
             seat.start_at = None
             if seat.kind is Kind.WORKER:
@@ -202,17 +225,37 @@ class Supervisor:
 
     def _fill(self, seat: Seat) -> None:
         seat.start_at = None
-        seat.child = self._start(seat)
+        seat.child = self._start(seat, self._plan)
+        if seat.child is None:
+            seat.start_at = time.monotonic() + _delay(seat)
 
-    def _start(self, seat: Seat) -> Child:
-        """Fork one child."""
+    def _start(self, seat: Seat, plan: Plan) -> Child | None:
+        """Fork one child; None where that cannot be done now, which has been logged, and is to be tried again."""
         writer = {Kind.SCRAPER: SCRAPER, Kind.ADMIN: ADMIN}.get(seat.kind)
         if writer is None:
             writer = seat.kept_writer if seat.kept_writer is not None else self._free_writers.pop(0)
             seat.kept_writer = None
         self._tables.ledger.admit(writer)
-        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            pid, ready_fd = self._fork(seat, plan, writer)
+        except OSError as error:
+            if seat.child is not None:  # whose successor it would have been
+                self._free(writer)
+            else:
+                self._keep_down(seat, writer)
+            seat.failures_in_a_row += 1
+            log.error("a child cannot be started", child=seat.name, error=error.strerror, again_in=_delay(seat))
+            return None
+        child = Child(seat, plan, pid, writer, time.monotonic(), ready_fd)
+        self._children[pid] = child
+        self._selector.register(ready_fd, selectors.EVENT_READ, child)
+        self._record(child)
+        return child
+
+    def _fork(self, seat: Seat, plan: Plan, writer: int) -> tuple[int, int]:
+        """The child's process id, and where it will say that it is ready. Raises OSError."""
         sys.stderr.flush()
+        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         parent = os.getpid()
         # Until the child has let go of our handlers, a signal to it would count as one to us.
         signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
@@ -221,19 +264,24 @@ class Supervisor:
             if pid == 0:
                 code = 1
                 try:
-                    code = self._be_child(seat, writer, write, parent)
+                    code = self._be_child(seat, plan, writer, write, parent)
                 finally:
                     os._exit(code)
+        except OSError:
+            os.close(read)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-        os.close(write)
-        child = Child(seat, pid, writer, time.monotonic(), read)
-        self._children[pid] = child
-        self._selector.register(read, selectors.EVENT_READ, child)
-        self._record(child)
-        return child
+            os.close(write)
+        return pid, read
 
-    def _be_child(self, seat: Seat, writer: int, ready_fd: int, parent: int) -> int:
+    def _keep_down(self, seat: Seat, writer: int) -> None:
+        """Nobody is in this seat for the moment: its row says so."""
+        self._tables.roster.put(writer, Process(seat.kind, seat.number, 0, Phase.DOWN, seat.restarts))
+        if seat.kind is Kind.WORKER:
+            seat.kept_writer = writer
+
+    def _be_child(self, seat: Seat, plan: Plan, writer: int, ready_fd: int, parent: int) -> int:
         signal.set_wakeup_fd(-1)
         for number in _HANDLED:
             ends = number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -247,7 +295,7 @@ class Supervisor:
                 os.close(child.ready_fd)
         for reservation in self._reservations:
             reservation.release()
-        config = self._config
+        config = plan.config
         tables = Tables.attach(self._tables.segment.fd, writer)
 
         def ready() -> None:
@@ -256,7 +304,7 @@ class Supervisor:
 
         async def main() -> None:
             if seat.kind is Kind.WORKER:
-                await run_worker(config, tables, seat.number, ready)
+                await run_worker(config, tables, seat.number, ready, plan.last_users)
             elif seat.kind is Kind.SCRAPER:
                 await run_scraper(config, tables, ready)
             else:
@@ -275,15 +323,18 @@ class Supervisor:
         child.ready_fd = -1
         if word and child.phase is Phase.STARTING:
             child.phase = Phase.READY
+            child.kill_at = None
             self._record(child)
             log.info("ready", child=child.seat.name, child_pid=child.pid)
+            if child.plan is self._trial:
+                self._plan, self._trial = self._trial, None
 
     def _retire(self, child: Child) -> None:
         """Tell a child to drain and end."""
         if child.phase is Phase.DRAINING:
             return
         child.phase = Phase.DRAINING
-        child.kill_at = time.monotonic() + self._config.drain_seconds + KILL_AFTER_SECONDS
+        child.kill_at = time.monotonic() + child.plan.config.drain_seconds + KILL_AFTER_SECONDS
         self._record(child)
         self._signal(child, signal.SIGTERM)
 
@@ -295,7 +346,8 @@ class Supervisor:
     def _kill_due(self, now: float) -> None:
         for child in self._children.values():
             if child.kill_at is not None and now >= child.kill_at:
-                log.warning("killing a child that would not end", child=child.seat.name, child_pid=child.pid)
+                what = "does not become ready" if child.phase is Phase.STARTING else "would not end"
+                log.warning(f"killing a child that {what}", child=child.seat.name, child_pid=child.pid)
                 child.kill_at = None
                 self._signal(child, signal.SIGKILL)
 
@@ -326,10 +378,13 @@ class Supervisor:
             return
         if child is seat.successor:
             seat.successor = None
-            self._free(child.writer)
+            if self._stopping or seat.child is not None:
+                self._free(child.writer)
+            else:  # there was nobody to replace
+                self._keep_down(seat, child.writer)
+                seat.start_at = time.monotonic() + _delay(seat)
             if not self._stopping:
-                self._rolling.clear()
-                log.error("a replacement ended before it was ready; the rolling restart stops here", child=seat.name)
+                self._stop_rolling(seat)
             return
         seat.child = None
         if self._stopping:
@@ -342,8 +397,10 @@ class Supervisor:
             return
         steady = now - child.started >= STEADY_SECONDS
         seat.failures_in_a_row = 0 if steady else seat.failures_in_a_row + 1
-        delay = 0.0 if steady else BACK_OFF_SECONDS[min(seat.failures_in_a_row, len(BACK_OFF_SECONDS)) - 1]
+        delay = _delay(seat)
         seat.restarts += 1
+        if child.plan is self._trial:  # it had taken its predecessor's place before it was ready
+            self._stop_rolling(seat)
         if seat.successor is not None:  # it was about to be replaced anyway
             self._free(child.writer)
             seat.child, seat.successor = seat.successor, None
@@ -352,10 +409,7 @@ class Supervisor:
             delay = 0.0
         else:
             seat.start_at = now + delay
-            child.phase = Phase.DOWN
-            self._record(child)
-            if seat.kind is Kind.WORKER:
-                seat.kept_writer = child.writer
+            self._keep_down(seat, child.writer)
         self._series.add(1.0, "restarts", seat.name)
         log.error(
             "a child ended unexpectedly",
@@ -391,36 +445,69 @@ class Supervisor:
             if getattr(config, name) != getattr(self._config, name):
                 log.warning("a change that needs a full restart is left out", key=name)
         keep = {name: getattr(self._config, name) for name in fixed}
-        self._config = config.model_copy(update=keep)
+        self._trial = _plan(config.model_copy(update=keep), self._plan)
         log.info("rolling restart")
-        self._rolling = deque(seat for seat in self._seats if not seat.closing)
+        # Scraper and admin come last: their old ones end before the new ones start, so there is no going back.
+        seats = [seat for seat in self._seats if not seat.closing]
+        self._rolling = deque(sorted(seats, key=lambda seat: seat.kind is not Kind.WORKER))
+
+    def _stop_rolling(self, seat: Seat) -> None:
+        """A replacement came to nothing."""
+        log.error(
+            "a replacement ended before it was ready; the rolling restart stops here",
+            child=seat.name, configuration="as before" if self._trial is not None else "the new one",
+        )  # fmt: skip
+        self._end_roll()
+
+    def _end_roll(self) -> None:
+        self._rolling.clear()
+        self._roll_at = self._trial = None
 
     def _roll(self) -> None:
         """Take the rolling restart one step further, if one is under way."""
+        if self._roll_at is not None:
+            if time.monotonic() < self._roll_at:
+                return
+            self._roll_at = None
         while self._rolling or self._roll_again:
             if not self._rolling:
                 self._roll_again = False
                 self._start_rolling()
                 continue
             seat = self._rolling[0]
-            if seat.child is None or seat.closing:
+            if seat.closing or (seat.child is None and seat.kind is not Kind.WORKER):
                 self._rolling.popleft()
+            elif seat.successor is not None:
+                if seat.successor.phase is not Phase.READY:
+                    return
+                if seat.child is not None:
+                    self._retire(seat.child)
+                    seat.retiring.append(seat.child)
+                seat.child, seat.successor = seat.successor, None
+                seat.failures_in_a_row = 0
+                self._rolling.popleft()
+            elif any(child.plan is self._trial for child in self._children.values()):
+                return  # one that took its predecessor's place, and is not ready yet
             elif seat.kind is not Kind.WORKER:
                 # These have one writer row and one address each: the old one ends, then the new one starts.
                 self._rolling.popleft()
+                assert seat.child is not None
                 self._retire(seat.child)
                 seat.failures_in_a_row = 0
-            elif seat.successor is None:
-                if self._free_writers:  # else those of earlier rounds are still draining: wait for one to end
-                    seat.successor = self._start(seat)
+            elif not self._start_successor(seat):
                 return
-            elif seat.successor.phase is Phase.READY:
-                self._retire(seat.child)
-                seat.retiring.append(seat.child)
-                seat.child, seat.successor = seat.successor, None
-                self._rolling.popleft()
-            else:
-                return
+
+    def _start_successor(self, seat: Seat) -> bool:
+        """Whether there is one now."""
+        if not self._free_writers and seat.kept_writer is None:
+            return False  # those of earlier rounds are still draining: wait for one to end
+        successor = self._start(seat, self._trial or self._plan)
+        if successor is None:
+            self._roll_at = time.monotonic() + _delay(seat)
+            return False
+        seat.successor, seat.start_at = successor, None
+        successor.kill_at = successor.started + READY_SECONDS
+        return True
 
     def _add_worker(self) -> None:
         numbers = {seat.number for seat in self._seats if seat.kind is Kind.WORKER}
@@ -439,6 +526,8 @@ class Supervisor:
         seat = Seat(Kind.WORKER, number)
         self._seats.append(seat)
         self._fill(seat)
+        if self._trial is not None:
+            self._rolling.append(seat)
         log.info("one worker more", workers=len(numbers) + 1)
 
     def _remove_worker(self) -> None:
@@ -464,6 +553,24 @@ class Supervisor:
         if not seat.retiring:
             self._seats.remove(seat)
         log.info("one worker less", workers=len(workers) - 1)
+
+
+def _plan(config: Config, before: Plan | None = None) -> Plan:
+    path = config.limits.users_file
+    if path is None:
+        return Plan(config, None)
+    if before is not None and before.config.limits.users_file == path:
+        return Plan(config, before.last_users)  # what the workers have seen of it since
+    last_users = LastUsers()
+    with contextlib.suppress(UsersError):  # it could be read a moment ago; else the workers will say what is wrong
+        last_users.keep(read_text(path))
+    return Plan(config, last_users)
+
+
+def _delay(seat: Seat) -> float:
+    """Before the next attempt to fill it."""
+    failures = min(seat.failures_in_a_row, len(BACK_OFF_SECONDS))
+    return BACK_OFF_SECONDS[failures - 1] if failures else 0.0
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:

@@ -6,7 +6,7 @@ from typing import Protocol
 from state.series import Series
 from workers.calls import Methods
 from workers.config import Config, ConfigError, TlsConfig
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import COUNTED, Counters, Limits
 from workers.h2.server import H2Server
 
 _LEVELS = frozenset({"connections_open", "streams_open", "buffered_bytes"})
@@ -70,7 +70,7 @@ class Meter:
     def copy(self) -> None:
         """What was counted since the last call, and the levels as they are."""
         counters = self._counters
-        for name in Counters.__slots__:
+        for name in COUNTED:
             value = getattr(counters, name)
             if name in _LEVELS:
                 self._series.put(float(value), "transport_level", name)

@@ -32,6 +32,7 @@ import yaml
 
 from router.limits import KEY_PREFIX, LONGEST_USER, Limits, effective
 from workers.documents import NotYaml, read_yaml
+from workers.last_users import LastUsers
 
 log = structlog.get_logger()
 
@@ -121,15 +122,19 @@ def changed(record: UserRecord, rpm: int | None, tpm: int | None) -> UserRecord:
 
 def read_users(path: Path) -> dict[str, UserRecord]:
     """The records of a users file by name. Raises UsersError."""
+    return parse_users(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """What a users file holds. Raises UsersError."""
     try:
-        text = path.read_text()
+        return path.read_text()
     except FileNotFoundError:
         raise UsersError(f"{path}: no such users file; `pointsman users add` makes it") from None
     except OSError as error:
         raise UsersError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsersError(f"{path}: is no UTF-8 text") from None
-    return parse_users(text, path)
 
 
 def parse_users(text: str, path: Path) -> dict[str, UserRecord]:
@@ -263,15 +268,24 @@ class UsersFile:
 class UserBook:
     """The users file as a worker has it at hand (`router.limits.Users`). What cannot be read leaves all as it was."""
 
-    def __init__(self, path: Path, room: int) -> None:
-        """`room`: how many users can be counted, `Capacity.limited_users`."""
+    def __init__(self, path: Path, room: int, last: LastUsers | None = None) -> None:
+        """`room`: how many users can be counted, `Capacity.limited_users`. `last`: for a file that cannot be used now.
+        Raises UsersError when that has none either: a worker without users would refuse them all."""
         self._path = path
         self._room = room
+        self._last = last
         self._limits: dict[str, Limits] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._with_keys: frozenset[str] = frozenset()
         self._seen = self._look()
-        self._take(self._read())
+        users = self._read()
+        if last is not None and isinstance(users, UsersError):
+            text = last.text()
+            if text is None:
+                raise users
+            log.error("users file cannot be used, the users are those it held before", error=str(users))
+            users = parse_users(text, path)
+        self._take(users)
 
     def limits_of(self, user: str) -> Limits | None:
         """None for an unknown user."""
@@ -297,9 +311,13 @@ class UserBook:
 
     def _read(self) -> dict[str, UserRecord] | UsersError:
         try:
-            return read_users(self._path)
+            text = read_text(self._path)
+            users = parse_users(text, self._path)
         except UsersError as error:
             return error
+        if self._last is not None:
+            self._last.keep(text)
+        return users
 
     def _take(self, users: dict[str, UserRecord] | UsersError) -> None:
         if isinstance(users, UsersError):

@@ -80,6 +80,7 @@ class FuzzCall:
         self.closed = 0
         self.half_closed = 0
         self.awaited = False
+        self.unheard = False
         self.push: Push | None = None
         world.calls.append(self)
 
@@ -115,6 +116,12 @@ class FuzzCall:
     def close(self) -> None:
         self.closed += 1
 
+    def late(self, message: bytes | None) -> None:
+        assert self.closed and not self.unheard, "late without an end, or after the last word"
+        self.unheard = message is None
+        if message == b"crash":
+            raise ValueError("a bug")
+
 
 class Answer:
     def __init__(self, call: FuzzCall) -> None:
@@ -138,7 +145,7 @@ class World:
         self.now = 100.0
         self.counters = Counters()
         methods = {
-            "/fuzz/Echo": Method(self._open),
+            "/fuzz/Echo": Method(self._open, listens=True),
             "/fuzz/Watch": Method(self._open, pushes=True),
         }
         self.connection = Connection(methods, LIMITS, self.counters, lambda: self.now)

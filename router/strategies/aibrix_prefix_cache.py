@@ -21,7 +21,7 @@ class AibrixPrefixCache(PrefixAware):
     a match. Matches are whole percents of the prompt's blocks, equal ones go by requests. Thresholds are those of
     its Helm chart (its code: 8 and 1). Source: vllm-project/aibrix,
     pkg/plugins/gateway/algorithms/prefix_cache.go, 2026-08. Blocks are this router's, and
-    counts are made at selection, where AIBrix counts after it and per replica.
+    counts are made at selection, where AIBrix counts after it.
     """
 
     name: ClassVar[str] = "aibrix-prefix-cache"

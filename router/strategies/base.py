@@ -63,6 +63,8 @@ class Strategy(ABC):
     name: ClassVar[str]
     told_as: ClassVar[str] = ""
     """What responses say instead of the name that was asked for."""
+    promises: ClassVar[int] = 0
+    """How well `chosen` says what a pod will have to compute, 0 for not at all. It is to be said once per request."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -83,6 +85,12 @@ class Strategy(ABC):
     ) -> None:
         """Called right after `pick` (or another strategy's pick) settled on a pod, before anything else happens:
         the place to remember where a prefix went, and to set `request.uncached_tokens`."""
+
+    def used(  # noqa: B027
+        self, user: str, counted: int, input_tokens: int, output_tokens: int, now: float
+    ) -> None:
+        """The answer to a user's request says what it took. `counted` prompt tokens were expected when it was sent. Not
+        called for each request: few answers are read."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

@@ -12,10 +12,10 @@ from state.pods import Floats
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class LeastRequest(Scoring):
-    """score = requests in flight, counted at selection over all workers and replicas. [requests]
+    """score = requests in flight, counted at selection over all workers of this replica. [requests]
 
-    AIBrix counts after selecting and per replica, so simultaneous requests all see the same counts and pile up
-    on one pod; here the count goes up in the same step as the choice. Equals take turns.
+    AIBrix counts after selecting, so simultaneous requests all see the same counts and pile up on one pod; here
+    the count goes up in the same step as the choice. What other replicas send is not in it. Equals take turns.
     """
 
     name: ClassVar[str] = "least-request"

@@ -23,11 +23,17 @@ class LlmDDefault(PrefixAware):
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """Minus the weighted sum."""
-        waiting = np.nan_to_num(candidates.metric("waiting"))
-        most, least = waiting.max(), waiting.min()
-        queue = (most - waiting) / (most - least) if most > least else np.ones(len(waiting))
-        free = 1.0 - np.clip(np.nan_to_num(candidates.metric("kv_usage")), 0.0, 1.0)
+        waiting = _or_nothing(candidates.metric("waiting"))
+        most, least = np.nanmax(waiting), np.nanmin(waiting)
+        queue = (most - waiting) / (most - least) if most > least else waiting * 0.0 + 1.0
+        free = 1.0 - np.clip(_or_nothing(candidates.metric("kv_usage")), 0.0, 1.0)
         prompt, uncached = self.prompt_and_uncached(request, candidates, now)
         matched = (prompt - uncached) / max(prompt, 1.0)
         result: Floats = -(2.0 * queue + 2.0 * free + 3.0 * matched)
         return result
+
+
+def _or_nothing(metric: Floats) -> Floats:
+    """A metric that engines do not publish is 0 everywhere. Where just one pod's is missing it stays unknown: as 0 it
+    would make that pod the best of all."""
+    return np.zeros(len(metric)) if np.isnan(metric).all() else metric

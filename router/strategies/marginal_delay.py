@@ -60,6 +60,7 @@ class MarginalDelay(Scoring):
     """
 
     name: ClassVar[str] = "marginal-delay"
+    promises: ClassVar[int] = 2  # with what attention and decoding add
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -1,5 +1,7 @@
 """What strategies that go by prefixes share: the look-up before, the memory after. Not a strategy itself."""
 
+from typing import ClassVar
+
 import numpy as np
 from mypy_extensions import mypyc_attr
 
@@ -13,6 +15,8 @@ from state.pods import Floats
 @mypyc_attr(allow_interpreted_subclasses=True)
 class PrefixAware(Scoring):
     """A formula over the tokens that each candidate holds of the prompt. Without prefix knowledge, nobody holds any."""
+
+    promises: ClassVar[int] = 1
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

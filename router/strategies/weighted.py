@@ -87,6 +87,7 @@ class Weighted(Scoring):
         super().__init__(context)
         self.parts = parts
         self._units = [float(getattr(part, "unit", UNITS.get(part.name, 0.0))) for part, _ in parts]
+        self._hear = told([part for part, _ in parts])
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """The weighted cost; all NaN if nobody knows anything."""
@@ -102,9 +103,20 @@ class Weighted(Scoring):
         return total / weights
 
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
-        """Every part hears of the choice."""
-        for part, _ in self.parts:
+        """Every part hears of the choice, but the prompt is remembered and its prefill promised once."""
+        for part in self._hear:
             part.chosen(request, candidates, index, now)
+
+    def used(self, user: str, counted: int, input_tokens: int, output_tokens: int, now: float) -> None:
+        """Every part hears of it."""
+        for part, _ in self.parts:
+            part.used(user, counted, input_tokens, output_tokens, now)
+
+
+def told(parts: list[Scoring]) -> list[Scoring]:
+    """Those whose `chosen` is called: of the ones that promise, the best at it, and the first of equals."""
+    best = max(parts, key=lambda part: part.promises)
+    return [part for part in parts if part is best or not part.promises]
 
 
 def scaled(scores: Floats, unit: float) -> Floats | None:

@@ -176,3 +176,22 @@ async def test_tls_with_client_certificates_between_envoy_and_the_workers(sessio
     with Lab(pods=1, workers=1, settings=settings) as lab:
         outcome = await send(session, lab.envoy_url, chat(lab.model, stream=True))
         assert outcome.ok, outcome
+
+
+async def test_the_router_tells_of_its_transport_and_its_strategy(lab: Lab, session: aiohttp.ClientSession) -> None:
+    headers = {"routing-strategy": "marginal-delay"}
+    async with session.post(lab.envoy_url + "/v1/chat/completions", json=chat(lab.model), headers=headers) as answer:
+        assert answer.status == 200
+
+    def told() -> bool:
+        page = get(lab.config.admin, "/metrics")[1].decode()
+        return all(
+            f"\n{series}" in page
+            for series in (
+                'pointsman_transport_level{what="streams_open"} ',
+                'pointsman_transport_events_total{event="streams_opened"} ',
+                'pointsman_strategy_mode{mode="full",',
+            )
+        )
+
+    await asyncio.to_thread(lab.until, told, "the metrics of the transport and the strategy")

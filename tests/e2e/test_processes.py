@@ -1,7 +1,9 @@
 """What happens to running requests when processes die, drain, are replaced, and when pods come and go."""
 
 import asyncio
+import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -175,3 +177,36 @@ async def test_a_dead_pod_gets_no_requests_until_it_is_back() -> None:
             await asyncio.sleep(1.5)
             assert dead not in load.pods
             assert len(load.failed) <= 1  # one that was already on its way
+
+
+async def test_clients_that_leave_while_their_pod_is_chosen_charge_nobody(lab: Lab) -> None:
+    body = json.dumps({"model": lab.model, "max_tokens": 5, "messages": [{"role": "user", "content": "x " * 2000}]})
+    kind = f"content-type: application/json\r\ncontent-length: {len(body)}"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{kind}"
+    rng = random.Random(1)
+
+    async def leave(host: str, port: int) -> None:
+        _, writer = await asyncio.open_connection(host, port)
+        writer.write(f"{head}\r\n\r\n{body}".encode())
+        await writer.drain()
+        await asyncio.sleep(rng.uniform(0.0, 0.02))
+        writer.transport.abort()
+
+    with lab:
+        host, _, port = lab.config.envoy.listen.rpartition(":")
+        for _ in range(10):
+            await asyncio.gather(*(leave(host, int(port)) for _ in range(20)))
+        assert "pointsman_decisions_total" in get(lab.config.admin, "/metrics")[1].decode()
+        await until(lambda: in_flight(lab) == 0, PATIENCE_SECONDS / 2)
+
+
+async def test_rolling_restarts_lose_no_log_entries(lab: Lab) -> None:
+    with lab:
+        async with steady_load(lab.envoy_url, lab.model, per_second=150, max_tokens=1) as load:
+            for _ in range(3):
+                await asyncio.sleep(1)
+                os.kill(lab.router.pid, signal.SIGHUP)
+            await asyncio.sleep(2)
+        assert len(load.outcomes) > 300
+        assert not load.failed
+        await until(lambda: in_flight(lab) == 0, PATIENCE_SECONDS / 2)

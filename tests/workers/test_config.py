@@ -96,6 +96,20 @@ def test_the_port_that_kubernetes_sets_for_a_service_called_redis(
     assert load(None).redis == f"redis://redis.svc:{taken}/0"
 
 
+@pytest.mark.parametrize(
+    ("given", "taken"), [("0", 0), ("1", 1), ("2", 2), ("100", 128), ("128", 128), ("129.0", 256), ("65535", 65536)]
+)
+def test_aibrix_block_size_becomes_a_power_of_two(monkeypatch: pytest.MonkeyPatch, given: str, taken: int) -> None:
+    monkeypatch.setenv("AIBRIX_PREFIX_CACHE_BLOCK_SIZE", given)
+    assert load(None).prefix.block_bytes == taken
+
+
+@pytest.mark.parametrize("given", ["-1", "1.5", "65537", "inf", "nan", "many"])
+def test_an_aibrix_block_size_that_is_none_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("AIBRIX_PREFIX_CACHE_BLOCK_SIZE", given)
+    refused()
+
+
 def test_empty_values_and_what_kubernetes_adds_for_a_service_of_our_name_mean_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -169,6 +183,8 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("scrape: {interval_min_seconds: .nan}", "scrape.interval_min_seconds: "),
         ("scrape: {timeout_seconds: 0}", "scrape.timeout_seconds: "),
         ("log: {level: loud}", "log.level: "),
+        ("prefix: {block_bytes: 100}", "prefix.block_bytes: must be a power of two, or 0: write 64 or 128 (got 100)"),
+        ("prefix: {block_bytes: 131072}", "prefix.block_bytes: Input should be less than or equal to 65536"),
         ("drain_seconds: -1", "drain_seconds: "),
         ("max_message_bytes: 1", "max_message_bytes: "),
         ("envoy: {client_certificate: c.pem}", "envoy: client_certificate and client_key: one needs the other"),

@@ -145,6 +145,12 @@ def test_only_with_override_host_may_a_request_pass_without_the_router(endpoints
         assert ext_proc(document)["failure_mode_allow"] == (destination == "override-host")
 
 
+@pytest.mark.parametrize("limits", [{"bearer_token": "secret"}, {"require_key": True, "users_file": "users.yaml"}])
+def test_no_request_passes_a_lock_while_the_router_is_gone(endpoints: Path, limits: dict[str, Any]) -> None:
+    config = make_config(endpoints, {"destination": "override-host"}, limits=limits)
+    assert ext_proc(bootstrap(config))["failure_mode_allow"] is False
+
+
 def test_override_host_knows_every_pod_of_the_file_once(endpoints: Path) -> None:
     document = bootstrap(make_config(endpoints, {"destination": "override-host"}))
     addresses = [one["socket_address"] for one in endpoint_addresses(document, POD_CLUSTER)]

@@ -3,32 +3,39 @@
 import asyncio
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import workers.discovery.file_source
 from workers.discovery.file_source import FileSource, pod_name
 from workers.discovery.registry import FoundPod
 
 ONE = "models: [{name: llama, endpoints: ['10.0.0.1:8000']}]"
 TWO = "models: [{name: llama, endpoints: ['10.0.0.1:8000', '10.0.0.2:8000']}]"
 
-Resolver = Callable[[dict[str, list[str] | Exception]], None]
+Found = list[str] | Exception | threading.Event
+Resolver = Callable[[dict[str, Found]], None]
 
 
 @pytest.fixture
 def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
-    """Answers name look-ups; literal addresses go to the real one."""
+    """Answers name look-ups; others go to the real one. An event is waited for before there is an answer."""
 
-    def install(names: dict[str, list[str] | Exception]) -> None:
+    def install(names: dict[str, Found]) -> None:
         real = socket.getaddrinfo
 
         def answer(host: Any, *rest: Any, **more: Any) -> Any:
             if host not in names:
                 return real(host, *rest, **more)
+            if isinstance(event := names[host], threading.Event):
+                event.wait(20)
             found = names[host]
+            assert not isinstance(found, threading.Event)
             if isinstance(found, Exception):
                 raise found
             families = [(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip) for ip in found]
@@ -129,7 +136,7 @@ async def test_a_name_with_v6_addresses_alone(tmp_path: Path, resolver: Resolver
 async def test_names_are_resolved_again_and_keep_their_addresses_when_they_cannot_be(
     tmp_path: Path, resolver: Resolver
 ) -> None:
-    names: dict[str, list[str] | Exception] = {"a.svc": ["10.1.0.1"], "b.svc": ["10.2.0.1"]}
+    names: dict[str, Found] = {"a.svc": ["10.1.0.1"], "b.svc": ["10.2.0.1"]}
     resolver(names)
     source = source_of(tmp_path, "models: [{name: m, endpoints: ['a.svc:1', 'b.svc:1']}]")
     assert set(await found(source)) == {"10.1.0.1:1", "10.2.0.1:1"}
@@ -153,6 +160,36 @@ async def test_a_successor_remembers_addresses_of_names_that_cannot_be_resolved_
         for address, host in (("10.1.0.1:1", "a.svc"), ("10.1.0.2:1", "a.svc"), ("10.3.0.1:1", "b.svc"))
     )
     assert set(await found(source)) == {"10.1.0.1:1", "10.1.0.2:1"}
+
+
+async def test_a_name_server_that_hangs_holds_up_nobody_and_is_asked_once(
+    tmp_path: Path, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.discovery.file_source, "LOOK_UP_SECONDS", 0.6)
+    hangs = threading.Event()
+    names: dict[str, Found] = {"old.svc": ["10.1.0.1"], "new.svc": hangs}
+    resolver(names)
+    source = source_of(tmp_path, "models: [{name: m, endpoints: ['old.svc:1']}]")
+    await found(source)
+    names["old.svc"] = hangs
+    source.path.write_text("models: [{name: m, endpoints: ['old.svc:1', 'new.svc:1', '10.0.0.1:1', '[FD00:0::1]:1']}]")
+    try:
+        for complete in (False, False, True):
+            began = time.monotonic()
+            assert set(await found(source)) == {"10.1.0.1:1", "10.0.0.1:1", "[fd00::1]:1"}
+            assert time.monotonic() - began < 0.5
+            assert source.complete is complete
+        assert set(source._look_ups) == {"old.svc", "new.svc"}
+        names["old.svc"] = names["new.svc"] = ["10.2.0.1"]
+    finally:
+        hangs.set()
+    assert not source.news
+    async with asyncio.timeout(20):
+        while source._look_ups:
+            await asyncio.sleep(0.01)
+    assert source.news
+    assert "10.2.0.1:1" in {pod.address for pod in source.listed()[0]}
+    assert not source.news
 
 
 async def test_rolesets(tmp_path: Path) -> None:

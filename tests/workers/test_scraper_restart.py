@@ -2,16 +2,23 @@
 
 import asyncio
 import contextlib
+import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from fleet import make_tables
+from fleet import end_of, in_child, make_tables
 
 from state.pods import COLUMN, Health
 from state.tables import SCRAPER, Tables
-from workers.config import Config, load
-from workers.scraper import Scraper
+from workers.config import Config, LogConfig, load
+from workers.process import run_child
+from workers.scrape.page import Sample
+from workers.scraper import Scraper, run_scraper
 
 PAGE = (Path(__file__).parent.parent / "fixtures/vllm-0.32/metrics-after-4-requests.txt").read_bytes()
 
@@ -60,9 +67,15 @@ def configuration(folder: Path, engines: list[Engine]) -> Config:
 async def running(config: Config, tables: Tables) -> AsyncIterator[Scraper]:
     scraper = Scraper(config, tables)
     await scraper.discover()
+    async with tasks_of(scraper):
+        yield scraper
+
+
+@contextlib.asynccontextmanager
+async def tasks_of(scraper: Scraper) -> AsyncIterator[None]:
     task = asyncio.ensure_future(scraper.run())
     try:
-        yield scraper
+        yield
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -166,3 +179,68 @@ async def test_nor_one_whose_only_peer_has_failed(tmp_path: Path, engines: list[
             worker.ledger.outcome(worker.ledger.charge(0, 1, 1, held=True), ok=False)
         await until(lambda: scraper._pods[0].bad == 5)
         assert states(tables)[0] is Health.READY
+
+
+async def test_a_name_server_that_hangs_stops_neither_polls_nor_the_file(
+    tmp_path: Path, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = make_tables(writer=SCRAPER)
+    config = configuration(tmp_path, engines[:1])
+    port = engines[0].address.rpartition(":")[2]
+    path = tmp_path / "e.yaml"
+    path.write_text(path.read_text().replace(engines[0].address, f"localhost:{port}"))
+    async with running(config, tables):
+        await until(lambda: states(tables) == [Health.READY])
+    hangs = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hangs.wait(20) and [])
+    try:
+        scraper, asked = Scraper(config, tables), engines[0].polls
+        monkeypatch.setattr(scraper, "discover", lambda: asyncio.sleep(20))
+        async with tasks_of(scraper):
+            await until(lambda: engines[0].polls > asked)  # before anything was discovered
+        async with running(config, tables):
+            path.write_text(path.read_text().replace("]}", f", 'slow.svc:1', '{engines[1].address}']}}"))
+            await until(lambda: states(tables) == [Health.READY, Health.READY])
+            assert not any(pod.draining for pod in tables.catalog.read()[1].pods)
+    finally:
+        hangs.set()
+
+
+def test_nor_the_end_of_the_process(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("models: [{name: m, endpoints: ['slow.svc:1', '127.0.0.1:9']}]")
+    config = load(None, {"endpoints": tmp_path / "e.yaml"})
+    tables = make_tables(writer=SCRAPER)
+    read, write = os.pipe()
+
+    def work() -> None:
+        socket.getaddrinfo = lambda *_, **__: time.sleep(60)  # type: ignore[assignment, return-value]
+        run_child("scraper", os.getppid(), LogConfig(), lambda: run_scraper(config, tables, lambda: os.close(write)))
+
+    began = time.monotonic()
+    pid = in_child(work)
+    os.close(write)
+    os.read(read, 1)
+    os.kill(pid, signal.SIGTERM)
+    assert end_of(pid) == 0
+    assert time.monotonic() - began < 10
+    os.close(read)
+    assert [pod.address for pod in tables.catalog.read()[1].pods] == ["127.0.0.1:9"]
+
+
+@pytest.mark.parametrize(("disbelieved", "left"), [((), 2), (("waiting",), 5)])
+async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
+    tmp_path: Path, engines: list[Engine], disbelieved: tuple[str, ...], left: int
+) -> None:
+    tables = make_tables(writer=SCRAPER)
+    scraper = Scraper(configuration(tmp_path, engines), tables)
+    await scraper.discover()
+    watched = scraper._pods[0]
+    for _ in range(5):
+        tables.ledger.charge(0, 100, 100, held=False)
+    for poll in range(10):
+        scraper._take(watched, Sample(running=2.0, disbelieved=disbelieved, found=1), 1000.0 + 3 * poll)
+    assert tables.ledger.load(0)[0] == left
+    for slot in list(scraper._pods):
+        scraper._unwatch(slot)
+    if scraper._timer is not None:
+        scraper._timer.cancel()

@@ -2,19 +2,24 @@
 
 Changes are seen by what `stat` says of the file (a Kubernetes ConfigMap is swapped by a symbolic link, which `stat`
 follows). A file that cannot be used is reported once and the pods stay as they are.
+
+Nobody waits for a name server that hangs: what is given by IP address, and names whose addresses are known, are listed
+at once. A look-up that takes long goes on by itself, and `news` says when it has come to something.
 """
 
 import asyncio
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from router.claims import claims_of
-from workers.address import is_ip, join_address, parse_address
+from workers.address import canonical_ip, is_ip, join_address, parse_address
 from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, read_endpoints
 from workers.discovery.registry import FoundPod
 
@@ -22,6 +27,12 @@ log = structlog.get_logger()
 
 Settings = Mapping[str, Mapping[str, Any]]
 
+PATIENCE_SECONDS = 0.25
+"""For all look-ups together, before the pods are listed without those that are still under way."""
+LOOK_UP_SECONDS = 2.0
+"""For one look-up, before its name counts as one that cannot be resolved, until it is answered after all."""
+MOST_LOOK_UPS = 32
+"""At the same time; each that hangs takes a thread."""
 LONGEST_MODEL_IN_NAMES = 50
 """Characters of a model's name in the names of its pods."""
 
@@ -33,9 +44,16 @@ class FileSource:
         self.path = path
         self._models: tuple[ModelEntry, ...] = ()
         self._seen: object = None
+        self._hosts: set[str] = set()
         self._addresses: dict[str, tuple[str, ...]] = {}
+        self._look_ups: dict[str, asyncio.Task[None]] = {}
+        self._late: set[str] = set()
+        # Threads of our own: the event loop waits for its own before it ends, and has a handful for everybody.
+        self._threads = ThreadPoolExecutor(MOST_LOOK_UPS, "look-up")
         self.loaded = False
         """Whether the file could ever be read: until then nothing is known, which is not the same as no pods."""
+        self.news = False
+        """Whether a look-up has come to something since the pods were listed last."""
 
     def remember(self, pods: Iterable[FoundPod]) -> None:
         """Take the addresses that a predecessor found, for names that cannot be resolved when this one starts."""
@@ -56,6 +74,7 @@ class FileSource:
         self._seen = seen
         try:
             self._models = read_endpoints(self.path)
+            self._hosts = {parse_address(endpoint.address).place for endpoint, *_ in _lines(self._models)}
             self.loaded = True
         except EndpointsError as error:
             log.error("endpoints file cannot be used, the pods stay as they are", error=str(error))
@@ -68,26 +87,57 @@ class FileSource:
         return (status.st_mtime_ns, status.st_ino, status.st_size)
 
     async def resolve(self) -> tuple[list[FoundPod], Settings]:
-        """The pods with the addresses their host names have at this moment. A name that cannot be resolved keeps the
-        addresses it had last."""
-        loop = asyncio.get_running_loop()
-        hosts = {parse_address(endpoint.address).place for endpoint, *_ in _lines(self._models)}
+        """Look all names up, wait a little, and list the pods; see `listed`."""
+        for host in self._hosts:
+            ip = canonical_ip(host)
+            if ip is not None:
+                self._addresses[host] = (ip,)
+            elif host not in self._look_ups:  # one that hangs is not asked again
+                self._look_ups[host] = asyncio.ensure_future(self._look_up(host))
+        waited = [task for host, task in self._look_ups.items() if host in self._hosts and host not in self._late]
+        if waited:
+            await asyncio.wait(waited, timeout=PATIENCE_SECONDS)
+        return self.listed()
 
-        async def look_up(host: str) -> None:
-            try:
-                found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            except (OSError, UnicodeError) as error:  # the latter for what cannot be a name at all
-                why = getattr(error, "strerror", None) or str(error)
-                log.warning("host name cannot be resolved", host=host, error=why)
-                return
-            v4 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET})
-            v6 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET6})
-            self._addresses[host] = tuple(v4 or v6)
-
-        await asyncio.gather(*(look_up(host) for host in hosts))
+    def listed(self) -> tuple[list[FoundPod], Settings]:
+        """The pods with the addresses of their host names that are known at this moment. A name that cannot be
+        resolved keeps the addresses it had last."""
+        self.news = False
         configs = {model.name: model.config.settings() for model in self._models}
         settings = {name: config for name, config in configs.items() if config}
         return _pods(self._models, self._addresses), settings
+
+    @property
+    def complete(self) -> bool:
+        """Whether no name is still in its first look-up: until then, pods may be missing from what is listed."""
+        first = self._hosts.intersection(self._look_ups).difference(self._addresses)
+        return first <= self._late
+
+    async def _look_up(self, host: str) -> None:
+        ask = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
+        answer = asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        try:
+            await asyncio.wait([answer], timeout=LOOK_UP_SECONDS)
+            if not answer.done():
+                self._late.add(host)
+                self.news = True
+                _warn(host, f"no answer within {LOOK_UP_SECONDS:.0f} s")
+            found = await answer
+        except (OSError, UnicodeError) as error:  # the latter for what cannot be a name at all
+            _warn(host, getattr(error, "strerror", None) or str(error))
+        else:
+            v4 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET})
+            v6 = sorted({str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET6})
+            self._addresses[host] = tuple(v4 or v6)
+        finally:
+            answer.cancel()
+            self._late.discard(host)
+            del self._look_ups[host]
+            self.news = True
+
+
+def _warn(host: str, why: str) -> None:
+    log.warning("host name cannot be resolved", host=host, error=why)
 
 
 def fixed_names(models: Iterable[ModelEntry]) -> dict[str, str]:
@@ -136,7 +186,7 @@ def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]
                 name = known.name
             else:
                 name = endpoint.name or pod_name(model.name, host if len(ips) == 1 else ip, number)
-                if name in names_taken:  # only where the file gives it twice, or to a host with several addresses
+                while name in names_taken:  # only where the file gives it twice, or to a host with several addresses
                     name = f"{name}-{address}"
                 names_taken.add(name)
             metrics_port = endpoint.metrics_port or model.metrics_port or port

@@ -5,10 +5,13 @@ it, whatever happens to the others. A pod that leaves first drains: it gets no n
 once nothing is in flight there (or after `drain_seconds`). If it comes back meanwhile it carries on as if nothing
 had been. A row that was given up rests for a while before another pod gets it, and begins at a load of zero: what the
 predecessor's requests still add or take is recognised by its generation and ignored.
+
+The catalog never names a row that is not its pod's: a row is claimed before the catalog with its pod is published, and
+vacated after one without it. A successor of a scraper that was killed in between finishes what that had begun.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from state.catalog import CatalogDocument, CatalogFull, PodRecord
@@ -65,15 +68,30 @@ class Registry:
 
     def _adopt(self, now: float) -> None:
         """Take over what a predecessor published, so that a restarted scraper disturbs nobody."""
-        _, document = self._tables.catalog.read()
+        tables = self._tables
+        _, document = tables.catalog.read()
         self._settings = document.models
+        lost = []
         for record in document.pods:
             pod = FoundPod(
                 record.address, record.name, record.models, record.engine, record.namespace, record.host,
                 record.metrics_address, record.role, record.roleset, record.labels,
             )  # fmt: skip
             leaving = now if record.draining else None
-            self._rows[record.address] = _Row(pod, record.slot, record.generation, leaving)
+            row = self._rows[record.address] = _Row(pod, record.slot, record.generation, leaving)
+            if tables.pods.generation[row.slot] != row.generation:
+                lost.append(row)
+        used = {row.slot for row in self._rows.values()}
+        for slot in range(tables.pods.high):
+            if slot not in used:
+                if tables.pods.generation[slot]:
+                    self._resting[slot] = now
+                tables.pods.vacate(slot)  # also one that is vacated, but perhaps half written
+        for row in lost:  # nobody would ever send a request there
+            row.generation = tables.pods.last_generation + 1
+            self._claim(row)
+        if lost:
+            tables.catalog.publish(_document(self._rows, self._settings))
 
     @property
     def pods(self) -> dict[int, FoundPod]:
@@ -86,9 +104,15 @@ class Registry:
         return {row.slot for row in self._rows.values() if row.draining}
 
     def update(
-        self, found: Sequence[FoundPod], settings: Mapping[str, Mapping[str, Any]], now: float
+        self,
+        found: Sequence[FoundPod],
+        settings: Mapping[str, Mapping[str, Any]],
+        now: float,
+        *,
+        complete: bool = True,
     ) -> tuple[list[int], list[int]]:
-        """Make the tables say what `found` says. Returns the slots that are new and those that began to drain.
+        """Make the tables say what `found` says. Returns the slots that are new and those that began to drain. Unless
+        `found` is complete, pods that are missing there stay as they are.
 
         Raises RegistryFull, and changes nothing, when there are more pods than rows or they take more room to
         describe than the catalog has.
@@ -103,15 +127,17 @@ class Registry:
         rows: dict[str, _Row] = {}
         added: list[int] = []
         leaving: list[int] = []
+        names = {pod.name for pod in found}
         for address, row in self._rows.items():
             pod = wanted.get(address)
             if pod is not None:
                 rows[address] = _Row(pod, row.slot, row.generation)
-            elif row.leaving_since is not None:
-                rows[address] = row
-            else:
-                rows[address] = _Row(row.pod, row.slot, row.generation, now)
+                continue
+            pod, since = _called_apart(row.pod, names), row.leaving_since
+            if since is None and complete:
+                since = now
                 leaving.append(row.slot)
+            rows[address] = _Row(pod, row.slot, row.generation, since)
         free = self._free_slots(now)
         generation = self._tables.pods.last_generation
         for address, pod in wanted.items():
@@ -135,17 +161,18 @@ class Registry:
 
     def sweep(self, now: float) -> list[int]:
         """Give up the rows of pods that have drained. Returns their slots."""
-        gone = []
+        gone: list[int] = []
         in_flight = self._tables.ledger.totals(Entry.REQUESTS, self._tables.pods.high)
         for address, row in list(self._rows.items()):
             since = row.leaving_since
             if since is not None and (in_flight[row.slot] <= 0 or now - since > self._drain_seconds):
                 del self._rows[address]
-                self._tables.pods.vacate(row.slot)
                 self._resting[row.slot] = now
                 gone.append(row.slot)
         if gone:
             self._tables.catalog.publish(_document(self._rows, self._settings))
+        for slot in gone:
+            self._tables.pods.vacate(slot)
         return gone
 
     def _claim(self, row: _Row) -> None:
@@ -162,6 +189,14 @@ class Registry:
         free = [slot for slot in range(self._tables.capacity.pods) if slot not in used]
         resting = {slot: since for slot, since in self._resting.items() if now - since < REST_SECONDS}
         return iter(sorted(free, key=lambda slot: resting.get(slot, -1.0)))
+
+
+def _called_apart(pod: FoundPod, names: set[str]) -> FoundPod:
+    """A pod that its source lists no more, by a name that no listed one has: names have their number in the file."""
+    name = pod.name
+    while name in names:
+        name = f"{name}-{pod.address}"
+    return pod if name == pod.name else replace(pod, name=name)
 
 
 def _document(rows: Mapping[str, _Row], settings: Mapping[str, Mapping[str, Any]]) -> CatalogDocument:

@@ -417,6 +417,8 @@ class Connection(Inbound):
             try:
                 stream.call = request.plain_method(request.metadata)
                 stream.quick = True
+                if request.listens:
+                    stream.late = stream.call  # type: ignore[assignment]
                 if request.timeout_seconds != inf:
                     self.set_deadline(stream, self.clock() + request.timeout_seconds)
             except Exception as error:

@@ -11,7 +11,7 @@ from functools import partial
 from math import inf
 from typing import Final
 
-from workers.calls import Call, CallError, Methods, PushingCall, Reply, Status, status_of
+from workers.calls import Call, CallError, LateCall, Methods, PushingCall, Reply, Status, status_of
 from workers.h2.frames import ENHANCE_YOUR_CALM, NO_ERROR, trailers_ok
 from workers.h2.limits import Counters, Limits
 from workers.h2.outbound import Outbound
@@ -58,6 +58,8 @@ class Dialogue(Outbound):
             return
         stream.call = call
         stream.quick = request.content_length < 0
+        if request.listens:
+            stream.late = call  # type: ignore[assignment]
         if request.timeout_seconds != inf:
             self.set_deadline(stream, self.clock() + request.timeout_seconds)
         if request.method.pushes:
@@ -217,6 +219,7 @@ class Dialogue(Outbound):
         stream.quick = False
         if stream.call is None:
             if stream.ended_local:
+                self._unheard(stream)
                 self.forget(stream)
         elif stream.cutter is not None and not stream.cutter.empty:
             self.fail(stream, CallError(Status.INTERNAL, "the stream ended within a message"))
@@ -240,6 +243,8 @@ class Dialogue(Outbound):
 
     def finish(self, stream: Stream, code: int = Status.OK, message: str = "") -> None:
         """End the call with a status. Trailers alone if no reply was sent before."""
+        if code != Status.OK:
+            stream.late = None
         self._close_call(stream)
         if code == Status.OK and stream.headers_sent and stream.pending is None and not self.hpack_prefix:
             self.out.append(trailers_ok(stream.id))
@@ -263,6 +268,7 @@ class Dialogue(Outbound):
     def local_end(self, stream: Stream) -> None:
         stream.ended_local = True
         if stream.ended_remote:
+            self._unheard(stream)
             self.forget(stream)
         else:
             stream.since = self.clock()
@@ -288,6 +294,10 @@ class Dialogue(Outbound):
         self.counters.streams_open -= 1
         self.lingering.pop(stream.id, None)
         self._close_call(stream)
+        if stream.pending is not None:
+            self._unheard(stream)
+        stream.late = None
+        self._drop_cutter(stream)
         self.drop_pending(stream)
 
     def forget_all(self) -> None:
@@ -305,13 +315,30 @@ class Dialogue(Outbound):
         if stream.inbox:
             self.counters.buffered_bytes -= sum(map(len, stream.inbox))
         stream.inbox = None
-        if stream.cutter is not None:
-            self.counters.buffered_bytes -= stream.cutter.held
-            stream.cutter = None
+        if stream.late is None:
+            self._drop_cutter(stream)
         if stream.waiter is not None:
             stream.waiter.cancel()
             stream.waiter = None
         self.close_call(call)
+
+    def _drop_cutter(self, stream: Stream) -> None:
+        if stream.cutter is not None:
+            self.counters.buffered_bytes -= stream.cutter.held
+            stream.cutter = None
+
+    def _unheard(self, stream: Stream) -> None:
+        """The client went before it had everything that we said."""
+        late = stream.late
+        if late is not None:
+            stream.late = None
+            self.tell_late(late, None)
+
+    def tell_late(self, call: LateCall, message: bytes | None) -> None:
+        try:
+            call.late(message)
+        except Exception as error:
+            self._crashed(error)
 
     def close_call(self, call: Call) -> None:
         try:

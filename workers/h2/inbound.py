@@ -4,7 +4,7 @@ the window that lets a client send (RFC 9113 6.1, 6.9, 8.1.1).
 
 from typing import Final
 
-from workers.calls import CallError
+from workers.calls import CallError, LateCall
 from workers.h2.control import Control
 from workers.h2.faults import ConnectionFault, StreamFault
 from workers.h2.frames import (
@@ -52,7 +52,10 @@ class Inbound(Control):
                 raise StreamFault(PROTOCOL_ERROR, "content and content-length differ")  # 8.1.1
         call = stream.call
         if call is None:
-            self._discard(stream, piece)
+            if stream.late is not None and piece:
+                self._hear_out(stream, stream.late, piece)
+            else:
+                self._discard(stream, piece)
         elif piece:
             self.collect(stream, piece)
         elif not flags & END_STREAM:
@@ -77,7 +80,36 @@ class Inbound(Control):
         elif len(piece) < _TINY_PIECE:
             self.spend("tiny DATA")
 
+    def _hear_out(self, stream: Stream, call: LateCall, piece: bytes) -> None:
+        """What was under way when we ended the call: half a window at most, and no more is opened."""
+        if stream.unread > self.limits.stream_window_bytes // 2 + _MAX_DISCARDED and stream.ended_local:
+            self.reset(stream, NO_ERROR)
+            return
+        messages = self._cut(stream, piece)
+        if messages is None:
+            stream.late = None
+            self._discard(stream, piece)
+            return
+        for message in messages:
+            self.tell_late(call, message)
+        if not messages and len(piece) < _TINY_PIECE:
+            self.spend("tiny DATA")
+
     def collect(self, stream: Stream, piece: bytes) -> None:
+        messages = self._cut(stream, piece)
+        if messages is None:
+            return
+        if messages:
+            self.budget += CREDIT_PER_MESSAGE
+            self.deliver(stream, messages)
+        else:
+            if len(piece) < _TINY_PIECE:
+                self.spend("tiny DATA")
+            self.check_buffered(stream)
+        self.settle(stream)
+
+    def _cut(self, stream: Stream, piece: bytes) -> list[bytes] | None:
+        """The messages that a piece completes. None after one that is not acceptable, which fails the call."""
         cutter = stream.cutter
         held = 0
         try:
@@ -93,17 +125,10 @@ class Inbound(Control):
             if cutter is not None:
                 self.counters.buffered_bytes += cutter.held - held
             self.fail(stream, error)
-            return
+            return None
         if cutter is not None:
             self.counters.buffered_bytes += cutter.held - held
-        if messages:
-            self.budget += CREDIT_PER_MESSAGE
-            self.deliver(stream, messages)
-        else:
-            if len(piece) < _TINY_PIECE:
-                self.spend("tiny DATA")
-            self.check_buffered(stream)
-        self.settle(stream)
+        return messages
 
     def settle(self, stream: Stream) -> None:
         """Back to the short way if nothing stands against it any more."""

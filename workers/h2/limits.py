@@ -54,27 +54,30 @@ class Limits:
 CREDIT_PER_MESSAGE: Final = 8
 
 
+COUNTED: Final = (
+    "abuse_closes",
+    "buffered_bytes",
+    "calls_crashed",
+    "connections_open",
+    "connections_opened",
+    "connections_refused",
+    "deadlines_exceeded",
+    "protocol_errors",
+    "streams_open",
+    "streams_opened",
+    "streams_refused",
+    "streams_reset_by_client",
+    "streams_reset_by_server",
+)
+
+
 class Counters:
     """Plain numbers since the start of the process, copied into metrics by whoever wants them.
 
     `streams_open`, `connections_open` and `buffered_bytes` are levels, the others only grow.
     """
 
-    __slots__ = (
-        "abuse_closes",
-        "buffered_bytes",
-        "calls_crashed",
-        "connections_open",
-        "connections_opened",
-        "connections_refused",
-        "deadlines_exceeded",
-        "protocol_errors",
-        "streams_open",
-        "streams_opened",
-        "streams_refused",
-        "streams_reset_by_client",
-        "streams_reset_by_server",
-    )
+    __slots__ = COUNTED
 
     def __init__(self) -> None:
         self.connections_opened = 0

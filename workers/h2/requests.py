@@ -36,10 +36,11 @@ class Refusal:
 class Request:
     """A well-formed request. `method` is None when the answer is `refusal`, `content_length` -1 when it is not stated.
 
-    `plain_method` is `method.open` for the many requests that have no length and whose method does not push.
+    `plain_method` is `method.open` for the many requests that have no length and whose method does not push, `listens`
+    what the method says.
     """
 
-    __slots__ = ("content_length", "metadata", "method", "plain_method", "refusal", "timeout_seconds")
+    __slots__ = ("content_length", "listens", "metadata", "method", "plain_method", "refusal", "timeout_seconds")
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Request:
         plain_method: Callable[[Metadata], Call] | None = None,
     ) -> None:
         self.method = method
+        self.listens = method is not None and method.listens
         self.metadata = metadata
         self.timeout_seconds = timeout_seconds
         self.content_length = content_length

@@ -4,7 +4,7 @@ from collections import deque
 from math import inf
 from typing import Protocol
 
-from workers.calls import Call
+from workers.calls import Call, LateCall
 from workers.h2.messages import MessageCutter
 
 
@@ -33,6 +33,7 @@ class Stream:
         "id",
         "inbox",
         "last_block",
+        "late",
         "pending",
         "pending_bytes",
         "pushes",
@@ -47,6 +48,8 @@ class Stream:
         self.id = stream_id
         self.call: Call | None = None
         """None once the call is closed, or if there never was one."""
+        self.late: LateCall | None = None
+        """The call again, for as long as it may want to know what the client says after it was closed."""
         self.send_window = send_window
         """Bytes the client lets us send; negative after it shrank its initial window (6.9.2)."""
         self.unread = 0

@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from operator import lt, sub
 from typing import NamedTuple
 
+from workers.scrape.belief import believed, bounds
 from workers.scrape.page import NAN, Histogram, Sample
 
 SLOTS = 12
@@ -91,6 +92,7 @@ class EngineState(NamedTuple):
 
 FIELDS: tuple[str, ...] = EngineState._fields
 """The columns, in the order of an `EngineState`."""
+_MOST = bounds(FIELDS)
 
 _QUANTILE_MEANINGS = {
     "ttft": "time to first token",
@@ -307,7 +309,7 @@ class Window:
         queries, hits = new.prefix_queries - old.prefix_queries, new.prefix_hits - old.prefix_hits
         computed = (new.computed_prompt_tokens - old.computed_prompt_tokens) * per_second
         if computed != computed:
-            computed = prompt - hits * per_second
+            computed = max(prompt - hits * per_second, 0.0)
         finished = (new.finished - old.finished) * per_second
         if finished != finished:
             finished = (new.e2e.count - old.e2e.count) * per_second
@@ -323,7 +325,7 @@ class Window:
         itl_p50, itl_p90, itl_p99 = _quantiles_between(old.itl, new.itl)
         e2e_p50, e2e_p90, e2e_p99 = _quantiles_between(old.e2e, new.e2e)
         queue_p50, queue_p90, queue_p99 = _quantiles_between(old.queue, new.queue)
-        return EngineState(
+        state = EngineState(
             running=sample.running,
             waiting=sample.waiting,
             waiting_deferred=sample.waiting_deferred,
@@ -372,3 +374,4 @@ class Window:
             prompt_tokens_mean=means["prompt_length"],
             generation_tokens_mean=means["generation_length"],
         )
+        return EngineState._make(believed(state, _MOST))  # a counter may have leapt

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from router.strategies import STRATEGIES, formula
+from router.strategies.weighted import Strategies
 
 AWARE = [
     "prefix-cache",
@@ -46,6 +47,29 @@ def test_they_work_without_prefix_knowledge(lab: Any, prompt: Any, name: str) ->
     request = fleet.request(prompt("a", 4))
     fleet.send(name, request)
     assert request.uncached_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("value", "like"),
+    [
+        ("prefix-cache:1,preble:1", "prefix-cache"),
+        ("lmetric,dynamo-kv,least-request", "lmetric"),
+        ("prefix-cache:3,marginal-delay", "marginal-delay"),
+        ("marginal-delay,preble", "marginal-delay"),
+        ("least-request,prefix-cache", "prefix-cache"),
+    ],
+)
+def test_in_a_combination_a_prompt_is_remembered_and_promised_once(
+    lab: Any, prompt: Any, value: str, like: str
+) -> None:
+    def sent(name: str) -> tuple[float, int]:
+        fleet = lab(2, waiting=0.0, running=0.0, kv_usage=0.1)
+        tables, _, context = fleet.worker()
+        fleet.strategies[(name, 0)] = Strategies(STRATEGIES, context).get(name)
+        slot = fleet.send(name, fleet.request(prompt("system", 16)))
+        return tables.ledger.busy_until(2)[slot] - fleet.now, sum(tables.prefix_log.heads.tolist())
+
+    assert sent(value) == sent(like)
 
 
 @pytest.mark.parametrize("name", ["prefix-cache", "prefix-cache-preble"])
@@ -208,42 +232,21 @@ def test_every_strategy_explains_itself() -> None:
         assert formula(kind), name
 
 
-def vtc(fleet: Any, worker: int = 0) -> Any:
-    tables, _, context = fleet.worker(worker)
-    context.parts["user_tokens"] = tables.user_tokens
-    return fleet.strategy("vtc-basic", worker)
-
-
-def test_heavy_users_are_kept_apart_from_light_ones_by_all_workers(lab: Any) -> None:
-    fleet = lab(4)
-    first, second = vtc(fleet, 0), vtc(fleet, 1)
-    for _ in range(10):
-        first.used("heavy", 10_000, 5_000, fleet.now)
-    second.used("light", 100, 50, fleet.now)
-    for worker in (0, 1):
-        for user in ("heavy", "light"):  # both are known now
-            fleet.strategy("vtc-basic", worker).scores(
-                fleet.request(tokens=1, user=user), fleet.candidates(), fleet.now
-            )
-        sent = {
-            user: {fleet.send("vtc-basic", fleet.request(tokens=1, user=user), worker) for _ in range(5)}
-            for user in ("heavy", "light")
-        }
-        assert sent == {"heavy": {2}, "light": {0}}
-
-
-def test_use_is_forgotten_after_the_window(lab: Any) -> None:
-    fleet = lab(4)
-    strategy = vtc(fleet)
-    strategy.used("heavy", 100_000, 0, fleet.now)
-    assert fleet.tables.user_tokens.of("heavy", fleet.now) == 100_000
-    assert fleet.tables.user_tokens.of("heavy", fleet.now + 200) == 100_000
-    assert fleet.tables.user_tokens.of("heavy", fleet.now + 301) == 0
-
-
-def test_without_a_user_requests_decide(lab: Any) -> None:
-    fleet = lab(3)
-    vtc(fleet)
-    fleet.load(0, 30)
-    fleet.load(2, 30)
-    assert {fleet.send("vtc-basic", fleet.request(tokens=1)) for _ in range(5)} == {1}
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_pod_that_says_nothing_of_itself_is_neither_flooded_nor_shunned(lab: Any, prompt: Any, name: str) -> None:
+    said = {"waiting": 0.0, "running": 2.0, "kv_usage": 0.4, "busy_ratio": 0.5, "num_gpu_blocks": 4000.0}
+    said |= {"block_size": 16.0, "prompt_tokens_per_second": 900.0, "generation_tokens_per_second": 200.0}
+    said |= {"prefill_mean_seconds": 0.1, "decode_mean_seconds": 2.0, "prompt_tokens_mean": 500.0}
+    fleet = lab(3, **said)
+    fleet.add(3)
+    sent: Counter[int] = Counter()
+    for number in range(200):
+        fleet.now += 0.1
+        sent[fleet.send(name, fleet.request(prompt(f"user {number}", 2), session_key=f"s{number}"))] += 1
+        if number % 10 == 9:
+            fleet.finish()
+            for slot in range(3):
+                fleet.poll(slot, **said)
+            fleet.poll(3)
+    assert 15 <= sent[3] <= 110
+    assert max(sent.values()) <= 110

@@ -43,6 +43,13 @@ def picks(strategy: SessionAffinity, pods: Candidates, session_id: str | None = 
 ADDRESSES = ("10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.10:8000", "[fd00::1]:8000")
 
 
+def mixed(value: int) -> int:
+    """MurmurHash3's fmix64."""
+    value = (value ^ value >> 33) * 0xFF51AFD7ED558CCD % 2**64
+    value = (value ^ value >> 33) * 0xC4CEB9FE1A85EC53 % 2**64
+    return value ^ value >> 33
+
+
 def test_fnv_is_fnv() -> None:
     """Vectors of the reference implementation (draft-eastlake-fnv, appendix C)."""
     assert fnv1a(b"") == 0xCBF29CE484222325
@@ -101,8 +108,17 @@ def test_an_id_does_not_tell_the_address(tables: Tables) -> None:
 @given(st.text(min_size=1, max_size=64), st.permutations(ADDRESSES))
 def test_a_key_goes_to_the_highest_hash(tables: Tables, key: str, addresses: list[str]) -> None:
     pods = candidates(tables, *addresses)
-    wanted = max(ADDRESSES, key=lambda address: fnv1a(key.encode() + b"\0" + address.encode()))
+    wanted = max(ADDRESSES, key=lambda address: mixed(fnv1a(key.encode() + b"\0" + address.encode())))
     assert picks(affinity(), pods, key=key) == {wanted}
+
+
+@pytest.mark.parametrize("pattern", ["127.0.0.1:800{}", "10.0.0.{}:8000", "vllm-{}.svc:8000"])
+@pytest.mark.parametrize("keys", ["u{}", "session-{:08}"])
+def test_keys_spread_evenly_however_alike_the_addresses_are(tables: Tables, pattern: str, keys: str) -> None:
+    pods = candidates(tables, *(pattern.format(n) for n in range(1, 5)))
+    strategy = affinity()
+    homes = Counter(strategy.pick(RoutingRequest("m", session_key=keys.format(n)), pods, 0.0) for n in range(1000))
+    assert min(homes.values()) > 200 and max(homes.values()) < 300
 
 
 def test_a_key_moves_only_when_its_pod_goes(tables: Tables) -> None:

@@ -77,6 +77,7 @@ class EchoCall:
         self.idle = False
         self.closed = 0
         self.got: list[bytes] = []
+        self.heard_late: list[bytes | None] = []
         self.push: Push | None = None
         self.half_closed = 0
 
@@ -118,6 +119,12 @@ class EchoCall:
     def close(self) -> None:
         self.closed += 1
 
+    def late(self, message: bytes | None) -> None:
+        assert self.closed
+        if message == b"crash":
+            raise RuntimeError("a bug")
+        self.heard_late.append(message)
+
 
 class Pending:
     """An awaited answer of a test: `done` is what the engine wants to be called with."""
@@ -156,7 +163,11 @@ class Peer:
         self.log = Log()
         self.now = 1000.0
         self.counters = Counters()
-        methods = {"/test/Echo": Method(self.log.open), "/test/Watch": Method(self.log.open, pushes=True)}
+        methods = {
+            "/test/Echo": Method(self.log.open),
+            "/test/Watch": Method(self.log.open, pushes=True),
+            "/test/Late": Method(self.log.open, listens=True),
+        }
         self.connection = Connection(methods, limits or Limits(), self.counters, lambda: self.now)
         self.connection.wait = self._wait
         self.wakes = 0

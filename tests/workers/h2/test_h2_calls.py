@@ -390,3 +390,73 @@ def test_a_call_that_ends_in_time_leaves_no_deadline() -> None:
     peer.send(peer.open(1, ("grpc-timeout", "1S")), peer.say(1, b"a", end=True))
     assert peer.later(2.0) == []
     assert peer.counters.deadlines_exceeded == 0
+
+
+def finished_late(**settings: int) -> Peer:
+    """A call that listens on, ended from this side while the client could still send."""
+    peer = Peer(**settings)
+    peer.send(peer.open(1, path="/test/Late"), peer.say(1, b"finish"))
+    assert (peer.call.closed, peer.call.heard_late) == (1, [])
+    return peer
+
+
+def test_a_client_that_ends_its_half_after_ours_was_late() -> None:
+    peer = finished_late()
+    assert peer.send(frame(DATA, END_STREAM, 1)) == []
+    assert peer.call.heard_late == [None]
+    assert not peer.connection.streams
+
+
+def test_a_client_that_resets_a_stream_has_read_its_end() -> None:
+    peer = finished_late()
+    peer.send(frame(RST_STREAM, 0, 1, NO_ERROR.to_bytes(4, "big")))
+    assert peer.call.heard_late == []
+    assert not peer.connection.streams
+
+
+@pytest.mark.parametrize("end", [frame(DATA, END_STREAM, 1), frame(RST_STREAM, 0, 1, CANCEL.to_bytes(4, "big"))])
+def test_a_reply_that_never_left_was_not_read(end: bytes) -> None:
+    peer = finished_late(window=1)
+    peer.send(end)
+    peer.send(window_update(1, 1000))
+    assert peer.call.heard_late == [None]
+    assert not peer.connection.streams
+
+
+def test_the_clients_end_may_come_while_the_last_answer_is_awaited() -> None:
+    peer = Peer()
+    peer.send(peer.open(1, path="/test/Late"), peer.say(1, b"wait"), frame(DATA, END_STREAM, 1))
+    peer.call.finished = True
+    peer.answer(0, b"late")
+    assert (peer.call.closed, peer.call.heard_late) == (1, [None])
+
+
+def test_an_error_is_no_reply_that_could_be_missed() -> None:
+    peer = Peer()
+    peer.send(peer.open(1, path="/test/Late"), peer.say(1, b"error"), frame(DATA, END_STREAM, 1))
+    assert peer.call.heard_late == []
+
+
+@pytest.mark.parametrize("cut", range(1, 16))
+def test_messages_under_way_when_a_call_was_ended_are_heard(cut: int) -> None:
+    peer = Peer()
+    peer.send(peer.open(1, path="/test/Late"))
+    data = message(b"one") + message(b"two")
+    peer.call.idle = True
+    peer.send(peer.say(1, b"now"), frame(DATA, 0, 1, data[:cut]))
+    peer.connection.start_drain()
+    peer.send(frame(DATA, 0, 1, data[cut:]), peer.say(1, b"crash"), peer.say(1, b"three"))
+    assert peer.call.got[1:] + peer.call.heard_late == [b"one", b"two", b"three"]
+    assert peer.call.closed == 1
+    peer.send(frame(RST_STREAM, 0, 1, NO_ERROR.to_bytes(4, "big")))
+    assert peer.counters.buffered_bytes == 0
+    assert not peer.connection.streams
+
+
+def test_what_was_begun_late_and_never_finished_is_given_up() -> None:
+    peer = finished_late()
+    peer.send(frame(DATA, 0, 1, message(b"x" * 2000)[:1500]))
+    assert peer.counters.buffered_bytes
+    peer.later(60)
+    assert peer.counters.buffered_bytes == 0
+    assert peer.call.heard_late == []

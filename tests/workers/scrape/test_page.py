@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from workers.scrape.belief import bounds
 from workers.scrape.engines import ENGINES, SGLANG, TRTLLM, VLLM, XLLM, Combine, Engine, engine_named
 from workers.scrape.page import ABSENT, Histogram, KnownLines, PageReader, Sample
 
@@ -26,7 +27,7 @@ def same(a: float, b: float) -> bool:
 def differences(a: Sample, b: Sample) -> list[str]:
     """Names of the attributes in which two samples differ."""
     names = []
-    for name in (field.name for field in fields(Sample)):
+    for name in (field.name for field in fields(Sample) if field.name != "disbelieved"):
         x, y = getattr(a, name), getattr(b, name)
         if isinstance(x, Histogram):
             equal = (
@@ -43,6 +44,10 @@ def differences(a: Sample, b: Sample) -> list[str]:
         if not equal:
             names.append(f"{name}: {x} != {y}")
     return names
+
+
+def believed(name: str, number: float) -> float:
+    return number if 0 <= number <= bounds([name])[0] else float("nan")
 
 
 def as_prometheus_client_reads(page: bytes, engine: Engine = VLLM) -> Sample:
@@ -76,7 +81,7 @@ def as_prometheus_client_reads(page: bytes, engine: Engine = VLLM) -> Sample:
                         number = sum(numbers) / len(numbers)
                     case Combine.MAX:
                         number = max((n for n in numbers if not isnan(n)), default=float("nan"))
-                setattr(result, scalar.quantity, float(number))
+                setattr(result, scalar.quantity, believed(scalar.quantity, float(number)))
                 break
     for distribution in engine.distributions:
         for base in distribution.names:
@@ -93,9 +98,13 @@ def as_prometheus_client_reads(page: bytes, engine: Engine = VLLM) -> Sample:
                 if name == base + "_bucket" and distribution.buckets:
                     bound = float(dict(labels)["le"])
                     buckets[bound] = buckets.get(bound, 0.0) + value
-            bounds = tuple(sorted(buckets))
+            limits = tuple(sorted(buckets))
+            total = sum(sums) if sums else float("nan")
             histogram = Histogram(
-                bounds, [buckets[bound] for bound in bounds], sum(sums) if sums else float("nan"), sum(counts)
+                limits,
+                [buckets[limit] for limit in limits],
+                believed(f"{distribution.quantity}.sum", total),
+                believed(f"{distribution.quantity}.count", sum(counts)),
             )
             setattr(result, distribution.quantity, histogram)
             break
@@ -320,6 +329,40 @@ def test_the_adapters_are_those_of_the_newest_series() -> None:
     assert (first.running_adapters, first.waiting_adapters, first.max_adapters) == (("sql", "é"), (), 4.0)
     second = reader.read((info % ("sql,é", "", "1.7e9") + info % ("", "chat", "1.8e9")).encode())
     assert (second.running_adapters, second.waiting_adapters) == ((), ("chat",))
+
+
+@pytest.mark.parametrize("number", ["+Inf", "-Inf", "-1", "1e300", "1e17"])
+@pytest.mark.parametrize(
+    ("series", "quantity"),
+    [
+        ("vllm:num_requests_waiting", "waiting"),
+        ("vllm:kv_cache_usage_perc", "kv_usage"),
+        ("vllm:generation_tokens_total", "generation_tokens"),
+        ("vllm:avg_generation_throughput_toks_per_s", "generation_throughput"),
+    ],
+)
+def test_what_cannot_be_true_is_absent_and_named(series: str, quantity: str, number: str) -> None:
+    reader = PageReader(KnownLines(VLLM))
+    pages = [f"vllm:num_requests_running 3\n{series} {said}\n".encode() for said in ("0.5", number, "0.5")]
+    samples = [reader.read(page) for page in pages]
+    assert [getattr(one, quantity) for one in (samples[0], samples[2])] == [0.5, 0.5]
+    assert isnan(getattr(samples[1], quantity))
+    assert [one.disbelieved for one in samples] == [(), (quantity,), ()]
+    assert [one.running for one in samples] == [3.0, 3.0, 3.0]
+
+
+def test_nothing_on_a_captured_page_is_disbelieved() -> None:
+    assert [read(page).disbelieved for page in CAPTURES] == [(), ()]
+
+
+def test_not_a_number_is_no_news() -> None:
+    assert read(b"vllm:num_requests_running NaN\n").disbelieved == ()
+
+
+def test_a_histogram_that_cannot_be_true_is_absent() -> None:
+    histogram = read(b"vllm:e2e_request_latency_seconds_sum 7\nvllm:e2e_request_latency_seconds_count 1e300\n").e2e
+    assert histogram.sum == 7.0
+    assert isnan(histogram.count)
 
 
 def test_blanks_around_a_line_do_not_count() -> None:

@@ -198,6 +198,20 @@ def test_what_an_engine_keeps_no_totals_of_comes_from_its_gauges() -> None:
     assert (state.hit_ratio, state.generation_tokens_per_second, state.busy_ratio) == (0.5, 70.0, 0.25)
 
 
+def test_a_counter_that_leaps_gives_no_rate() -> None:
+    window = Window()
+    window.add(0.0, sample(100.0))
+    assert window.add(1.0, sample(150.0)).generation_tokens_per_second == 50.0
+    assert isnan(window.add(2.0, sample(1e15)).generation_tokens_per_second)
+
+
+def test_a_mean_longer_than_a_day_or_any_context_is_not_known() -> None:
+    absurd = Histogram((), [], 1e15, 1.0)
+    state = Window().add(0.0, Sample(e2e=absurd, prompt_length=absurd, generation_length=Histogram((), [], 8.0, 2.0)))
+    assert isnan(state.e2e_mean_seconds) and isnan(state.prompt_tokens_mean)
+    assert state.generation_tokens_mean == 4.0
+
+
 def test_the_kv_cache_is_sized_by_its_blocks_where_tokens_are_not_given() -> None:
     assert Window().add(0.0, Sample(block_size=16.0, num_gpu_blocks=100.0)).kv_cache_tokens == 1600.0
 

@@ -1,0 +1,32 @@
+"""What every child does first."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LOG = """
+import structlog
+from workers.config import LogConfig
+from workers.process import set_up_logging
+set_up_logging(LogConfig(), "worker 0")
+for number in range(3):
+    structlog.get_logger().info("line", number=number)
+print("still here")
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", LOG], stdout=subprocess.PIPE, stderr=full, timeout=60, check=False)
+    assert done.stdout == b"still here\n"
+
+
+def test_nor_does_one_that_nobody_reads() -> None:
+    with subprocess.Popen([sys.executable, "-c", LOG], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None and process.stdout is not None
+        process.stderr.close()
+        assert process.stdout.read() == b"still here\n"
+        assert process.wait(60) == 0

@@ -1,0 +1,279 @@
+"""The supervisor with real children: what cannot be started, and configurations that turn out not to work.
+
+What is to go wrong does so where a file says it: the supervisor is a fork of this process, its patches included.
+"""
+
+import asyncio
+import contextlib
+import errno
+import http.client
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import orjson
+import pytest
+import yaml
+from fleet import end_of, in_child
+
+import workers.supervisor
+from bench.lab import Lab, free_ports, get
+from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
+from workers.config import Config, load
+from workers.supervisor import Supervisor
+
+
+def until(happened: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+class Running:
+    """A supervisor in a process of its own. `flags` are what the next SIGHUP changes."""
+
+    def __init__(self, folder: Path, **flags: Any) -> None:
+        ports = [f"127.0.0.1:{port}" for port in free_ports(8)]
+        self.folder = folder
+        self.base = {"listen": ports[0], "admin": ports[1], "worker_listen": ports[2], "drain_seconds": 1.0}
+        self.base |= {"workers": 1, "log": {"format": "json"}}
+        self.admin = ports[1]
+        (folder / "log").touch()
+        self.tell(**flags)
+        self.pid = in_child(self._run)
+
+    def _run(self) -> None:
+        sys.stderr = (self.folder / "log").open("a", buffering=1)
+        Supervisor(self._load(), self._load).run()
+
+    def _load(self) -> Config:
+        return load(None, self.base | orjson.loads((self.folder / "flags").read_bytes()))
+
+    def tell(self, **flags: Any) -> None:
+        """What the configuration says from the next time it is read."""
+        (self.folder / "flags").write_bytes(orjson.dumps(flags))
+
+    def hang_up(self) -> None:
+        os.kill(self.pid, signal.SIGHUP)
+
+    def children(self) -> dict[str, int]:
+        found = {}
+        for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b" \0").decode()
+                found[title.removeprefix("pointsman: ")] = int(pid)
+        return found
+
+    def missing(self) -> list[str] | None:
+        """What is not ready; None where nobody answers."""
+        try:
+            missing: list[str] = orjson.loads(get(self.admin, "/readyz")[1]).get("missing", [])
+        except (OSError, http.client.HTTPException):
+            return None
+        return missing
+
+    def ready(self) -> bool:
+        return self.missing() == []
+
+    def told(self) -> list[dict[str, Any]]:
+        """The log."""
+        return [orjson.loads(line) for line in (self.folder / "log").read_text().splitlines() if line[:1] == "{"]
+
+    def says(self, event: str) -> bool:
+        return any(event in line["event"] for line in self.told())
+
+    def stop(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+        assert end_of(self.pid) == 0
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def start(**flags: Any) -> Running:
+        started.append(Running(tmp_path, **flags))
+        until(started[-1].ready)
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """While this file exists, no process can be forked."""
+    flag = tmp_path / "broken"
+    fork = os.fork
+    own = os.getpid()
+
+    def may_fail() -> int:
+        if os.getpid() != own and flag.exists():
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", may_fail)
+    return flag
+
+
+def test_a_fork_that_fails_is_tried_again_and_takes_nothing_down(running: Callable[..., Running], broken: Path) -> None:
+    one = running()
+    before = one.children()
+    broken.touch()
+    os.kill(before["worker 0"], signal.SIGKILL)
+    until(lambda: sum("cannot be started" in line["event"] for line in one.told()) >= 3)
+    assert one.missing() == ["no worker is ready", "worker 0 is down"]
+    assert one.children() == {name: pid for name, pid in before.items() if name != "worker 0"}
+    os.kill(before["scraper"], signal.SIGKILL)
+    until(lambda: any("cannot be started" in line["event"] and line["child"] == "scraper" for line in one.told()))
+    broken.unlink()
+    until(lambda: one.ready() and len(one.children()) == 3)
+
+
+def test_a_fork_that_fails_in_a_rolling_restart_delays_it(running: Callable[..., Running], broken: Path) -> None:
+    one = running(workers=2)
+    before = one.children()
+    broken.touch()
+    one.hang_up()
+    until(lambda: sum("cannot be started" in line["event"] for line in one.told()) >= 3)
+    assert one.children() == before and one.ready()
+    broken.unlink()
+    until(lambda: len(set(one.children().values()) - set(before.values())) == 4 and one.ready())
+
+
+@pytest.fixture
+def _explain_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers with `explain: true` end at once, those with `usage_metrics: true` are never ready."""
+    run_worker = workers.supervisor.run_worker
+
+    async def run(config: Config, *rest: Any) -> None:
+        if config.explain:
+            raise RuntimeError("this is not to work")
+        if config.usage_metrics:
+            await asyncio.sleep(1000)
+        await run_worker(config, *rest)
+
+    monkeypatch.setattr(workers.supervisor, "run_worker", run)
+    monkeypatch.setattr(workers.supervisor, "READY_SECONDS", 1.0)
+
+
+@pytest.mark.usefixtures("_explain_breaks")
+@pytest.mark.parametrize("change", ["explain", "usage_metrics"])
+def test_a_configuration_with_which_no_worker_becomes_ready_changes_nothing(
+    running: Callable[..., Running], change: str
+) -> None:
+    one = running(workers=2)
+    before = one.children()
+    one.tell(workers=2, **{change: True})
+    one.hang_up()
+    until(lambda: one.says("the rolling restart stops here"))
+    until(lambda: one.children() == before)
+    os.kill(before["worker 0"], signal.SIGKILL)
+    until(lambda: one.children().get("worker 0", before["worker 0"]) != before["worker 0"])
+    until(one.ready)
+    one.tell(workers=2, strategy="random")
+    one.hang_up()
+    until(lambda: not set(one.children().values()) & set(before.values()) and len(one.children()) == 4)
+    until(one.ready)
+
+
+@pytest.mark.usefixtures("_explain_breaks")
+def test_a_worker_that_dies_while_a_configuration_is_on_trial_comes_back_with_the_one_before(
+    running: Callable[..., Running],
+) -> None:
+    one = running()
+    before = one.children()
+    one.tell(usage_metrics=True)
+    one.hang_up()
+    until(lambda: one.says("rolling restart"))
+    os.kill(before["worker 0"], signal.SIGKILL)
+    until(lambda: one.says("the rolling restart stops here"))
+    until(one.ready)
+    after = one.children()
+    assert after.pop("worker 0") != before.pop("worker 0")
+    assert after == before
+
+
+@pytest.mark.usefixtures("_explain_breaks")
+def test_a_new_configuration_mends_workers_that_keep_ending(tmp_path: Path) -> None:
+    one = Running(tmp_path, workers=2, explain=True)
+    try:
+        until(lambda: sum("ended unexpectedly" in line["event"] for line in one.told()) >= 8)
+        one.tell(workers=2)
+        one.hang_up()
+        until(lambda: one.ready() and set(one.children()) == {"worker 0", "worker 1", "scraper", "admin"})
+    finally:
+        one.stop()
+
+
+# -- start-up's checks, through the command
+
+
+def ask(lab: Lab, user: str) -> int:
+    """The status of the refusal, 0 for none."""
+    message = ProcessingRequest()
+    for name, value in {":path": "/v1/chat/completions", "user": user}.items():
+        message.request_headers.headers.headers.add(key=name, raw_value=value.encode())
+    with grpc.insecure_channel(lab.listen) as channel:
+        call = channel.stream_stream(
+            "/envoy.service.ext_proc.v3.ExternalProcessor/Process",
+            request_serializer=ProcessingRequest.SerializeToString,
+            response_deserializer=ProcessingResponse.FromString,
+        )
+        reply = next(call(iter([message]), timeout=10, wait_for_ready=True))
+    return int(reply.immediate_response.status.code) if reply.HasField("immediate_response") else 0
+
+
+def killed(lab: Lab) -> None:
+    """The only worker, and wait for the next."""
+    (before,) = lab.worker_pids()
+    os.kill(before, signal.SIGKILL)
+    until(lambda: (pids := lab.worker_pids()) and pids != [before] and get(lab.config.admin, "/readyz")[0] == 200)
+
+
+def test_a_worker_that_starts_while_the_users_file_is_broken_has_the_users_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "users.yaml"
+    path.write_text("users: [{name: alice}, {name: bob}]")
+    settings = {"limits": {"users_file": str(path)}}
+    with Lab(pods=1, workers=1, with_envoy=False, settings=settings) as lab:
+        assert (ask(lab, "alice"), ask(lab, "bob"), ask(lab, "carol")) == (0, 0, 401)
+        path.write_text("users: [{name: alice}, {name: carol}]")
+        until(lambda: ask(lab, "carol") == 0)
+        path.write_text("users: [")
+        before = lab.router_children()
+        os.kill(lab.router.pid, signal.SIGHUP)
+        until(lambda: "configuration not reloaded" in lab.router.tail())
+        assert lab.router_children() == before
+        for _ in range(2):
+            killed(lab)
+            assert (ask(lab, "alice"), ask(lab, "bob"), ask(lab, "carol")) == (0, 401, 0)
+        path.write_text("users: [{name: bob}]")
+        until(lambda: ask(lab, "bob") == 0)
+        assert ask(lab, "alice") == 401
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("tls: {certificate: /nonexistent.pem, key: /nonexistent.key}", "tls: /nonexistent.pem"),
+        ("limits: {users_file: /nonexistent.yaml}", "no such users file"),
+        ("endpoints: /nonexistent.yaml", "/nonexistent.yaml: cannot be read"),
+    ],
+)
+def test_a_configuration_that_could_not_be_started_with_is_not_reloaded(change: str, says: str) -> None:
+    with Lab(pods=0, workers=1, with_envoy=False) as lab:
+        before = lab.router_children()
+        document = yaml.safe_load(lab.config_path.read_text()) | yaml.safe_load(change)
+        lab.config_path.write_text(yaml.safe_dump(document))
+        os.kill(lab.router.pid, signal.SIGHUP)
+        until(lambda: "configuration not reloaded" in lab.router.tail())
+        assert says in lab.router.tail()
+        assert lab.router_children() == before
+        killed(lab)
