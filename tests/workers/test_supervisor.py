@@ -82,8 +82,9 @@ class Running:
         return self.missing() == []
 
     def told(self) -> list[dict[str, Any]]:
-        """The log."""
-        return [orjson.loads(line) for line in (self.folder / "log").read_text().splitlines() if line[:1] == "{"]
+        """The log, but for a line that is just being written."""
+        lines = (self.folder / "log").read_text().splitlines(keepends=True)
+        return [orjson.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
     def says(self, event: str) -> bool:
         return any(event in line["event"] for line in self.told())
