@@ -262,7 +262,7 @@ def test_a_worker_that_starts_while_the_users_file_is_broken_has_the_users_of_be
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("tls: {certificate: /nonexistent.pem, key: /nonexistent.key}", "tls: /nonexistent.pem"),
+        ("tls: {certificate: /nonexistent.pem, key: /nonexistent.key}", "/nonexistent.pem"),
         ("limits: {users_file: /nonexistent.yaml}", "no such users file"),
         ("endpoints: /nonexistent.yaml", "/nonexistent.yaml: cannot be read"),
     ],
