@@ -130,10 +130,10 @@ class Scraper:
                     self._unwatch(slot)
                     self._watch(slot, pod)
                 watched.pod = pod
-        if not found and complete and not self._without:
+        if complete and not found and not self._without:
             cure = "set `endpoints`" if self._source is None else f"list some in {self._source.path}"
             log.warning("there are no pods, every request will be refused", cure=cure)
-        self._without = not found
+        self._without = complete and not found
         if added or leaving:
             log.info("pods changed", added=len(added), leaving=len(leaving), pods=len(pods))
 

@@ -444,6 +444,8 @@ class Supervisor:
         for name in fixed:
             if getattr(config, name) != getattr(self._config, name):
                 log.warning("a change that needs a full restart is left out", key=name)
+        if config.prefix.ring_bytes != self._config.prefix.ring_bytes:
+            log.warning("a change that needs a full restart is left out", key="prefix.ring_bytes")
         keep = {name: getattr(self._config, name) for name in fixed}
         self._trial = _plan(config.model_copy(update=keep), self._plan)
         log.info("rolling restart")

@@ -36,8 +36,11 @@ def tls_context(config: TlsConfig | None) -> ssl.SSLContext | None:
     if config is None:
         return None
     for name, path in (("certificate", config.certificate), ("key", config.key), ("client_ca", config.client_ca)):
-        if path is not None and not path.is_file():
-            raise ConfigError(f"tls.{name}: there is no file {path}")
+        try:
+            if path is not None:
+                path.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"tls.{name}: {path} cannot be read: {error.strerror}") from None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])

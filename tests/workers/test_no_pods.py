@@ -24,5 +24,3 @@ async def test_a_router_without_pods_says_so_once(tmp_path: Path) -> None:
     assert await cures(None) == ["set `endpoints`"]
     path.write_text("models: []")
     assert await cures(path) == [f"list some in {path}"]
-    path.write_text("models: [{name: m, endpoints: ['10.0.0.1:1']}]")
-    assert await cures(path) == []

@@ -262,7 +262,10 @@ def test_a_worker_that_starts_while_the_users_file_is_broken_has_the_users_of_be
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("tls: {certificate: /nonexistent.pem, key: /nonexistent.key}", "/nonexistent.pem"),
+        (
+            "tls: {certificate: /nonexistent.pem, key: /nonexistent.key}",
+            "tls.certificate: /nonexistent.pem cannot be read: No such file",
+        ),
         ("limits: {users_file: /nonexistent.yaml}", "no such users file"),
         ("endpoints: /nonexistent.yaml", "/nonexistent.yaml: cannot be read"),
     ],
@@ -277,3 +280,12 @@ def test_a_configuration_that_could_not_be_started_with_is_not_reloaded(change: 
         assert says in lab.router.tail()
         assert lab.router_children() == before
         killed(lab)
+
+
+def test_what_needs_a_full_restart_is_named(running: Callable[..., Running]) -> None:
+    one = running()
+    one.tell(prefix={"ring_bytes": 1 << 20}, capacity={"pods": 99})
+    one.hang_up()
+    until(lambda: one.says("rolling restart"))
+    assert [line["key"] for line in one.told() if "full restart" in line["event"]] == ["capacity", "prefix.ring_bytes"]
+    until(one.ready)
