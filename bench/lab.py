@@ -276,7 +276,8 @@ class Lab:
         values = _merged(_merged(defaults, own), self.settings)
         config = load(None, values)
         self.workers = config.workers
-        self.config_path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        written = _merged(config.model_dump(mode="json"), self.settings)  # secrets are not shown in a dump
+        self.config_path.write_text(yaml.safe_dump(written, sort_keys=False))
         return config
 
     def _start_envoy(self, binary: str) -> None:

@@ -191,7 +191,9 @@ def metric_names() -> set[str]:
     """Everything that a sample of ours can be called."""
     names = set()
     for family in TablesCollector(make_tables()).collect():
-        endings = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
+        endings = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "info": ("_info",)}.get(
+            family.type, ("",)
+        )
         names |= {family.name + ending for ending in endings}
     return names
 

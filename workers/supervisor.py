@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import structlog
 
@@ -133,6 +134,9 @@ class Supervisor:
         gc.freeze()
         log.info(
             "starting",
+            version=version("pointsman"),
+            strategy=self._config.strategy,
+            endpoints=str(self._config.endpoints or ""),
             workers=self._config.workers,
             listen=self._config.listen,
             admin=self._config.admin,

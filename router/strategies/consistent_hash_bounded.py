@@ -32,7 +32,7 @@ class ConsistentHashBounded(Strategy):
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The first pod on the ring that has room."""
         ring, owners = self._ring(candidates)
-        requests = candidates.requests().tolist()
+        requests = [max(count, 0) for count in candidates.requests().tolist()]  # see workers.scrape.settle
         room = ceil(BOUND * (sum(requests) + 1) / len(requests))
         key = (request.session_key or request.user).encode("utf-8", "surrogatepass") or request.text[:KEY_BYTES]
         place = bisect_left(ring, xxh3_64_intdigest(key, 1))

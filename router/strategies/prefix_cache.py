@@ -30,7 +30,7 @@ class PrefixCache(PrefixAware):
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """Load within a match length, match length before load."""
         prompt, uncached = self.prompt_and_uncached(request, candidates, now)
-        requests = candidates.requests().astype(float)
+        requests = np.maximum(candidates.requests(), 0.0)  # for a moment it can be less: workers.scrape.settle
         matched = prompt - uncached
         units = np.floor(matched / USEFUL_TOKENS)
         units[overloaded(requests)] = 0.0

@@ -195,3 +195,14 @@ async def test_the_router_tells_of_its_transport_and_its_strategy(lab: Lab, sess
         )
 
     await asyncio.to_thread(lab.until, told, "the metrics of the transport and the strategy")
+
+
+async def test_the_token_opens_and_nothing_else_does(session: aiohttp.ClientSession) -> None:
+    with Lab(pods=1, workers=1, settings={"limits": {"bearer_token": "s3cret"}}) as lab:
+        answers = []
+        for given in ("Bearer s3cret", "Bearer other", ""):
+            headers = {"authorization": given} if given else {}
+            url = lab.envoy_url + "/v1/chat/completions"
+            async with session.post(url, json=chat(lab.model), headers=headers) as answer:
+                answers.append(answer.status)
+    assert answers == [200, 401, 401]

@@ -22,7 +22,7 @@ def test_the_last_text_is_kept_whoever_dies_while_writing() -> None:
     assert last.text() == "of a child"
 
     def die() -> None:
-        os.ftruncate = lambda *_: os._exit(9)  # type: ignore[assignment]
+        os.ftruncate = lambda *_: os._exit(9)
         last.keep("never written")
 
     assert end_of(in_child(die)) == 9

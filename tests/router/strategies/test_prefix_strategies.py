@@ -7,6 +7,7 @@ import pytest
 
 from router.strategies import STRATEGIES, formula
 from router.strategies.weighted import Strategies
+from state.ledger import Charge
 
 AWARE = [
     "prefix-cache",
@@ -230,6 +231,19 @@ def test_equal_prompts_without_a_session_share_a_pod(lab: Any, prompt: Any) -> N
 def test_every_strategy_explains_itself() -> None:
     for name, kind in STRATEGIES.items():
         assert formula(kind), name
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("released", [(1, 1, 1), (2, 2, 2), (3, 0, 0)])
+def test_counts_below_zero_are_survived(lab: Any, prompt: Any, name: str, released: tuple[int, ...]) -> None:
+    """As a late release of a charge that was given up leaves them until the next poll."""
+    fleet = lab(3, waiting=0.0, running=0.0, kv_usage=0.1)
+    for slot, count in enumerate(released):
+        for _ in range(count):
+            fleet.tables.ledger.release(Charge(slot, slot + 1, 100), held=False)
+    sent = Counter(fleet.send(name, fleet.request(prompt(f"user {i}", 2), session_key=f"s{i}")) for i in range(30))
+    assert len(sent) == 3
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
