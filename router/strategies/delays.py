@@ -1,12 +1,12 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
-    score = fixed + (M + u / budget) * step + c * price + M * (r + P * k) * shared + (u + c * (1 + N)) * prefill
-            + u * (1 + N) * loss
+    score = fixed + (M + u / budget) * step + M * cut + c * price + M * (r + P * k) * shared
+            + (u + c * (1 + N)) * prefill + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
 cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
-left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what
+left, seven numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what
 this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is
 what it hears from the prefix log that other workers have sent. So a decision is one product of
 a vector with a matrix, and a few multiplications for the pods that hold another part of the prompt than most.
@@ -40,6 +40,7 @@ _PRICE: Final = 2
 _SHARED: Final = 3
 _PREFILL: Final = 4
 _LOSS: Final = 5
+_CUT: Final = 6
 
 
 class Chance:
@@ -86,11 +87,13 @@ class Delays:
         self._more: Floats = np.zeros(n)
         self._short_of, self._more_of = _numbers(self._short), _numbers(self._more)
         self._no_place_of = _numbers(self._no_place)
+        self._answer: Floats = np.zeros(n)
+        self._answer_of = _numbers(self._answer)
         self._fullest = self._most_taken = 0.0
         self._loads: Floats = np.zeros((3, n))
-        self._form: Floats = np.zeros((6, n))
+        self._form: Floats = np.zeros((7, n))
         self._form[_PREFILL] = speeds.prefill_seconds
-        self._weights: Floats = np.ones(6)
+        self._weights: Floats = np.ones(7)
         self._scores: Floats = np.zeros(n)
         self._others: Floats = np.zeros(n)
         # Single numbers are read and written through views: half the price.
@@ -150,10 +153,10 @@ class Delays:
                 self._sent[place].add(size / index.bytes_per_token, new / index.bytes_per_token)
 
     def _work_out(self, now: float, index: PrefixIndex | None) -> None:
-        candidates, speeds, form = self._candidates, self.speeds, self._form
+        candidates, speeds, form, answer = self._candidates, self.speeds, self._form, self._answer
         excess = self._backlog.excess(candidates, speeds, now)
         requests, tokens, wait = self._loads
-        fixed, step, price, shared, prefill, loss = form
+        fixed, step, price, shared, prefill, loss, cut = form
         loads, until = candidates.loads(), candidates.busy_until()
         np.add(loads[0], speeds.elsewhere, out=requests)
         tokens[:] = loads[1]
@@ -172,7 +175,10 @@ class Delays:
         step += context * self._token_step
         step += self._idle_step
         typical = mean_tokens * float(prefill[0])
-        answer = step * speeds.output_tokens
+        np.subtract(speeds.pace, step, out=cut)
+        np.maximum(cut, 0.0, out=cut)
+        np.add(step, cut, out=answer)
+        answer *= speeds.output_tokens
         filled: Floats | None = None
         if self._rooms is not None:
             np.multiply(self._rooms, answer, out=self._more)
@@ -208,6 +214,7 @@ class Delays:
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
         loss *= 1.0 - slack
+        cut *= slack
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
@@ -236,7 +243,7 @@ class Delays:
         taken = self._requests_of[place] = self._requests_of[place] + 1.0
         if self._seats_of is not None:
             self._most_taken = max(self._most_taken, (taken + 1.0) * self._seats_of[place])
-            self._no_place_of[place] += self._seats_of[place] * form[n + place] * self.speeds.output_tokens - longer
+            self._no_place_of[place] += self._seats_of[place] * self._answer_of[place] - longer
 
     def of_all(self, prompt: float, output: float, uncached: float, scarce: float) -> Floats:
         """The score of every pod, if all of them hold as much of the prompt. The array is written over by the next
@@ -244,6 +251,7 @@ class Delays:
         weights = self._weight_of
         weights[_STEP] = output + uncached / self._budget
         weights[_LOSS] = uncached * self._price_of_all
+        weights[_CUT] = output
         self._last = self._flat + self._slope * prompt
         cost = self._last - 0.5 * self._slope * uncached
         scarce *= cost
@@ -277,6 +285,7 @@ class Delays:
             + form[3 * n + places] * self._weight_of[_SHARED]
             + form[4 * n + places] * (uncached + scarce * self._price_of_all)
             + form[5 * n + places] * loss
+            + form[6 * n + places] * output
         )
 
     def crowded(self, prompt: float) -> bool:
