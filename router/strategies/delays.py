@@ -200,7 +200,10 @@ class Delays:
             served = np.minimum(served, requests / np.maximum(filled, 1.0))
         self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
         if index is not None:
-            np.multiply(index.lost[self._candidates.slots], prefill, out=loss)
+            # What is lost wherever a prompt goes is no reason to go anywhere.
+            lost = index.lost[self._candidates.slots]
+            np.subtract(lost, lost.min(), out=loss)
+            loss *= prefill
         np.multiply(wait, speeds.drain, out=price)
         price /= mean_tokens
         np.minimum(price, requests, out=price)
@@ -213,7 +216,6 @@ class Delays:
         np.multiply(half, wait, out=fixed)
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
-        loss *= 1.0 - slack
         cut *= slack
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
