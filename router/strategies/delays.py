@@ -1,15 +1,15 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
-    score = fixed + (M + u / budget) * step + M * cut + c * price + M * (r + P * k) * shared
+    score = fixed + (M + u / budget) * step + M * held_up + c * price + M * (r + P * k) * shared
             + (u + c * (1 + N)) * prefill + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
 cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
-left, seven numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what
-this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is
-what it hears from the prefix log that other workers have sent. So a decision is one product of
-a vector with a matrix, and a few multiplications for the pods that hold another part of the prompt than most.
+left, seven numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between,
+what this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so
+is what it hears from the prefix log that other workers have sent. So a decision is one product of a vector with a
+matrix, and a few multiplications for the pods that hold another part of the prompt than most.
 """
 
 from math import inf
@@ -40,7 +40,7 @@ _PRICE: Final = 2
 _SHARED: Final = 3
 _PREFILL: Final = 4
 _LOSS: Final = 5
-_CUT: Final = 6
+_HELD_UP: Final = 6
 
 
 class Chance:
@@ -156,7 +156,7 @@ class Delays:
         candidates, speeds, form, answer = self._candidates, self.speeds, self._form, self._answer
         excess = self._backlog.excess(candidates, speeds, now)
         requests, tokens, wait = self._loads
-        fixed, step, price, shared, prefill, loss, cut = form
+        fixed, step, price, shared, prefill, loss, held_up = form
         loads, until = candidates.loads(), candidates.busy_until()
         np.add(loads[0], speeds.elsewhere, out=requests)
         tokens[:] = loads[1]
@@ -175,9 +175,9 @@ class Delays:
         step += context * self._token_step
         step += self._idle_step
         typical = mean_tokens * float(prefill[0])
-        np.subtract(speeds.pace, step, out=cut)
-        np.maximum(cut, 0.0, out=cut)
-        np.add(step, cut, out=answer)
+        np.subtract(speeds.pace, step, out=held_up)
+        np.maximum(held_up, 0.0, out=held_up)
+        np.add(step, held_up, out=answer)
         answer *= speeds.output_tokens
         filled: Floats | None = None
         if self._rooms is not None:
@@ -193,7 +193,8 @@ class Delays:
             np.subtract(taken, 1.0, out=self._no_place)
             self._no_place *= answer
             self._no_place -= wait
-        waits = wait + self.wait_for_room(mean_tokens) if self.crowded(mean_tokens) else wait
+        crowded = self.crowded(mean_tokens)
+        waits = wait + self.wait_for_room(mean_tokens) if crowded else wait
         slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
         served = requests if self._places is None else np.minimum(requests, self._places)
         if self._fullest > 1.0 and filled is not None:
@@ -216,7 +217,7 @@ class Delays:
         np.multiply(half, wait, out=fixed)
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
-        cut *= slack
+        held_up *= slack if crowded else 0.0
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
@@ -253,7 +254,7 @@ class Delays:
         weights = self._weight_of
         weights[_STEP] = output + uncached / self._budget
         weights[_LOSS] = uncached * self._price_of_all
-        weights[_CUT] = output
+        weights[_HELD_UP] = output
         self._last = self._flat + self._slope * prompt
         cost = self._last - 0.5 * self._slope * uncached
         scarce *= cost
@@ -295,8 +296,8 @@ class Delays:
         return self._fullest + prompt * self._most_room > 1.0 or self._most_taken > 1.0
 
     def wait_for_room(self, prompt: float) -> Floats:
-        """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: M steps
-        free as much as there is. The array is written over by the next call."""
+        """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: the time of
+        a mean answer frees as much as there is. The array is written over by the next call."""
         room = self._room
         np.multiply(self._more, prompt, out=room)
         room += self._short
