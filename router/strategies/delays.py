@@ -1,12 +1,12 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
-    score = fixed + (M + u / budget) * step + M * held_up + c * price + M * (r + P * k) * shared
-            + (u + c * (1 + N)) * prefill + u * (1 + N) * loss
+    score = fixed + (M + u / budget) * step + c * price + M * (r + P * k) * shared + (u + c * (1 + N)) * prefill
+            + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
 cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
-left, seven numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between,
+left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between,
 what this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so
 is what it hears from the prefix log that other workers have sent. So a decision is one product of a vector with a
 matrix, and a few multiplications for the pods that hold another part of the prompt than most.
@@ -40,7 +40,6 @@ _PRICE: Final = 2
 _SHARED: Final = 3
 _PREFILL: Final = 4
 _LOSS: Final = 5
-_HELD_UP: Final = 6
 
 
 class Chance:
@@ -91,9 +90,9 @@ class Delays:
         self._answer_of = _numbers(self._answer)
         self._fullest = self._most_taken = 0.0
         self._loads: Floats = np.zeros((3, n))
-        self._form: Floats = np.zeros((7, n))
+        self._form: Floats = np.zeros((6, n))
         self._form[_PREFILL] = speeds.prefill_seconds
-        self._weights: Floats = np.ones(7)
+        self._weights: Floats = np.ones(6)
         self._scores: Floats = np.zeros(n)
         self._others: Floats = np.zeros(n)
         # Single numbers are read and written through views: half the price.
@@ -156,7 +155,7 @@ class Delays:
         candidates, speeds, form, answer = self._candidates, self.speeds, self._form, self._answer
         excess = self._backlog.excess(candidates, speeds, now)
         requests, tokens, wait = self._loads
-        fixed, step, price, shared, prefill, loss, held_up = form
+        fixed, step, price, shared, prefill, loss = form
         loads, until = candidates.loads(), candidates.busy_until()
         np.add(loads[0], speeds.elsewhere, out=requests)
         tokens[:] = loads[1]
@@ -175,9 +174,7 @@ class Delays:
         step += context * self._token_step
         step += self._idle_step
         typical = mean_tokens * float(prefill[0])
-        np.subtract(speeds.pace, step, out=held_up)
-        np.maximum(held_up, 0.0, out=held_up)
-        np.add(step, held_up, out=answer)
+        np.maximum(step, speeds.pace, out=answer)
         answer *= speeds.output_tokens
         filled: Floats | None = None
         if self._rooms is not None:
@@ -193,18 +190,14 @@ class Delays:
             np.subtract(taken, 1.0, out=self._no_place)
             self._no_place *= answer
             self._no_place -= wait
-        crowded = self.crowded(mean_tokens)
-        waits = wait + self.wait_for_room(mean_tokens) if crowded else wait
+        waits = wait + self.wait_for_room(mean_tokens) if self.crowded(mean_tokens) else wait
         slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
         served = requests if self._places is None else np.minimum(requests, self._places)
         if self._fullest > 1.0 and filled is not None:
             served = np.minimum(served, requests / np.maximum(filled, 1.0))
         self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
         if index is not None:
-            # What is lost wherever a prompt goes is no reason to go anywhere.
-            lost = index.lost[self._candidates.slots]
-            np.subtract(lost, lost.min(), out=loss)
-            loss *= prefill
+            np.multiply(index.lost[self._candidates.slots], prefill, out=loss)
         np.multiply(wait, speeds.drain, out=price)
         price /= mean_tokens
         np.minimum(price, requests, out=price)
@@ -217,7 +210,7 @@ class Delays:
         np.multiply(half, wait, out=fixed)
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
-        held_up *= slack if crowded else 0.0
+        loss *= 1.0 - slack
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
@@ -254,7 +247,6 @@ class Delays:
         weights = self._weight_of
         weights[_STEP] = output + uncached / self._budget
         weights[_LOSS] = uncached * self._price_of_all
-        weights[_HELD_UP] = output
         self._last = self._flat + self._slope * prompt
         cost = self._last - 0.5 * self._slope * uncached
         scarce *= cost
@@ -288,7 +280,6 @@ class Delays:
             + form[3 * n + places] * self._weight_of[_SHARED]
             + form[4 * n + places] * (uncached + scarce * self._price_of_all)
             + form[5 * n + places] * loss
-            + form[6 * n + places] * output
         )
 
     def crowded(self, prompt: float) -> bool:

@@ -17,29 +17,26 @@ MODES: Final = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * (s + free * i) + (1 + N + n/2 + free * w) * C' + (1 + N) * L + free * n/2 * W + n' * M * d [s]
+    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + (1 + N) * L + free * n / 2 * W + n' * M * d. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
     C     seconds to prefill what the pod does not hold of this prompt: the last u of its P tokens at the pod's prefill
           speed, times flat + slope * (P - u / 2), since attention makes a token dearer by those before it; flat and
           slope are learnt, such that the mean token of all prompts counts once (`router.attention`)
     TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
-          tokens free as much as there is, at the pace of late), plus C, plus the share of decoding in the engine steps
+          tokens free as much as there is, at s or, where that is longer, at the time that the pod's own metrics give
+          from token to token, in which it computes prompts too), plus C, plus the share of decoding in the engine steps
           this takes (token budget 8192 each) at s; half a step more where no prompt is under way, since steps are not
           interrupted
     s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
-    i     what others' prefills add to that: how much longer than s the pod's answers took from token to token in the
-          last minute, by its own metrics. It counts once some pod is out of room or places: before, it would even out
-          the load at the price of cache hits. Where all pods are full, whoever goes where answers come quickly only
-          drives others away from there, so it counts times free
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less
           (`LookUp.shares`)
     L     seconds to prefill again what the u tokens push out of the pod's full cache, at the pod's speed: each of them
           so many as have to be computed again for each token that was written there of late
-          (`router.prefix_index.Turnover`), less what it is on the pod where it is least: what is lost everywhere is no
-          reason to go anywhere. Much on a pod that just still keeps what comes back, nothing on one with room to spare,
-          nor where little is found anyway: so few pods lose their caches, and not all
+          (`router.prefix_index.Turnover`). Much on a pod that just still keeps what comes back, nothing on one with
+          room to spare, nor where little is found anyway: so few pods lose their caches, and not all. Times 1 - free:
+          while there is slack, computing it again costs little
     n     requests in flight on the pod, as far as it has places and room for them, whose answers a second of prefill
           interrupts; half, as some still wait and the others can be many
     n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
