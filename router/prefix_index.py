@@ -42,14 +42,10 @@ BLOCKS_PER_PAIR: Final = 8
 DEMAND_SECONDS: Final = 10.0
 """Uses of a run count for this long, on average, as demand for it."""
 PLACES_KEPT: Final = 1024
-TURNOVER_SECONDS: Final = 30.0
-"""Over which it is averaged what comes and goes in a pod's full cache."""
 TAIL: Final = 0.5
 """Of the time that runs stay in a cache: a run used again after more of it is used in the tail."""
 FORGIVEN: Final = 0.5
 """Of a token written for each: the view takes pods to hold more than they do, so some of the tail is gone anyway."""
-MOST_LOST: Final = 4.0
-"""Tokens lost for each that is written; more is noise."""
 
 
 class PodRows(Protocol):
@@ -164,12 +160,14 @@ class SlotIndex:
 
 
 class Turnover:
-    """What comes and goes in one pod's cache, of late."""
+    """What comes and goes in one pod's full cache: means over as much as the cache holds, however long that takes to be
+    written. A few prompts say little of what comes back, and pods that only seem to differ draw prompts to and fro."""
 
-    __slots__ = ("at", "stay", "tail", "written")
+    __slots__ = ("room", "stay", "tail", "written")
 
     def __init__(self) -> None:
-        self.at = 0.0
+        self.room = 0.0
+        """Bytes that the cache holds."""
         self.stay = inf
         """Seconds from a run's last use to when it was dropped for want of room; infinite while nothing was."""
         self.tail = 0.0
@@ -177,7 +175,15 @@ class Turnover:
         self.written = 0.0
         """Bytes that were new."""
 
-    def add(self, now: float, new: int, again: int) -> float:
+    def drop(self, stay: float, room: float) -> None:
+        """A run is dropped so many seconds after its last use. At the first the whole cache has just been written."""
+        self.room = room
+        if self.stay < inf:
+            self.stay += 0.1 * (stay - self.stay)
+        else:
+            self.stay, self.written = stay, room
+
+    def add(self, new: int, again: int) -> float:
         """Bytes come in that are new, and bytes are used again that were last used in the tail. Returns how many must
         be written again for each one that is written now.
 
@@ -186,13 +192,10 @@ class Turnover:
         is nothing to lose on a pod that keeps all it needs for long enough, nor on one where little is found anyway;
         most of all there is where the next request more would push out what is about to be used.
         """
-        kept = exp((self.at - now) / TURNOVER_SECONDS)
-        self.at = now
+        kept = exp(-new / self.room)
         self.written = self.written * kept + new
         self.tail = self.tail * kept + again
-        if not self.written > 0.0:
-            return 0.0
-        return min(max(self.tail / ((1.0 - TAIL) * self.written) - FORGIVEN, 0.0), MOST_LOST)
+        return max(self.tail / ((1.0 - TAIL) * self.written) - FORGIVEN, 0.0)
 
 
 class PrefixIndex:
@@ -438,7 +441,7 @@ class PrefixIndex:
             for run in path:
                 if order.get(run, at) < before:
                     again += run.blocks
-            self.lost[slot] = turnover.add(at, more, again * block_bytes)
+            self.lost[slot] = turnover.add(more, again * block_bytes)
         move = order.move_to_end
         for run in reversed(path):
             order[run] = at
@@ -494,8 +497,7 @@ class PrefixIndex:
         only as much of the tail as is too much."""
         run, at = order.popitem(last=False)
         turnover = self._turnovers[slot]
-        stay = now - at
-        turnover.stay = stay if turnover.stay == inf else turnover.stay + 0.1 * (stay - turnover.stay)
+        turnover.drop(now - at, self._room[slot] * self._bytes_per_token)
         over = self._used[slot] - self._room[slot] * self._bytes_per_token
         blocks = -int(-over // run.block_bytes)
         if blocks >= run.blocks or run.holders != 1 << slot:

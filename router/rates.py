@@ -84,6 +84,7 @@ class Speeds:
         "flat",
         "idle_step",
         "output_tokens",
+        "pace",
         "polled",
         "prefill_seconds",
         "rooms",
@@ -113,6 +114,8 @@ class Speeds:
         """Requests on the pod that this replica does not know of."""
         self.output_tokens = 0.0
         """Mean of a request."""
+        self.pace: Floats
+        """Seconds from token to token of late, others' prefills in between included; 0 where that is not known."""
         self.polled: list[int] = []
         """Candidates with a sample not seen before."""
         self.sampled_at = 0.0
@@ -226,6 +229,8 @@ class Rates:
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0
         out.elsewhere = extra
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
+        out.pace = np.nan_to_num(candidates.metric("itl_mean_seconds"))
+        out.pace[now - sampled > STALE_SECONDS] = 0.0
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
 
 

@@ -6,10 +6,10 @@
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
 cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
-left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between, what
-this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so is
-what it hears from the prefix log that other workers have sent. So a decision is one product of
-a vector with a matrix, and a few multiplications for the pods that hold another part of the prompt than most.
+left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between,
+what this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so
+is what it hears from the prefix log that other workers have sent. So a decision is one product of a vector with a
+matrix, and a few multiplications for the pods that hold another part of the prompt than most.
 """
 
 from math import inf
@@ -86,6 +86,8 @@ class Delays:
         self._more: Floats = np.zeros(n)
         self._short_of, self._more_of = _numbers(self._short), _numbers(self._more)
         self._no_place_of = _numbers(self._no_place)
+        self._answer: Floats = np.zeros(n)
+        self._answer_of = _numbers(self._answer)
         self._fullest = self._most_taken = 0.0
         self._loads: Floats = np.zeros((3, n))
         self._form: Floats = np.zeros((6, n))
@@ -150,7 +152,7 @@ class Delays:
                 self._sent[place].add(size / index.bytes_per_token, new / index.bytes_per_token)
 
     def _work_out(self, now: float, index: PrefixIndex | None) -> None:
-        candidates, speeds, form = self._candidates, self.speeds, self._form
+        candidates, speeds, form, answer = self._candidates, self.speeds, self._form, self._answer
         excess = self._backlog.excess(candidates, speeds, now)
         requests, tokens, wait = self._loads
         fixed, step, price, shared, prefill, loss = form
@@ -172,7 +174,8 @@ class Delays:
         step += context * self._token_step
         step += self._idle_step
         typical = mean_tokens * float(prefill[0])
-        answer = step * speeds.output_tokens
+        np.maximum(step, speeds.pace, out=answer)
+        answer *= speeds.output_tokens
         filled: Floats | None = None
         if self._rooms is not None:
             np.multiply(self._rooms, answer, out=self._more)
@@ -236,7 +239,7 @@ class Delays:
         taken = self._requests_of[place] = self._requests_of[place] + 1.0
         if self._seats_of is not None:
             self._most_taken = max(self._most_taken, (taken + 1.0) * self._seats_of[place])
-            self._no_place_of[place] += self._seats_of[place] * form[n + place] * self.speeds.output_tokens - longer
+            self._no_place_of[place] += self._seats_of[place] * self._answer_of[place] - longer
 
     def of_all(self, prompt: float, output: float, uncached: float, scarce: float) -> Floats:
         """The score of every pod, if all of them hold as much of the prompt. The array is written over by the next
@@ -284,8 +287,8 @@ class Delays:
         return self._fullest + prompt * self._most_room > 1.0 or self._most_taken > 1.0
 
     def wait_for_room(self, prompt: float) -> Floats:
-        """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: M steps
-        free as much as there is. The array is written over by the next call."""
+        """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: the time of
+        a mean answer frees as much as there is. The array is written over by the next call."""
         room = self._room
         np.multiply(self._more, prompt, out=room)
         room += self._short

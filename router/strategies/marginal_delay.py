@@ -24,8 +24,10 @@ class MarginalDelay(Scoring):
           speed, times flat + slope * (P - u / 2), since attention makes a token dearer by those before it; flat and
           slope are learnt, such that the mean token of all prompts counts once (`router.attention`)
     TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
-          steps free as much as there is), plus C, plus the share of decoding in the engine steps this takes (token
-          budget 8192 each) at s; half a step more where no prompt is under way, since steps are not interrupted
+          tokens free as much as there is, at s or, where that is longer, at the time that the pod's own metrics give
+          from token to token, in which it computes prompts too), plus C, plus the share of decoding in the engine steps
+          this takes (token budget 8192 each) at s; half a step more where no prompt is under way, since steps are not
+          interrupted
     s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
     M     expected output tokens: the model's learnt mean, at most what the client allows
     C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less

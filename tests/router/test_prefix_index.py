@@ -211,6 +211,15 @@ def test_what_is_written_costs_most_where_the_cache_just_suffices(chats: int, lo
     assert view.lost[0] == 0.0
 
 
+def test_one_prompt_that_comes_back_late_says_little_of_a_cache() -> None:
+    """Of a cache of 1000 blocks, just written for the first time, 100 are used again after nearly all of their stay."""
+    view = Room(1).view()
+    for number in range(12):
+        view.remember(chain((f"chat {number} ", 100)), 0, float(number))
+    view.remember(chain(("chat 3 ", 100)), 0, 12.0)
+    assert view.lost[0] == 0.0
+
+
 def test_a_pod_that_says_nothing_of_its_cache_has_the_default() -> None:
     room = Room()
     room.pods.claim(0, 5)

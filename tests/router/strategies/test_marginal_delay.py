@@ -375,6 +375,17 @@ def test_more_tokens_than_the_kv_cache_holds_are_a_wait(lab: Any) -> None:
     assert full - free > 200 * Prior().step_seconds  # the mean answer's time, for as many tokens again
 
 
+def test_room_is_freed_as_slowly_as_answers_come(lab: Any) -> None:
+    """As above, but that the answers of the full pod take five times their steps, for all that is computed there."""
+    fleet = lab(2, num_gpu_blocks=1000.0, block_size=16.0)
+    fleet.load(0, 20, tokens=1600)
+    fleet.load(1, 20, tokens=400)
+    fleet.poll(0, itl_mean_seconds=5 * Prior().step_seconds)
+    fleet.poll(1)
+    full, free = fleet.scores(NAME, fleet.request(tokens=400))
+    assert full - free > 5 * 200 * Prior().step_seconds
+
+
 def test_shared_prompts_take_less_room(lab: Any) -> None:
     fleet = lab(2, num_gpu_blocks=1000.0, block_size=16.0)
     fleet.load(0, 20, tokens=1600)
