@@ -11,7 +11,7 @@ from router.request import RoutingRequest
 from router.strategies.base import Scoring, Strategy
 
 MOST_CANDIDATES: Final = 16
-"""The best so many are listed; a receipt is 2 KB at most, unless pods have long names."""
+"""The best so many are listed; a receipt is 4 KB at most, unless pods have long names."""
 LONGEST_TEXT: Final = 128
 
 
@@ -30,7 +30,9 @@ class Receipt:
         now: float,
     ) -> None:
         scores: list[float | None] = [None] * len(candidates)
+        terms: dict[str, list[float]] = {}
         if isinstance(strategy, Scoring):
+            terms = {name: of_all.tolist() for name, of_all in strategy.terms(request, candidates, now).items()}
             scores = [
                 score if isfinite(score) else None for score in strategy.scores(request, candidates, now).tolist()
             ]
@@ -43,6 +45,8 @@ class Receipt:
             score = scores[i]
             if score is not None:
                 row["score"] = float(f"{score:.6g}")
+            if terms:
+                row["terms"] = {name: float(f"{of_all[i]:.3g}") for name, of_all in terms.items()}
             if matched is not None:
                 row["matched_tokens"] = matched[i]
             rows.append(row)

@@ -184,6 +184,10 @@ def show(receipt: Mapping[str, Any], console: Console | None = None) -> None:
     title = f"{receipt['model']} by {receipt['strategy']}: {receipt['pod']}"
     console.print(title, style="italic", soft_wrap=True, markup=False, highlight=False)
     console.print(table)
+    for row in rows:
+        if "terms" in row:
+            sum_of = " + ".join(f"{name} {value:g}" for name, value in row["terms"].items())
+            console.print(f"{row['pod']}: {row['score']:.3g} = {sum_of}", markup=False, highlight=False)
     if receipt["of"] > len(rows):
         console.print(f"and {receipt['of'] - len(rows)} more")
 

@@ -101,6 +101,10 @@ class Scoring(Strategy):
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """One number per candidate, lower is better, NaN for unknown."""
 
+    def terms(self, request: RoutingRequest, candidates: Candidates, now: float) -> dict[str, Floats]:
+        """What the scores add up from, by name, where the strategy can tell. Only asked for receipts."""
+        return {}
+
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The candidate with the lowest score."""
         index = lowest(self.scores(request, candidates, now).tolist(), self.context.random)

@@ -282,6 +282,24 @@ class Delays:
             + form[5 * n + places] * loss
         )
 
+    def terms(
+        self, prompt: float, output: float, room: Floats | None, uncached: Floats, scarce: Floats
+    ) -> dict[str, Floats]:
+        """What the scores add up from, by name, for every pod. For people: it takes its time."""
+        form = self._form
+        cost = self._flat + self._slope * (prompt - 0.5 * uncached)
+        queue, of_others = form[_FIXED].copy(), scarce * cost * (form[_PRICE] + self._price_of_all * form[_PREFILL])
+        if room is not None:
+            queue += room
+        of_others += output * (self._per_request + prompt * self._per_token) * form[_SHARED]
+        return {
+            "queue": queue,
+            "prefill": uncached * cost * form[_PREFILL],
+            "answer": (output + uncached / self._budget) * form[_STEP],
+            "others": of_others,
+            "evicted": uncached * self._price_of_all * form[_LOSS],
+        }
+
     def crowded(self, prompt: float) -> bool:
         """Whether some pod may be out of places, or out of room in its KV cache with this prompt."""
         return self._fullest + prompt * self._most_room > 1.0 or self._most_taken > 1.0

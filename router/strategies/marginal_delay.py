@@ -76,6 +76,29 @@ class MarginalDelay(Scoring):
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """Seconds of delay. The array is written over by the next call."""
+        delays, prompt, output, room, uncached, scarce, others = self._weigh(request, candidates, now)
+        scores = delays.of_all(prompt, output, uncached, scarce)
+        for places, uncached, scarce in others:
+            scores[places] = delays.of(places, output, uncached, scarce)
+        if room is not None:
+            scores += room
+        return scores
+
+    def terms(self, request: RoutingRequest, candidates: Candidates, now: float) -> dict[str, Floats]:
+        """Seconds of delay: `queue`, until the pod begins with it and what that says of its slack; `prefill` and
+        `answer`, its own; `others`, what it adds to those of others; `evicted`, what it pushes out of the cache."""
+        delays, prompt, output, room, uncached, scarce, others = self._weigh(request, candidates, now)
+        missing = np.full(len(candidates), uncached)
+        counted = np.full(len(candidates), scarce)
+        for places, uncached, scarce in others:
+            missing[places], counted[places] = uncached, scarce
+        return delays.terms(prompt, output, room, missing, counted)
+
+    def _weigh(
+        self, request: RoutingRequest, candidates: Candidates, now: float
+    ) -> tuple[Delays, float, float, Floats | None, float, float, Shares]:
+        """The delays, prompt and output tokens, waits for room, and of most pods and then of the others what is
+        uncached and what is scarce."""
         speeds = self._rates.speeds(candidates, now)
         prefixes = self._prefixes
         found: LookUp | None = None
@@ -99,12 +122,7 @@ class MarginalDelay(Scoring):
         output = speeds.output_tokens
         if 0 < request.max_tokens < output:
             output = float(request.max_tokens)
-        scores = delays.of_all(prompt, output, uncached, scarce)
-        for places, uncached, scarce in others:
-            scores[places] = delays.of(places, output, uncached, scarce)
-        if room is not None:
-            scores += room
-        return scores
+        return delays, prompt, output, room, uncached, scarce, others
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The lowest score; none of them is ever unknown."""
