@@ -36,6 +36,9 @@ def test_explain_shows_the_decision_and_makes_none() -> None:
         code, out, _ = explain(lab, body, "-H", "routing-strategy: least-request")
         assert code == 0
         assert "by least-request" in out and "pod-2" in out
+        code, out, _ = explain(lab, body, "-H", "routing-strategy: marginal-delay")
+        assert code == 0
+        assert "pod-2: " in out and " = queue 0" in out and " + prefill 0." in out
         assert [pod["own"]["chosen"] for pod in lab.believed_pods()] == [0, 0, 0]
         code, out, error = explain(lab, {"model": "gpt-9", "prompt": "x"})
         assert (code, out) == (1, "")

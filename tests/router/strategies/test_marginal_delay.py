@@ -51,6 +51,21 @@ def test_the_score_is_the_sum_of_the_delays(lab: Any) -> None:
     assert fleet.scores(NAME, fleet.request(tokens=1000)) == pytest.approx(expected)
 
 
+def test_the_terms_of_a_receipt_add_up_to_the_score(lab: Any, prompt: Any) -> None:
+    fleet = lab(4, num_gpu_blocks=100.0, block_size=16.0)
+    for slot, requests in enumerate((1, 5, 0, 2)):
+        fleet.load(slot, requests)
+    fleet.send(NAME, fleet.request(prompt("system", 16)))
+    fleet.promise(3, 20_000)
+    asked = fleet.request(prompt("system", 16) + prompt("own", 4))
+    scores = np.array(fleet.scores(NAME, asked))
+    terms = fleet.strategy(NAME).terms(asked, fleet.candidates(), fleet.now)
+    assert list(terms) == ["queue", "prefill", "answer", "others", "evicted"]
+    assert np.sum(list(terms.values()), 0) == pytest.approx(scores, abs=1e-8)
+    assert terms["prefill"].min() < terms["prefill"].max()
+    assert terms["queue"].argmax() == 3
+
+
 def test_tokens_late_in_a_prompt_count_more(lab: Any, prompt: Any) -> None:
     """Three idle pods, one of which holds the first half of a prompt, where attention is half of the mean cost."""
     fleet = lab(3)
