@@ -143,7 +143,7 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = run(tmp_path, "--once", "--strategy", "least-requests")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "pointsman: configuration: strategy: no strategy 'least-requests'; did you mean 'least-request'?"
+        "pointsman: --strategy: strategy: no strategy 'least-requests'; did you mean 'least-request'?"
     ]
 
 
