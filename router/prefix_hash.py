@@ -20,7 +20,7 @@ system prompts come again. So the hashes are kept by *pieces*, groups of blocks 
 and a piece that was met before costs one hash instead of one per block. That never changes what comes out. Text that
 is new is hashed twice, which costs a tenth more: what costs is calling the hash function, once a block.
 
-Cost: 1 µs per KB of new text with blocks of 256 bytes, a fifth of it where the text is known (`python -m
+Cost: 1.2 µs per KB of new text with blocks of 256 bytes, a sixth of it where the text is known (`python -m
 bench.decision_cost`).
 """
 
