@@ -101,7 +101,7 @@ class _Piece:
 @mypyc_attr(allow_interpreted_subclasses=True)
 class PrefixHasher:
     """Hashes texts for one fleet. `max_blocks` bounds the work: what follows in a longer text is not looked at.
-    `keep_blocks` bounds what is kept, 8 bytes for each block and 250 for each piece."""
+    `keep_blocks` bounds of how many blocks the hashes are kept."""
 
     __slots__ = ("_earlier", "_kept", "_known", "keep_blocks", "max_blocks", "seed")
 
