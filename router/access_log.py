@@ -3,13 +3,14 @@
 The reply that routed a request put a ticket into Envoy's dynamic metadata, `replica.slot.generation.tokens`; the log
 entry brings it back with the response code and the timings, to whichever worker Envoy's log stream is connected to.
 Clients cannot write dynamic metadata, so a ticket is always a router's. Each entry releases its charge once. An entry
-about a request that another replica routed, or this one before its supervisor was restarted, says nothing about the
-loads that are kept here: it is passed over.
+about a request that another replica routed says nothing about the loads that are kept here. It is put down for that
+replica, to which the replicator brings it, where there is one; else it is passed over.
 
 Where Envoy may retry on another pod it was given several addresses in order. The entry names the one that answered:
 those before it have failed (`router/retries.py`).
 """
 
+import re
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -20,7 +21,10 @@ from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.retries import answered_after_retries
 from router.scheduler import Scheduler
 from state.ledger import Charge
+from state.prefix_log import Routed
+from state.tables import Tables
 
+_REPLICA: Final = re.compile("[0-9a-f]{8}")
 MOST_ENDPOINTS: Final = 17
 """The longest list that a configuration can ask for."""
 
@@ -42,9 +46,10 @@ class AccessLog:
         except DecodeError as error:
             raise MessageError(f"not a StreamAccessLogsMessage: {error}") from None
         for entry in batch.http_logs.log_entry:
-            self._take(entry)
+            self.take(entry)
 
-    def _take(self, entry: HTTPAccessLogEntry) -> None:
+    def take(self, entry: HTTPAccessLogEntry) -> None:
+        """A request has ended."""
         common = entry.common_properties
         metadata = common.metadata.filter_metadata
         if NAMESPACE not in metadata:
@@ -54,6 +59,8 @@ class AccessLog:
         replica, _, ticket = fields["ticket"].string_value.partition(".") if "ticket" in fields else ("", "", "")
         if replica != scheduler.tables.replica:
             scheduler.series.add(1.0, "foreign")
+            if scheduler.passes_on:
+                pass_on(scheduler.tables, replica, entry, scheduler.clock())
             return
         charge = _charge(ticket)
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
@@ -98,6 +105,27 @@ class AccessLog:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def pass_on(tables: Tables, replica: str, entry: HTTPAccessLogEntry, now: float) -> None:
+    """Put an entry down for the replica that routed the request, without what is of no use there."""
+    if not _REPLICA.fullmatch(replica):
+        return
+    metadata = entry.common_properties.metadata.filter_metadata
+    for namespace in [name for name in metadata if name not in (NAMESPACE, ENVOY_LB)]:
+        del metadata[namespace]
+    entry.DiscardUnknownFields()
+    text = entry.SerializeToString()
+    room = 8 * tables.ended_log.max_hashes
+    if 4 + len(text) <= room:
+        padding = bytes(-(4 + len(text)) % 8)
+        tables.ended_log.append(0, int(replica, 16), now, 1, len(text).to_bytes(4, "little") + text + padding)
+
+
+def passed_on(record: Routed) -> tuple[str, bytes]:
+    """What `pass_on` put down: the replica and the entry."""
+    length = int.from_bytes(record.hashes[:4], "little")
+    return f"{record.pod:08x}", record.hashes[4 : 4 + length]
 
 
 def _charge(ticket: str) -> Charge | None:

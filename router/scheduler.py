@@ -69,6 +69,8 @@ class Scheduler:
         self._strategies = Strategies(STRATEGIES, Context(seed, **parts))
         self.wake: Callable[[Pod, str], None] | None = None
         """Asks a pod to wake a model; does not wait."""
+        self.passes_on = False
+        """Whether somebody brings log entries on other replicas' requests to them."""
         self._latency = Histogram(self.series, "decision_seconds")
         self._decision_cells: dict[tuple[str, int, int, str], int] = {}
         self._replies: dict[tuple[int, int, str, Destination, bool, bool, int], RoutedReplies] = {}

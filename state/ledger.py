@@ -11,6 +11,9 @@ writer: another process will receive the access log entry that releases it.
 What still drifts (an Envoy that died with requests in flight) is settled by the scraper, in its own row, against
 the engines' own counts.
 
+What other replicas have in flight is a held charge too: of the process that hears of it, which says how much it is in
+all (`hold`). Where only what this replica itself has sent counts, that is left out (`of_this_replica`).
+
 Adding the rows up costs as much as the rest of a simple decision. So `follow` adds requests up at most once in
 FRESH_SECONDS; in between every charge and release of this process is entered into the sums too, which are exact in what
 this process does and at most that old in what the others do.
@@ -222,6 +225,39 @@ class Ledger:
         rows[Entry.TOKENS] -= tokens
         rows[Entry.REQUESTS_HELD] = rows[Entry.TOKENS_HELD] = rows[Entry.BUSY_UNTIL] = 0
         return int(held.sum())
+
+    def hold(self, slot: int, requests: int, tokens: int) -> None:
+        """Say what this process holds on a pod in all, for one that makes and releases no single charges."""
+        generation = self._generation_of[slot]
+        if self._holder[slot] != generation:
+            self._requests_held[slot] = self._tokens_held[slot] = 0
+            self._holder[slot] = generation
+        self._requests[slot] += requests - self._requests_held[slot]
+        self._tokens[slot] += tokens - self._tokens_held[slot]
+        self._requests_held[slot] = requests
+        self._tokens_held[slot] = tokens
+
+    def promise(self, slot: int, tokens: int) -> None:
+        """Prompt tokens that others have sent to a pod and that are not in its cache."""
+        self._promised[slot] += tokens
+
+    def held_by(self, writer: int, slot: int) -> tuple[int, int]:
+        """(requests, prompt tokens) that one process holds on one pod."""
+        rows = self._rows[:, writer, slot]
+        if rows[Entry.HOLDER] != self._generations[slot]:
+            return 0, 0
+        return int(rows[Entry.REQUESTS_HELD]), int(rows[Entry.TOKENS_HELD])
+
+    def of_this_replica(self, high: int, mirror: int) -> Ints:
+        """REQUESTS, TOKENS and PROMISED of pods 0..high-1, without what `mirror`, the process that mirrors other
+        replicas, has entered for them: int64[3][high]."""
+        total: Ints = self.loads(high)
+        rows = self._rows[:, mirror, :high]
+        current = rows[Entry.HOLDER] == self._generations[:high]
+        total[0] -= np.where(current, rows[Entry.REQUESTS_HELD], 0)
+        total[1] -= np.where(current, rows[Entry.TOKENS_HELD], 0)
+        total[2] -= rows[Entry.PROMISED]
+        return total
 
     def settle(self, slot: int, requests: int, tokens: int) -> None:
         """Correct a pod's totals by the given amounts, in this process's own row."""

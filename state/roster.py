@@ -16,6 +16,7 @@ class Kind(IntEnum):
     WORKER = 1
     SCRAPER = 2
     ADMIN = 3
+    REPLICATOR = 4
 
 
 class Phase(IntEnum):

@@ -30,9 +30,10 @@ class Capacity:
     limited_models: int = 256
 
 
-SUPERVISOR, SCRAPER, ADMIN = 0, 1, 2
+SUPERVISOR, SCRAPER, ADMIN, REPLICATOR = 0, 1, 2, 3
 """Writer rows of the processes of which there is one. Workers have the rows from FIRST_WORKER on."""
-FIRST_WORKER = 3
+FIRST_WORKER = 4
+ENDED_RING_BYTES = 1 << 18
 _ID_BYTES = 4
 
 
@@ -49,6 +50,8 @@ class Tables:
         self.ledger = Ledger(segment.region("ledger"), self.pods.generation, capacity.writers, capacity.pods, writer)
         self.roster = Roster(segment.region("roster"), capacity.writers)
         self.prefix_log = PrefixLog(segment.region("prefix_log"), capacity.writers, capacity.prefix_ring_bytes, writer)
+        self.ended_log = PrefixLog(segment.region("ended_log"), capacity.writers, ENDED_RING_BYTES, writer)
+        """What Envoy told workers here of requests that other replicas had routed (`router.access_log`)."""
         self.abandoned = Abandoned(segment.region("abandoned"), capacity.writers, writer)
         self.user_tokens = UserTokens(segment.region("user_tokens"), capacity.writers, writer)
         fd, writers = segment.fd, capacity.writers
@@ -74,6 +77,7 @@ class Tables:
                 "ledger": Ledger.size(capacity.writers, capacity.pods),
                 "roster": Roster.size(capacity.writers),
                 "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
+                "ended_log": PrefixLog.size(capacity.writers, ENDED_RING_BYTES),
                 "abandoned": Abandoned.size(capacity.writers),
                 "user_tokens": UserTokens.size(capacity.writers),
                 "user_minutes": Windows.size(capacity.limited_users, capacity.writers),

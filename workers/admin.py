@@ -12,17 +12,15 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from state.ledger import Entry
 from state.pods import COLUMN, Health
 from state.roster import Kind, Phase
-from state.tables import Tables
+from state.tables import REPLICATOR, Tables
 from workers.address import parse_address
 from workers.config import Config
 from workers.metrics import TablesCollector
 from workers.process import Stop
 
-_OWN = (
-    Entry.REQUESTS, Entry.TOKENS, Entry.PROMISED, Entry.REQUESTS_HELD, Entry.TOKENS_HELD, Entry.CHOSEN,
-    Entry.SUCCEEDED, Entry.FAILED,
-)  # fmt: skip
-"""What of the ledger a person can read."""
+_IN_FLIGHT = ("requests", "tokens", "promised")
+_COUNTED = (Entry.REQUESTS_HELD, Entry.TOKENS_HELD, Entry.CHOSEN, Entry.SUCCEEDED, Entry.FAILED)
+"""What else of the ledger a person can read."""
 
 
 class Admin:
@@ -91,7 +89,8 @@ class Admin:
         tables = self._tables
         version, document = tables.catalog.read()
         _, rows = tables.pods.snapshot()
-        totals = {entry.name.lower(): tables.ledger.totals(entry, tables.pods.high) for entry in _OWN}
+        totals = {entry.name.lower(): tables.ledger.totals(entry, tables.pods.high).tolist() for entry in _COUNTED}
+        in_flight = tables.ledger.of_this_replica(tables.pods.high, REPLICATOR).tolist()
         now = time.monotonic()
         listed = []
         for pod in document.pods:
@@ -99,6 +98,11 @@ class Admin:
                 continue
             row = rows[pod.slot]
             sampled = float(row[COLUMN["sampled_at"]])
+            requests, tokens = tables.ledger.held_by(REPLICATOR, pod.slot)
+            own = dict(zip(_IN_FLIGHT, (counts[pod.slot] for counts in in_flight), strict=True))
+            own |= {name: counts[pod.slot] for name, counts in totals.items()}
+            own["requests_held"] -= requests
+            own["tokens_held"] -= tokens
             listed.append(
                 {
                     "name": pod.name,
@@ -114,7 +118,8 @@ class Admin:
                     "draining": pod.draining,
                     "health": Health(int(row[COLUMN["health"]])).name.lower(),
                     "sample_age_seconds": round(now - sampled, 3) if sampled > 0 else None,
-                    "own": {name: int(counts[pod.slot]) for name, counts in totals.items()},
+                    "own": own,
+                    "elsewhere": {"requests": requests, "tokens": tokens},
                     "engine_metrics": _known(row),
                 }
             )

@@ -131,6 +131,17 @@ class PrefixConfig(_Section):
     """Room of each worker's log in shared memory."""
 
 
+class ReplicasConfig(_Section):
+    """What the replicas of a router tell each other through Redis."""
+
+    share: bool = True
+    """Whether they do."""
+    interval_seconds: float = Field(0.05, ge=0.01, le=60)
+    """Between two exchanges of a replica."""
+    group: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Replicas of one router have the same; routers for other pods in the same Redis have another."""
+
+
 class LogConfig(_Section):
     """What is written to standard error."""
 
@@ -206,6 +217,7 @@ class Config(BaseSettings):
     """Needs transport h2."""
     scrape: ScrapeConfig = ScrapeConfig()
     prefix: PrefixConfig = PrefixConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
     capacity: CapacityConfig = CapacityConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
@@ -285,6 +297,11 @@ class Config(BaseSettings):
     def default_strategy(self) -> str:
         """As the scheduler takes it: empty for none."""
         return "" if self.strategy == NO_STRATEGY else self.strategy
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether replicas tell each other what they do."""
+        return bool(self.redis) and self.replicas.share
 
     @property
     def max_workers(self) -> int:

@@ -80,6 +80,7 @@ async def run_worker(
     )
     waker = Waker()
     scheduler.wake = waker.ask
+    scheduler.passes_on = config.has_replicas
     async with open_gate(config, tables, last_users) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
         server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)

@@ -19,13 +19,15 @@ from state.ledger import Entry
 from state.pods import COLUMN, Health
 from state.roster import Kind, Phase
 from state.series import DECISION_BUCKETS, OVERFLOW, merge
-from state.tables import Tables
+from state.tables import REPLICATOR, Tables
 from workers.compiled import is_compiled
 
 _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "decisions": ("pointsman_decisions", "Requests routed", ("model", "pod", "strategy")),
     "refused": ("pointsman_refused", "Requests answered by the router itself", ("status", "code")),
     "finished": ("pointsman_finished", "Requests that ended, by the status the client got", ("pod", "status")),
+    "exchanges": ("pointsman_exchanges", "Exchanges with other replicas through Redis", ("result",)),
+    "prompts": ("pointsman_shared_prompts", "Prompts that replicas told each other of", ("what",)),
     "foreign": ("pointsman_foreign_log_entries", "Log entries on requests that another replica routed", ()),
     "retried": ("pointsman_retried", "Requests that Envoy sent to another pod after the first failed", ("pod",)),
     "used_tokens": ("pointsman_used_tokens", "Tokens of answered requests, by their own usage", ("model", "kind")),
@@ -89,6 +91,9 @@ class TablesCollector(Collector):
             if labels[0] == "transport_level":
                 levels.add_metric(labels[1:], value)
         yield levels
+        replicas = GaugeMetricFamily("pointsman_replicas_heard", "Other replicas that tell what they have in flight")
+        replicas.add_metric((), merged.get(("replicas",), 0.0))
+        yield replicas
         modes = GaugeMetricFamily(
             "pointsman_strategy_mode",
             "Workers that last decided so",
@@ -107,6 +112,9 @@ class TablesCollector(Collector):
         in_flight = GaugeMetricFamily(
             "pointsman_in_flight", "Requests in flight, by the router's own account", labels=("pod",)
         )
+        elsewhere = GaugeMetricFamily(
+            "pointsman_in_flight_elsewhere", "Requests in flight, by what other replicas tell", labels=("pod",)
+        )
         age = GaugeMetricFamily("pointsman_scrape_age_seconds", "Age of the last good poll", labels=("pod",))
         health = GaugeMetricFamily("pointsman_pod_health", "1 for the pod's state", labels=("pod", "state"))
         engine = {
@@ -114,11 +122,13 @@ class TablesCollector(Collector):
             for name, text in _POD_GAUGES
         }
         requests = tables.ledger.totals(Entry.REQUESTS, tables.pods.high)
+        own = tables.ledger.of_this_replica(tables.pods.high, REPLICATOR)[0]
         for pod in document.pods:
             if pod.slot >= len(rows):
                 continue
             row = rows[pod.slot]
-            in_flight.add_metric((pod.name,), int(requests[pod.slot]))
+            in_flight.add_metric((pod.name,), int(own[pod.slot]))
+            elsewhere.add_metric((pod.name,), int(requests[pod.slot] - own[pod.slot]))
             if row[COLUMN["sampled_at"]] > 0:
                 age.add_metric((pod.name,), now - row[COLUMN["sampled_at"]])
             state = "draining" if pod.draining else Health(int(row[COLUMN["health"]])).name.lower()
@@ -128,6 +138,7 @@ class TablesCollector(Collector):
                 if value == value:
                     family.add_metric((pod.name,), value)
         yield in_flight
+        yield elsewhere
         yield age
         yield health
         yield from engine.values()

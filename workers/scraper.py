@@ -17,7 +17,7 @@ import structlog
 from router.rules import CONFIG
 from state.ledger import Entry
 from state.pods import COLUMN, FIELDS, Floats, Health
-from state.tables import Tables
+from state.tables import REPLICATOR, Tables
 from workers.address import parse_address
 from workers.config import Config
 from workers.discovery.file_source import FileSource, Settings
@@ -282,10 +282,12 @@ class Scraper:
         own, tokens = ledger.load(slot)
         # What an engine says wrongly is not what it does not have.
         engine = math.nan if sample.disbelieved else sample.running + _or_zero(sample.waiting)
-        correction = watched.excess.correction(own, engine, now)
+        of_others, their_tokens = ledger.held_by(REPLICATOR, slot)
+        mine, my_tokens = own - of_others, tokens - their_tokens  # theirs are theirs to put right
+        correction = watched.excess.correction(mine, engine, now)
         if correction:
             # Tokens go with requests, in the same proportion.
-            ledger.settle(slot, correction, -tokens if own <= 0 else round(tokens * correction / own))
+            ledger.settle(slot, correction, -my_tokens if mine <= 0 else round(my_tokens * correction / mine))
             self._series.add(abs(correction), "settled", watched.pod.name)
             own, tokens = ledger.load(slot)
         row[COLUMN["own_requests_at_sample"]] = own

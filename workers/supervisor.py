@@ -2,7 +2,7 @@
 
 One plain loop, no threads, nothing asynchronous: signals and children's words arrive on file descriptors. Children
 are forked from this process, which has imported everything already, so that a dead one is back within some tens of
-milliseconds and shares the memory of the code. What a child does is in `ext_proc`, `scraper` and `admin`.
+milliseconds and shares the memory of the code. What a child does is in `ext_proc`, `scraper`, `admin` and `replicator`.
 
     SIGTERM, SIGINT   drain and end; a second one ends at once
     SIGHUP            read the configuration again and replace every worker, one after the other: the successor
@@ -26,7 +26,7 @@ from importlib.metadata import version
 import structlog
 
 from state.roster import Kind, Phase, Process
-from state.tables import ADMIN, FIRST_WORKER, SCRAPER, SUPERVISOR, Tables
+from state.tables import ADMIN, FIRST_WORKER, REPLICATOR, SCRAPER, SUPERVISOR, Tables
 from workers.admin import run_admin
 from workers.compiled import is_compiled, outdated
 from workers.config import Config, ConfigError
@@ -34,6 +34,7 @@ from workers.ext_proc import run_worker
 from workers.last_users import LastUsers
 from workers.ports import Reservation, clear_stale_socket
 from workers.process import run_child, set_up_logging
+from workers.replicator import run_replicator
 from workers.scraper import run_scraper
 from workers.users import UsersError, read_text
 
@@ -104,11 +105,13 @@ class Supervisor:
         """Read again, and not yet known to work."""
         self._reload = reload
         self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
-        for writer in (SUPERVISOR, SCRAPER, ADMIN):
+        for writer in (SUPERVISOR, SCRAPER, ADMIN, REPLICATOR):
             self._tables.ledger.admit(writer)
         self._series = self._tables.series()
         self._free_writers = list(range(FIRST_WORKER, self._tables.capacity.writers))
         self._seats: list[Seat] = [Seat(Kind.SCRAPER, 0), Seat(Kind.ADMIN, 0)]
+        if config.has_replicas:
+            self._seats.append(Seat(Kind.REPLICATOR, 0))
         self._seats += [Seat(Kind.WORKER, number) for number in range(config.workers)]
         self._children: dict[int, Child] = {}
         self._rolling: deque[Seat] = deque()
@@ -218,7 +221,7 @@ class Supervisor:
                         self._retire(child)
 
     def _end_services(self) -> None:
-        """Scraper and admin go last: until then there are workers that need the one and people who watch the other."""
+        """All but the workers go last: until then there are workers that need them, and people who watch."""
         if any(child.seat.kind is Kind.WORKER for child in self._children.values()):
             return
         for child in self._children.values():
@@ -235,7 +238,7 @@ class Supervisor:
 
     def _start(self, seat: Seat, plan: Plan) -> Child | None:
         """Fork one child; None where that cannot be done now, which has been logged, and is to be tried again."""
-        writer = {Kind.SCRAPER: SCRAPER, Kind.ADMIN: ADMIN}.get(seat.kind)
+        writer = {Kind.SCRAPER: SCRAPER, Kind.ADMIN: ADMIN, Kind.REPLICATOR: REPLICATOR}.get(seat.kind)
         if writer is None:
             writer = seat.kept_writer if seat.kept_writer is not None else self._free_writers.pop(0)
             seat.kept_writer = None
@@ -311,6 +314,8 @@ class Supervisor:
                 await run_worker(config, tables, seat.number, ready, plan.last_users)
             elif seat.kind is Kind.SCRAPER:
                 await run_scraper(config, tables, ready)
+            elif seat.kind is Kind.REPLICATOR:
+                await run_replicator(config, tables, ready)
             else:
                 await run_admin(config, tables, ready)
 
@@ -332,6 +337,14 @@ class Supervisor:
             log.info("ready", child=child.seat.name, child_pid=child.pid)
             if child.plan is self._trial:
                 self._plan, self._trial = self._trial, None
+                self._seat_replicator()
+
+    def _seat_replicator(self) -> None:
+        """The configuration may speak of replicas since it was read again. Where it does no more, the one that there
+        is has nothing to do."""
+        if self._config.has_replicas and not any(seat.kind is Kind.REPLICATOR for seat in self._seats):
+            self._seats.append(Seat(Kind.REPLICATOR, 0))
+            self._fill(self._seats[-1])
 
     def _retire(self, child: Child) -> None:
         """Tell a child to drain and end."""
@@ -453,7 +466,7 @@ class Supervisor:
         keep = {name: getattr(self._config, name) for name in fixed}
         self._trial = _plan(config.model_copy(update=keep), self._plan)
         log.info("rolling restart")
-        # Scraper and admin come last: their old ones end before the new ones start, so there is no going back.
+        # The others come last: their old ones end before the new ones start, so there is no going back.
         seats = [seat for seat in self._seats if not seat.closing]
         self._rolling = deque(sorted(seats, key=lambda seat: seat.kind is not Kind.WORKER))
 

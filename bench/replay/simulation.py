@@ -23,18 +23,16 @@ from typing import Any, NamedTuple
 from bench.engine import Engine, EngineParams, EngineRequest
 from bench.replay.scrape import Polls
 from bench.replay.traces import TraceRequest
-from router.fleet import Fleet
+from router.mirror import Mirror
 from router.prefix_hash import EMPTY, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, pack
 from router.prefix_index import PrefixIndex
 from router.prefixes import Prefixes
 from router.rates import Prior, Rates
 from router.replies import Destination
 from router.request import RoutingRequest
-from router.scheduler import Decision, Scheduler
+from router.scheduler import Scheduler
 from state.catalog import CatalogDocument, PodRecord
-from state.ledger import Charge
-from state.prefix_log import REMOTE, ROUTED, LogReader
-from state.tables import FIRST_WORKER, Capacity, Tables
+from state.tables import FIRST_WORKER, REPLICATOR, Capacity, Tables
 
 MODEL = "m"
 START = 1000.0
@@ -126,7 +124,7 @@ class _Replica:
     ) -> None:
         self.number = number
         self.clock = clock
-        writers = FIRST_WORKER + settings.workers + 1
+        writers = FIRST_WORKER + settings.workers
         self.tables = Tables.create(Capacity(pods=settings.pods, writers=writers, catalog_bytes=1 << 20, series=1024))
         records = []
         for slot in range(settings.pods):
@@ -136,51 +134,21 @@ class _Replica:
         self.tables.catalog.publish(CatalogDocument(tuple(records)))
         self.polls = Polls(self.tables, engines, settings.metrics_interval, settings.metrics_age, clock())
         self.workers = [_Worker(self, worker, strategy, settings) for worker in range(settings.workers)]
-        self._mirror = self.attach(writers - 1)
-        self._fleet = Fleet(self._mirror)
-        self._rates = Rates(settings.prior, learn=settings.learn)
-        self._reader = LogReader(self._mirror.prefix_log)
-        self._charged: dict[int, tuple[int, int, int]] = {}
-        self._released: list[int] = []
-        self._mirrored: dict[int, Charge] = {}
+        self.mirror = Mirror(self.attach(REPLICATOR), settings.prior, learn=settings.learn)
 
     def attach(self, writer: int) -> Tables:
         """The tables as the process with this writer row sees them."""
         self.tables.ledger.admit(writer)
         return Tables.attach(self.tables.segment.fd, writer)
 
-    def charged(self, key: int, decision: Decision, uncached: int) -> None:
-        """To be told to the other replicas."""
-        self._charged[key] = (decision.pod.slot, decision.tokens, uncached)
-
-    def released(self, key: int) -> None:
-        """The same."""
-        if self._charged.pop(key, None) is None:
-            self._released.append(key)
-
     def exchange(self, others: "list[_Replica]") -> None:
-        """Tell the others what has happened here since the last time."""
-        routed = [record._replace(kind=REMOTE) for record in self._reader.read() if record.kind == ROUTED]
+        """Tell the others what there is to tell, as `workers.replicator` does."""
+        now = self.clock()
+        loads, routed = self.mirror.loads(now), self.mirror.routed(now, 1 << 30)
         for other in others:
-            other._hear(routed, self._charged, self._released)
-        self._charged, self._released = {}, []
-
-    def _hear(self, routed: list[Any], charged: dict[int, tuple[int, int, int]], released: list[int]) -> None:
-        for record in routed:
-            self._mirror.prefix_log.append(*record)
-        ledger, now = self._mirror.ledger, self.clock()
-        if charged:
-            candidates = self._fleet.candidates(MODEL)
-            assert candidates is not None
-            seconds = self._rates.speeds(candidates, now).prefill_seconds
-            until = ledger.busy_until(len(seconds))
-        for key, (slot, tokens, uncached) in charged.items():
-            self._mirrored[key] = ledger.charge(slot, tokens, uncached, held=False)
-            # What others promised adds to what is promised here.
-            until[slot] = max(until[slot], now) + uncached * seconds[slot]
-            ledger.occupy(slot, float(until[slot]))
-        for key in released:
-            ledger.release(self._mirrored.pop(key), held=False)
+            other.mirror.hear_loads(str(self.number), loads, now)
+            other.mirror.hear_routed(routed, 0.0, now)
+            other.mirror.enter(now)
 
 
 class Simulation:
@@ -261,8 +229,6 @@ class Simulation:
         uncached = request.uncached_tokens if request.uncached_tokens >= 0 else prompt
         slot = decision.pod.slot
         worker.replica.polls.sent(slot, self._now)
-        if len(self._replicas) > 1:
-            worker.replica.charged(index, decision, uncached)
         named = traced.named_tokens
         names = traced.block_names(
             self._settings.params.block_tokens, prompt + output if named >= prompt + output else prompt
@@ -298,8 +264,6 @@ class Simulation:
         request.key = None
         request.block_hashes = ()
         worker.scheduler.release(decision)
-        if len(self._replicas) > 1:
-            worker.replica.released(index)
         self._in_flight[slot] -= 1
         self._left -= 1
         self._result.outcomes.append(Outcome(request, slot, uncached))

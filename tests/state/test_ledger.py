@@ -39,7 +39,7 @@ def test_one_writer_may_release_what_another_charged() -> None:
     charge = tables.ledger.charge(1, 10, 10, held=False)
     other.ledger.release(charge, held=False)
     assert settled(tables)
-    assert tables.ledger.forfeit(3) == tables.ledger.forfeit(5) == 0
+    assert tables.ledger.forfeit(FIRST_WORKER) == tables.ledger.forfeit(5) == 0
     assert settled(tables)
 
 

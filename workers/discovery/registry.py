@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from state.catalog import CatalogDocument, CatalogFull, PodRecord
-from state.ledger import Entry
-from state.tables import Tables
+from state.tables import REPLICATOR, Tables
 
 REST_SECONDS = 30.0
 
@@ -162,7 +161,7 @@ class Registry:
     def sweep(self, now: float) -> list[int]:
         """Give up the rows of pods that have drained. Returns their slots."""
         gone: list[int] = []
-        in_flight = self._tables.ledger.totals(Entry.REQUESTS, self._tables.pods.high)
+        in_flight = self._tables.ledger.of_this_replica(self._tables.pods.high, REPLICATOR)[0]
         for address, row in list(self._rows.items()):
             since = row.leaving_since
             if since is not None and (in_flight[row.slot] <= 0 or now - since > self._drain_seconds):

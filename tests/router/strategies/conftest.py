@@ -12,9 +12,9 @@ from router.strategies.delays import KEPT_SECONDS
 from state.catalog import CatalogDocument, PodRecord
 from state.ledger import Charge, Entry, Ledger
 from state.pods import COLUMN, Health
-from state.tables import Capacity, Tables
+from state.tables import FIRST_WORKER, Capacity, Tables
 
-WRITER = 3
+WRITER = FIRST_WORKER
 CAPACITY = Capacity(pods=64, writers=6, catalog_bytes=1 << 16, series=64, prefix_ring_bytes=1 << 18)
 
 

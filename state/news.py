@@ -1,0 +1,82 @@
+"""What replicas of the router tell each other, as bytes. Who carries them is `workers.replicator`.
+
+Rows, generations and clocks are each replica's own. So a pod is called by a hash of its address, a life of its engine
+by the time when it started, and times are ages in seconds.
+
+    loads     a row of LOADS for each pod: all that a replica has in flight there. Always whole, so that news that got
+              lost are made up for by the next
+    routed    one after the other, for each prompt: `_ROUTED`, then the hashes of its blocks, as in `state.prefix_log`
+
+Whatever cannot be such news raises NewsError, and nothing of it is believed.
+"""
+
+import struct
+from collections.abc import Iterator
+from math import isfinite
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+FORMAT: Final = 1
+"""Replicas that speak another one keep out of each other's way: it is part of the names in Redis."""
+LOADS: Final = np.dtype([("pod", "<u8"), ("requests", "<i4"), ("tokens", "<i8"), ("promised", "<i8"), ("wait", "<f4")])
+"""`promised`: prompt tokens ever sent and not expected in the pod's cache. `wait`: seconds until the pod will have
+computed all that it was promised, by anybody."""
+_ROUTED: Final = struct.Struct("<QQfII")
+"""Pod, life, age in seconds, bytes in a block, number of hashes."""
+
+Loads = npt.NDArray[np.void]
+
+
+class NewsError(Exception):
+    """These bytes are no news."""
+
+
+class Told(NamedTuple):
+    """This prompt went to this pod."""
+
+    pod: int
+    life: int
+    """When the pod's engine started, in milliseconds of unix time; 0 where it does not say."""
+    age: float
+    """Seconds, when it was told."""
+    block_bytes: int
+    hashes: bytes
+
+
+def pod_key(address: str) -> int:
+    """What replicas call the pod at "ip:port"."""
+    return xxh3_64_intdigest(address.encode())
+
+
+def read_loads(news: bytes) -> Loads:
+    """The rows. Raises NewsError."""
+    if len(news) % LOADS.itemsize:
+        raise NewsError(f"{len(news)} bytes are no rows of {LOADS.itemsize}")
+    rows: Loads = np.frombuffer(news, LOADS)
+    if not (np.isfinite(rows["wait"]).all() and (rows["wait"] >= 0).all()):
+        raise NewsError("a wait that is no time")
+    return rows
+
+
+def write_routed(told: Told) -> bytes:
+    """One prompt."""
+    return _ROUTED.pack(told.pod, told.life, told.age, told.block_bytes, len(told.hashes) >> 3) + told.hashes
+
+
+def read_routed(news: bytes) -> Iterator[Told]:
+    """The prompts, in order. Raises NewsError at the first that is none."""
+    at = 0
+    while at < len(news):
+        if len(news) - at < _ROUTED.size:
+            raise NewsError(f"{len(news) - at} bytes are no prompt")
+        pod, life, age, block_bytes, count = _ROUTED.unpack_from(news, at)
+        at += _ROUTED.size
+        if count > (len(news) - at) >> 3:
+            raise NewsError(f"{count} hashes in {len(news) - at} bytes")
+        if not isfinite(age) or age < 0 or block_bytes < 1 or block_bytes & (block_bytes - 1):
+            raise NewsError("an age or a block size that cannot be")
+        yield Told(pod, life, age, block_bytes, news[at : at + 8 * count])
+        at += 8 * count

@@ -1,0 +1,76 @@
+"""What replicas tell each other: read as it was written, and refused where it cannot be."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from state.news import LOADS, NewsError, Told, pod_key, read_loads, read_routed, write_routed
+
+U64 = st.integers(0, 2**64 - 1)
+PROMPTS = st.builds(
+    Told,
+    pod=U64,
+    life=U64,
+    age=st.floats(0, 1e6, width=32),
+    block_bytes=st.sampled_from([1, 64, 4096]),
+    hashes=st.binary(max_size=40).map(lambda text: text[: len(text) // 8 * 8]),
+)
+
+
+@given(st.lists(PROMPTS, max_size=6))
+def test_prompts_are_read_as_they_were_written(prompts: list[Told]) -> None:
+    assert list(read_routed(b"".join(map(write_routed, prompts)))) == prompts
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_prompts_or_refused(news: bytes) -> None:
+    try:
+        read = list(read_routed(news))
+    except NewsError:
+        return
+    assert b"".join(map(write_routed, read)) == news
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        Told(1, 1, -1.0, 64, b""),
+        Told(1, 1, float("nan"), 64, b""),
+        Told(1, 1, float("inf"), 64, b""),
+        Told(1, 1, 0.0, 0, b""),
+        Told(1, 1, 0.0, 63, b""),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused(told: Told) -> None:
+    with pytest.raises(NewsError):
+        list(read_routed(write_routed(told)))
+
+
+def test_a_prompt_that_is_cut_off_is_refused() -> None:
+    news = write_routed(Told(1, 1, 0.0, 64, bytes(16)))
+    for length in range(1, len(news)):
+        with pytest.raises(NewsError):
+            list(read_routed(news[:length]))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_loads_or_refused(news: bytes) -> None:
+    try:
+        rows = read_loads(news)
+    except NewsError:
+        return
+    assert len(rows) * LOADS.itemsize == len(news)
+    assert (rows["wait"] >= 0).all()
+
+
+def test_a_wait_that_is_no_time_is_refused() -> None:
+    rows = np.zeros(1, LOADS)
+    for wait in (-1.0, np.nan, np.inf):
+        rows["wait"] = wait
+        with pytest.raises(NewsError):
+            read_loads(rows.tobytes())
+
+
+def test_pods_are_told_apart_by_their_address() -> None:
+    assert pod_key("10.0.0.1:8000") == pod_key("10.0.0.1:8000") != pod_key("10.0.0.1:8001")

@@ -1,0 +1,279 @@
+"""The replicator process: the replicas of a router tell each other, through Redis, what they have in flight and where
+prompts went.
+
+Nobody waits for it. Workers write and read shared memory as ever; this process carries what is there to Redis and what
+the others told into shared memory (`router.mirror`). Every `replicas.interval_seconds` it makes one call, a script
+that does all of it in one step on the server:
+
+    pointsman:replicas:<format>:<seed>:<group>:loads    hash: replica -> time, what it has in flight
+    pointsman:replicas:<format>:<seed>:<group>:routed   stream of what was routed, the newest `prefix.ring_bytes` of it
+    pointsman:replicas:<format>:<seed>:<group>:bytes    how much that is
+    pointsman:replicas:<format>:<seed>:<group>:ended:<replica>
+        list: ends of requests that this replica routed, which Envoy's access log told another; fetched by it
+
+- A replica that has told nothing for GONE_SECONDS, by the server's clock, has nothing in flight. Its prompts stay
+  known: the pods have them still.
+- A replica that starts reads the whole stream first, once its pods have been polled: it knows at once where the
+  others' prompts went. So does one that was cut off for a while.
+- While Redis cannot be reached, what others have in flight is forgotten after GONE_SECONDS, and engines' own counts
+  tell of it as they do without Redis. What was routed here meanwhile is told later, as far as the prefix log holds it.
+- A call without an answer is made again with the same news, which may so be told twice: loads are whole, and a prompt
+  that went where it went changes nothing.
+- The end of a request is brought to the replica that routed it at most once: what is lost with a call is settled
+  there against the engines' counts, as an entry is that Envoy lost.
+- All of it vanishes an hour after the last replica.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import redis.asyncio
+import structlog
+from google.protobuf.message import DecodeError
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from protos.access_log_pb2 import HTTPAccessLogEntry
+from router.access_log import AccessLog, passed_on
+from router.mirror import Mirror
+from router.scheduler import Scheduler
+from state.news import FORMAT, NewsError
+from state.prefix_log import LogReader
+from state.tables import Tables
+from workers.config import Config
+from workers.process import Stop
+
+log = structlog.get_logger()
+
+GONE_SECONDS: Final = 3.0
+TIMEOUT_SECONDS: Final = 1.0
+LONGEST_PAUSE_SECONDS: Final = 1.0
+ALONE_SECONDS: Final = 0.5
+"""Between two calls while no other replica is heard of."""
+PATIENCE_SECONDS: Final = 10.0
+"""For the first polls of all pods, before the stream is read."""
+NICENESS: Final = 5
+MOST_TOLD_BYTES: Final = 256 << 10
+"""In one call. More waits in the prefix log for the next."""
+MOST_HEARD: Final = 64
+"""Entries of the stream in one call."""
+MOST_ENDS: Final = 2000
+COMPLAIN_SECONDS: Final = 60.0
+
+EXCHANGE: Final = """
+local loads, routed, bytes = KEYS[1], KEYS[2], KEYS[3]
+local replica, in_flight, news, from = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local most, room, gone = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('HSET', loads, replica, string.format('%.0f ', now) .. in_flight)
+if news ~= '' then
+  local newest = redis.call('XADD', routed, '*', 'replica', replica, 'news', news)
+  local held = redis.call('INCRBY', bytes, #news)
+  for _ = 1, 100 do
+    if held <= room then break end
+    local oldest = redis.call('XRANGE', routed, '-', '+', 'COUNT', 1)[1]
+    if oldest[1] == newest then redis.call('SET', bytes, #news) break end
+    redis.call('XDEL', routed, oldest[1])
+    held = redis.call('INCRBY', bytes, -#(oldest[2][4] or ''))
+  end
+end
+for _, key in ipairs({loads, routed, bytes}) do redis.call('PEXPIRE', key, 3600000) end
+for i = 8, #ARGV, 2 do
+  if redis.call('HEXISTS', loads, ARGV[i]) == 1 then
+    local list = KEYS[4] .. ARGV[i]
+    if redis.call('RPUSH', list, ARGV[i + 1]) > 10000 then redis.call('LPOP', list) end
+    redis.call('PEXPIRE', list, 60000)
+  end
+end
+local ended = redis.call('LRANGE', KEYS[4] .. replica, 0, -1)
+redis.call('DEL', KEYS[4] .. replica)
+local others = {}
+local all = redis.call('HGETALL', loads)
+for i = 1, #all, 2 do
+  if all[i] ~= replica then
+    local space = string.find(all[i + 1], ' ', 1, true)
+    local told = space and tonumber(string.sub(all[i + 1], 1, space - 1))
+    if not told or now - told > 20 * gone then
+      redis.call('HDEL', loads, all[i])
+    elseif now - told <= gone then
+      others[#others + 1] = {all[i], string.sub(all[i + 1], space + 1)}
+    end
+  end
+end
+local heard, last, more = {}, '', 0
+if most > 0 then
+  local entries = redis.call('XRANGE', routed, from, '+', 'COUNT', most)
+  for _, entry in ipairs(entries) do
+    last = entry[1]
+    if entry[2][2] ~= replica and entry[2][4] then heard[#heard + 1] = {entry[1], entry[2][4]} end
+  end
+  if #entries == most then more = 1 end
+end
+return {string.format('%.0f', now), others, heard, last, more, ended}
+"""
+
+
+class Replicator:
+    """See the head of this file."""
+
+    def __init__(self, config: Config, tables: Tables, clock: Callable[[], float] = time.monotonic) -> None:
+        assert config.redis
+        self._mirror = Mirror(tables)
+        self._replica = tables.replica
+        self._ended = LogReader(tables.ended_log)
+        self._ended.skip()
+        self._access_log = AccessLog(Scheduler(tables, "random", clock))
+        self._series = tables.series()
+        self._clock = clock
+        self._interval = config.replicas.interval_seconds
+        self._room = config.prefix.ring_bytes
+        prefix = f"pointsman:replicas:{FORMAT}:{config.prefix.seed}:{config.replicas.group}"
+        self._keys = [f"{prefix}:{name}" for name in ("loads", "routed", "bytes", "ended:")]
+        self._redis: Any = redis.asyncio.Redis.from_url(
+            config.redis,
+            socket_timeout=TIMEOUT_SECONDS,
+            socket_connect_timeout=TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 0),  # `run` tries again
+        )
+        self._exchange = self._redis.register_script(EXCHANGE)
+        self._from = "0-0"
+        """The place in the stream from which on it was not read."""
+        self._news = b""
+        """Told, and not known to have arrived."""
+        self._reads_at: float | None = clock() + PATIENCE_SECONDS
+        self._heard_at = clock()
+        self._complained_at = -COMPLAIN_SECONDS
+        self._counted: dict[str, int] = {}
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Until cancelled."""
+        ready()
+        pause = 0.0
+        while True:
+            began = self._clock()
+            try:
+                more = await self.exchange()
+            except (RedisError, OSError, ValueError) as error:
+                if not pause:
+                    cure = "routing goes on by what this replica knows itself; see that Redis can be reached"
+                    log.warning("other replicas cannot be told", reason=str(error), cure=cure)
+                pause = min(max(2 * pause, self._interval), LONGEST_PAUSE_SECONDS)
+                await self._miss()
+                await asyncio.sleep(pause)
+                continue
+            if pause:
+                pause = 0.0
+                log.info("other replicas are told again")
+            if not more:
+                interval = self._interval if self._mirror.others else max(self._interval, ALONE_SECONDS)
+                await asyncio.sleep(max(interval - (self._clock() - began), 0.0))
+
+    async def exchange(self) -> bool:
+        """Tell and hear once. Returns whether there is more to be heard. Raises what redis-py and a peculiar answer
+        raise."""
+        mirror, now = self._mirror, self._clock()
+        if self._reads_at is not None and (now >= self._reads_at or mirror.ready(now)):
+            self._reads_at = None
+        most = MOST_HEARD if self._reads_at is None else 0
+        if not self._news:
+            self._news = mirror.routed(now, MOST_TOLD_BYTES)
+        arguments = (
+            self._replica, mirror.loads(now), self._news, self._from, most, self._room, round(GONE_SECONDS * 1000),
+            *self._ends(),
+        )  # fmt: skip
+        time_ms, others, heard, last, more, ended = await self._exchange(self._keys, arguments)
+        self._news = b""
+        now = self._heard_at = self._clock()
+        gone = set(mirror.others)
+        for name, news in others:
+            replica = name.decode("ascii", "replace")
+            gone.discard(replica)
+            self._take(mirror.hear_loads, replica, news, now)
+        for replica in gone:
+            mirror.forget(replica)
+        mirror.enter(now)
+        for place, news in heard:
+            told_ms, _, _ = place.partition(b"-")
+            self._take(mirror.hear_routed, news, max(int(time_ms) - int(told_ms), 0) / 1000, now)
+        if last:
+            milliseconds, _, number = last.decode().partition("-")
+            self._from = f"{milliseconds}-{int(number) + 1}"
+        for entry in ended:
+            self._end(entry)
+        self._series.add(1.0, "exchanges", "ok")
+        self._count()
+        return bool(more)
+
+    def _ends(self) -> list[str | bytes]:
+        """Replica, entry, replica, entry ...: what Envoy told workers here of others' requests."""
+        return [part for record in self._ended.read(MOST_ENDS) for part in passed_on(record)]
+
+    def _end(self, entry: bytes) -> None:
+        """A request of this replica has ended."""
+        try:
+            self._access_log.take(HTTPAccessLogEntry.FromString(entry))
+        except DecodeError:
+            self._series.add(1.0, "exchanges", "not-understood")
+
+    def _take(self, hear: Callable[..., None], *news: Any) -> None:
+        try:
+            hear(*news)
+        except NewsError as error:
+            self._series.add(1.0, "exchanges", "not-understood")
+            if self._clock() - self._complained_at >= COMPLAIN_SECONDS:
+                self._complained_at = self._clock()
+                log.warning("another replica's news are none", reason=str(error))
+
+    async def _miss(self) -> None:
+        """An exchange has failed: what others have in flight will not be known for much longer. The next attempt makes
+        a new connection, and so finds the server that has the name now."""
+        self._series.add(1.0, "exchanges", "failed")
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.connection_pool.disconnect()
+        now, mirror = self._clock(), self._mirror
+        if now - self._heard_at > GONE_SECONDS and mirror.others:
+            for replica in mirror.others:
+                mirror.forget(replica)
+            mirror.enter(now)
+        self._count()
+
+    def _count(self) -> None:
+        series, mirror = self._series, self._mirror
+        series.put(float(len(mirror.others)), "replicas")
+        for name, total in (("told", mirror.told), ("heard", mirror.heard), ("unknown", mirror.unknown)):
+            if total != self._counted.get(name, 0):
+                series.add(float(total - self._counted.get(name, 0)), "prompts", name)
+                self._counted[name] = total
+
+    async def close(self) -> None:
+        """Tell the others that nothing is in flight here, and end the connection."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.hdel(self._keys[0], self._replica)
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.aclose()
+
+
+async def run_replicator(config: Config, tables: Tables, ready: Callable[[], None]) -> None:
+    """The replicator process, until told to stop."""
+    stop = Stop()
+    os.nice(NICENESS)
+    if not config.has_replicas:  # no more: the configuration was read again
+        ready()
+        await stop.wait()
+        return
+    replicator = Replicator(config, tables)
+    work = asyncio.ensure_future(replicator.run(ready))
+    waiting = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+    if work.done():
+        work.result()
+    work.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+    await replicator.close()
