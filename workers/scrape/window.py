@@ -16,8 +16,11 @@ requests finish. Steps times step duration fails where a step's duration does no
 alone, SGLang). What is left is sampling: was a request running at the time of the poll? Each poll interval is
 charged by the mean of its two ends (the trapezoid rule), so where the polls do not follow the load the expected
 value is exact, with a standard error of sqrt(p (1 - p) / polls): 0.06 at most for one poll a second and 60
-seconds. Polls of an idle pod are further apart, which would bias the ratio, so an interval over which no token,
-step or request was counted and at whose end nothing runs is idle for certain and charged nothing.
+seconds. But ours do follow it: an idle pod is polled rarely, and soon when it has got a request. So an interval over
+which no token, step or request was counted and at whose end nothing runs is idle for certain and charged nothing; one
+that begins idle and ends busy is charged no more than requests usually take; and between one poll that finds
+nothing running and the next that does, the inference seconds that were added are all there were: the busy time is no
+more than their sum, and no less than if they overlapped by chance, t (1 - exp(-sum / t)) of t seconds.
 
 Restarts. When the engine's start time changes, or any of its totals falls, everything known is forgotten and the
 sample is the first of a new life.
@@ -28,6 +31,7 @@ Cost of `add` by `python -m bench.page_cost`: 14 to 24 us.
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from math import expm1
 from operator import lt, sub
 from typing import NamedTuple
 
@@ -215,11 +219,27 @@ def _is_restart(old: Sample, new: Sample) -> bool:
     return any(map(lt, _totals(new), _totals(old)))
 
 
-def _busy_seconds(seconds: float, old: Sample, new: Sample) -> float:
-    """Estimate of the time in which a request ran, in `seconds` between two samples. See the head of this file."""
-    if not new.running > 0 and _totals(new) == _totals(old):
+def _busy_seconds(seconds: float, old: Sample, new: Sample, usual: float) -> float:
+    """Estimate of the time in which a request ran, in `seconds` between two samples. `usual` is how long requests run,
+    NaN if that is not known. See the head of this file."""
+    began, ends = old.running > 0, new.running > 0
+    if not ends and _totals(new) == _totals(old):
         return 0.0
-    return seconds * ((old.running > 0) + (new.running > 0)) / 2
+    charged = seconds * (began + ends) / 2
+    return min(charged, usual) if ends and not began and usual == usual else charged
+
+
+def _run_seconds(sample: Sample) -> float:
+    """Seconds that finished requests ran, added up; NaN where the engine does not say."""
+    ran = sample.inference.sum
+    return ran if ran == ran else sample.e2e.sum - sample.queue.sum
+
+
+def _bounded(sampled: float, ran: float, seconds: float) -> float:
+    """Busy seconds of `seconds` from idle to idle, in which requests ran for `ran` seconds, added up."""
+    if not (seconds > 0 and ran == ran):
+        return sampled
+    return min(max(sampled, -seconds * expm1(-ran / seconds)), ran, seconds)
 
 
 class _Kept(NamedTuple):
@@ -238,6 +258,8 @@ class Window:
         self._seconds = seconds
         self._kept: deque[_Kept] = deque()
         self._newest: _Kept | None = None
+        self._idle: _Kept | None = None
+        """The last at which nothing ran."""
         self._observed_at = NAN
         self._means = dict.fromkeys(_MEANS, NAN)
         self._restarts = 0
@@ -257,24 +279,44 @@ class Window:
             self.restarted = True
             self._restarts += 1
             self._kept.clear()
+            self._idle = None
             self._means = dict.fromkeys(_MEANS, NAN)
             self._observed_at = NAN
             newest = None
         busy_seconds = 0.0
         if newest is not None:
             old = newest.sample
-            busy_seconds = newest.busy_seconds + _busy_seconds(now - newest.time, old, sample)
+            usual = self._means["inference"]
+            busy_seconds = newest.busy_seconds + _busy_seconds(now - newest.time, old, sample, usual)
             if (
                 sample.itl.count > old.itl.count
                 or sample.ttft.count > old.ttft.count
                 or sample.e2e.count > old.e2e.count
             ):
                 self._observed_at = now
+        if not sample.running > 0:
+            busy_seconds = self._put_right(now, busy_seconds, sample)
         self._newest = newest = _Kept(now, busy_seconds, sample)
+        if not sample.running > 0:
+            self._idle = newest
         self._keep(now, newest)
         base = self._kept[0]
         self._learn_means(_NEVER if base is newest else base.sample, sample)
         return self._state(now, sample)
+
+    def _put_right(self, now: float, busy_seconds: float, sample: Sample) -> float:
+        """Nothing runs: what was estimated since that was last so can be held against the time that requests ran."""
+        idle = self._idle
+        if idle is None:
+            return busy_seconds
+        sampled = busy_seconds - idle.busy_seconds
+        busy = _bounded(sampled, _run_seconds(sample) - _run_seconds(idle.sample), now - idle.time)
+        if sampled > 0:
+            for place, kept in enumerate(self._kept):
+                if kept.time > idle.time:
+                    part = (kept.busy_seconds - idle.busy_seconds) / sampled
+                    self._kept[place] = kept._replace(busy_seconds=idle.busy_seconds + part * busy)
+        return idle.busy_seconds + busy
 
     def _keep(self, now: float, newest: _Kept) -> None:
         kept = self._kept

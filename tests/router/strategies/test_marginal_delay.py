@@ -477,3 +477,27 @@ def test_a_prefix_whose_only_pod_is_full_is_worth_a_copy(lab: Any, prompt: Any) 
         assert price_of_a_copy(5, 0, 0, 0) == pytest.approx(4096 * (1 - 0.75 * (1 - shared)))
         assert price_of_a_copy(5, 5, 5, 0) == pytest.approx(4096 * (1 - 0.25 * (1 - shared)))
         assert price_of_a_copy(5, 5, 5, 5) == 4096
+
+
+def test_an_engine_in_which_nothing_runs_has_nothing_to_do(lab: Any, prompt: Any) -> None:
+    """However wrong the speed is by which its prompt was reckoned: what was promised before that poll is done."""
+    fleet = lab(2)
+    fleet.send(NAME, fleet.request(prompt("system", 40), tokens=20_000))
+    (slot,) = [charge.slot for _, charge in fleet.charges]
+
+    def waits() -> float:
+        _, _, context = fleet.worker()
+        candidates = fleet.candidates()
+        speeds = context.rates.speeds(candidates, fleet.now)
+        return float(context.backlog.follow(candidates, speeds, fleet.now)[slot])
+
+    fleet.now += 0.1
+    fleet.poll(slot, running=0, waiting=0)
+    assert waits() > 10_000, "it may be on its way"
+    fleet.finish()
+    fleet.now += 0.1
+    fleet.poll(slot, running=1, waiting=0)
+    assert waits() > 10_000, "somebody else's may be it"
+    fleet.poll(slot, running=0, waiting=0)
+    assert waits() == 0
+    assert fleet.send(NAME, fleet.request(prompt("system", 40), tokens=20_000)) == slot

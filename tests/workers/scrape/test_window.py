@@ -191,6 +191,49 @@ def test_busy_time_is_near_the_truth_under_an_on_off_load(busy_seconds: float, i
     assert abs(state.busy_ratio - busy_time / now) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("per_second", "run_seconds", "off"),
+    [(0.2, 0.1, 0.1), (1.0, 0.1, 0.1), (1.0, 0.5, 0.1), (5.0, 0.5, 0.1), (0.05, 20.0, 0.15)],
+)
+def test_busy_time_is_near_the_truth_where_polls_follow_the_load(
+    per_second: float, run_seconds: float, off: float
+) -> None:
+    """Requests come by chance and overlap. An idle pod is polled every 5 s, or a moment after it has got one."""
+    random_ = random.Random(3)
+    end = 3_000.0
+    starts = []
+    now = 0.0
+    while now < end:
+        now += random_.expovariate(per_second)
+        starts.append((now, now + random_.expovariate(1 / run_seconds)))
+    window = Window(end)
+    next_poll = 0.0
+    busy_time = latest = 0.0
+    for begin, finish in starts:
+        busy_time += max(min(finish, end) - max(begin, latest), 0.0) if begin < end else 0.0
+        latest = max(latest, finish)
+    while next_poll < end:
+        now = next_poll
+        running = sum(begin <= now < finish for begin, finish in starts)
+        ended = [finish - begin for begin, finish in starts if finish <= now]
+        state = window.add(now, sample(tokens=float(len(ended)), running=float(running), inference=histogram(*ended)))
+        first = min((begin for begin, _ in starts if begin > now), default=end)
+        next_poll = now + 0.5 if running else min(now + 5.0, max(now + 0.5, first + random_.uniform(0.0, 0.1)))
+    assert state.busy_ratio == pytest.approx(busy_time / end, rel=off)
+
+
+def test_busy_time_without_running_times_is_what_the_polls_saw() -> None:
+    window = Window(60.0)
+    window.add(0.0, sample(tokens=1.0))
+    window.add(4.0, sample(tokens=1.0, running=1.0))
+    assert window.add(5.0, sample(tokens=2.0)).busy_ratio == 2.5 / 5
+    window = Window(60.0)
+    window.add(0.0, sample(tokens=1.0, e2e=histogram(), queue=histogram()))
+    window.add(4.0, sample(tokens=1.0, running=1.0, e2e=histogram(), queue=histogram()))
+    state = window.add(5.0, sample(tokens=2.0, e2e=histogram(0.3), queue=histogram(0.1)))
+    assert isclose(state.busy_ratio, 0.2 / 5)
+
+
 def test_what_an_engine_keeps_no_totals_of_comes_from_its_gauges() -> None:
     window = Window()
     window.add(0.0, Sample(prefix_hit_ratio=0.5, generation_throughput=70.0, utilization=0.25))
