@@ -32,7 +32,7 @@ from typing import IO, Any, Self
 import yaml
 
 from workers.config import Config, load
-from workers.envoy import bootstrap
+from workers.envoy import ROUTER_CLUSTER, bootstrap
 from workers.envoy_binary import envoy_path
 
 READY_SECONDS = 30.0
@@ -103,6 +103,8 @@ class Lab:
     """Instead of one process for all, which is lighter: for those who want to kill one."""
     with_envoy: bool = True
     envoy_concurrency: int = 1
+    other_workers: Sequence[str] = ()
+    """host:port of another router's workers, to which Envoy shall talk as well."""
     keep_logs: bool = False
     """Leave the folder behind."""
     progress: Callable[[str], None] = lambda _: None
@@ -283,11 +285,22 @@ class Lab:
     def _start_envoy(self, binary: str) -> None:
         self.progress("starting Envoy")
         path = self.folder / "envoy.yaml"
-        path.write_text(yaml.safe_dump(bootstrap(self.config), sort_keys=False))
+        document = bootstrap(self.config)
+        self._add_workers(document)
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
         command = [binary, "-c", path, "--concurrency", self.envoy_concurrency]
         self.envoy = self._start("envoy", [*command, "--disable-hot-restart", "--log-level", "warning"])
         self.until(lambda: _answers(self.config.envoy.admin, "/ready"), "Envoy")
         self.until(lambda: _answers(self.config.envoy.listen, "/v1/models"), "Envoy's way to the router")
+
+    def _add_workers(self, document: dict[str, Any]) -> None:
+        clusters = document["static_resources"]["clusters"]
+        (assignment,) = (each["load_assignment"] for each in clusters if each["name"] == ROUTER_CLUSTER)
+        endpoints = assignment["endpoints"][0]["lb_endpoints"]
+        for worker in self.other_workers:
+            host, _, port = worker.rpartition(":")
+            address = {"socket_address": {"address": host, "port_value": int(port)}}
+            endpoints.append({**endpoints[0], "endpoint": {**endpoints[0]["endpoint"], "address": address}})
 
     def _start(self, name: str, command: Sequence[object]) -> Process:
         log = self.folder / f"{name}.log"

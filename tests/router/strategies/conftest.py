@@ -15,7 +15,7 @@ from state.pods import COLUMN, Health
 from state.tables import FIRST_WORKER, Capacity, Tables
 
 WRITER = FIRST_WORKER
-CAPACITY = Capacity(pods=64, writers=6, catalog_bytes=1 << 16, series=64, prefix_ring_bytes=1 << 18)
+CAPACITY = Capacity(pods=64, writers=FIRST_WORKER + 3, catalog_bytes=1 << 16, series=64, prefix_ring_bytes=1 << 18)
 
 
 class Lab:
