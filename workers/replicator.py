@@ -28,15 +28,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import redis.asyncio
 import structlog
 from google.protobuf.message import DecodeError
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from protos.access_log_pb2 import HTTPAccessLogEntry
 from router.access_log import AccessLog, passed_on
@@ -47,12 +43,12 @@ from state.prefix_log import LogReader
 from state.tables import Tables
 from workers.config import Config
 from workers.process import Stop
+from workers.redis_link import LOST, RedisLink, ReplyError, Script
 
 log = structlog.get_logger()
 
 GONE_SECONDS: Final = 3.0
 TIMEOUT_SECONDS: Final = 1.0
-LONGEST_PAUSE_SECONDS: Final = 1.0
 ALONE_SECONDS: Final = 0.5
 """Between two calls while no other replica is heard of."""
 PATIENCE_SECONDS: Final = 10.0
@@ -65,10 +61,10 @@ MOST_HEARD: Final = 64
 MOST_ENDS: Final = 2000
 COMPLAIN_SECONDS: Final = 60.0
 
-EXCHANGE: Final = """
-local loads, routed, bytes = KEYS[1], KEYS[2], KEYS[3]
-local replica, in_flight, news, from = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local most, room, gone = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+EXCHANGE: Final = Script("""
+local loads, routed, bytes, ends = ARGV[1] .. 'loads', ARGV[1] .. 'routed', ARGV[1] .. 'bytes', ARGV[1] .. 'ended:'
+local replica, in_flight, news, from = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local most, room, gone = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', loads, replica, string.format('%.0f ', now) .. in_flight)
@@ -84,15 +80,15 @@ if news ~= '' then
   end
 end
 for _, key in ipairs({loads, routed, bytes}) do redis.call('PEXPIRE', key, 3600000) end
-for i = 8, #ARGV, 2 do
+for i = 9, #ARGV, 2 do
   if redis.call('HEXISTS', loads, ARGV[i]) == 1 then
-    local list = KEYS[4] .. ARGV[i]
+    local list = ends .. ARGV[i]
     if redis.call('RPUSH', list, ARGV[i + 1]) > 10000 then redis.call('LPOP', list) end
     redis.call('PEXPIRE', list, 60000)
   end
 end
-local ended = redis.call('LRANGE', KEYS[4] .. replica, 0, -1)
-redis.call('DEL', KEYS[4] .. replica)
+local ended = redis.call('LRANGE', ends .. replica, 0, -1)
+redis.call('DEL', ends .. replica)
 local others = {}
 local all = redis.call('HGETALL', loads)
 for i = 1, #all, 2 do
@@ -116,7 +112,9 @@ if most > 0 then
   if #entries == most then more = 1 end
 end
 return {string.format('%.0f', now), others, heard, last, more, ended}
-"""
+""")
+
+LEAVE: Final = Script("return redis.call('HDEL', ARGV[1] .. 'loads', ARGV[2])")
 
 
 class Replicator:
@@ -126,22 +124,15 @@ class Replicator:
         assert config.redis
         self._mirror = Mirror(tables)
         self._replica = tables.replica
-        self._ended = LogReader(tables.ended_log)
-        self._ended.skip()
+        self._ended_log = LogReader(tables.ended_log)
+        self._ended_log.skip()
         self._access_log = AccessLog(Scheduler(tables, "random", clock))
         self._series = tables.series()
         self._clock = clock
         self._interval = config.replicas.interval_seconds
         self._room = config.prefix.ring_bytes
-        prefix = f"pointsman:replicas:{FORMAT}:{config.prefix.seed}:{config.replicas.group}"
-        self._keys = [f"{prefix}:{name}" for name in ("loads", "routed", "bytes", "ended:")]
-        self._redis: Any = redis.asyncio.Redis.from_url(
-            config.redis,
-            socket_timeout=TIMEOUT_SECONDS,
-            socket_connect_timeout=TIMEOUT_SECONDS,
-            retry=Retry(NoBackoff(), 0),  # `run` tries again
-        )
-        self._exchange = self._redis.register_script(EXCHANGE)
+        self._names = f"pointsman:replicas:{FORMAT}:{config.prefix.seed}:{config.replicas.group}:".encode()
+        self._link = RedisLink(config.redis, TIMEOUT_SECONDS, (EXCHANGE, LEAVE))
         self._from = "0-0"
         """The place in the stream from which on it was not read."""
         self._news = b""
@@ -154,40 +145,43 @@ class Replicator:
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Until cancelled."""
         ready()
-        pause = 0.0
+        await self.connect()
         while True:
             began = self._clock()
-            try:
-                more = await self.exchange()
-            except (RedisError, OSError, ValueError) as error:
-                if not pause:
-                    cure = "routing goes on by what this replica knows itself; see that Redis can be reached"
-                    log.warning("other replicas cannot be told", reason=str(error), cure=cure)
-                pause = min(max(2 * pause, self._interval), LONGEST_PAUSE_SECONDS)
-                await self._miss()
-                await asyncio.sleep(pause)
-                continue
-            if pause:
-                pause = 0.0
-                log.info("other replicas are told again")
+            more = await self.exchange()
             if not more:
                 interval = self._interval if self._mirror.others else max(self._interval, ALONE_SECONDS)
                 await asyncio.sleep(max(interval - (self._clock() - began), 0.0))
 
+    async def connect(self) -> None:
+        """Connect to Redis, and stay connected. Returns after the first attempt."""
+        await self._link.start()
+
     async def exchange(self) -> bool:
-        """Tell and hear once. Returns whether there is more to be heard. Raises what redis-py and a peculiar answer
-        raise."""
+        """Tell and hear once, if there is a connection. Returns whether there is more to be heard."""
         mirror, now = self._mirror, self._clock()
         if self._reads_at is not None and (now >= self._reads_at or mirror.ready(now)):
             self._reads_at = None
         most = MOST_HEARD if self._reads_at is None else 0
         if not self._news:
             self._news = mirror.routed(now, MOST_TOLD_BYTES)
-        arguments = (
-            self._replica, mirror.loads(now), self._news, self._from, most, self._room, round(GONE_SECONDS * 1000),
+        call = self._link.call(
+            EXCHANGE,
+            self._names,
+            self._replica.encode(),
+            mirror.loads(now),
+            self._news,
+            self._from.encode(),
+            b"%d" % most,
+            b"%d" % self._room,
+            b"%d" % round(GONE_SECONDS * 1000),
             *self._ends(),
-        )  # fmt: skip
-        time_ms, others, heard, last, more, ended = await self._exchange(self._keys, arguments)
+        )
+        answer = await call if call is not None else LOST
+        if isinstance(answer, ReplyError):
+            self._miss()
+            return False
+        time_ms, others, heard, last, more, ended = answer
         self._news = b""
         now = self._heard_at = self._clock()
         gone = set(mirror.others)
@@ -210,9 +204,12 @@ class Replicator:
         self._count()
         return bool(more)
 
-    def _ends(self) -> list[str | bytes]:
+    def _ends(self) -> Iterator[bytes]:
         """Replica, entry, replica, entry ...: what Envoy told workers here of others' requests."""
-        return [part for record in self._ended.read(MOST_ENDS) for part in passed_on(record)]
+        for record in self._ended_log.read(MOST_ENDS):
+            replica, entry = passed_on(record)
+            yield replica.encode()
+            yield entry
 
     def _end(self, entry: bytes) -> None:
         """A request of this replica has ended."""
@@ -230,12 +227,9 @@ class Replicator:
                 self._complained_at = self._clock()
                 log.warning("another replica's news are none", reason=str(error))
 
-    async def _miss(self) -> None:
-        """An exchange has failed: what others have in flight will not be known for much longer. The next attempt makes
-        a new connection, and so finds the server that has the name now."""
+    def _miss(self) -> None:
+        """An exchange has failed: what others have in flight will not be known for much longer."""
         self._series.add(1.0, "exchanges", "failed")
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.connection_pool.disconnect()
         now, mirror = self._clock(), self._mirror
         if now - self._heard_at > GONE_SECONDS and mirror.others:
             for replica in mirror.others:
@@ -253,10 +247,10 @@ class Replicator:
 
     async def close(self) -> None:
         """Tell the others that nothing is in flight here, and end the connection."""
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.hdel(self._keys[0], self._replica)
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.aclose()
+        call = self._link.call(LEAVE, self._names, self._replica.encode())
+        if call is not None:
+            await call
+        await self._link.close()
 
 
 async def run_replicator(config: Config, tables: Tables, ready: Callable[[], None]) -> None:

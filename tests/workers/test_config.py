@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from state.tables import Capacity
+from state.tables import FIRST_WORKER, Capacity
 from workers.config import ENVELOPE_BYTES, Config, ConfigError, TlsConfig, load
 
 
@@ -333,14 +333,19 @@ def test_tables_have_room_for_every_worker_twice() -> None:
     for workers, room in itertools.product((1, 7), (0, 30)):
         config = load(None, {"workers": workers, "capacity": {"workers": room}})
         assert config.max_workers == (room or workers + 4)
-        assert config.table_capacity().writers == 3 + 2 * config.max_workers
+        assert config.table_capacity().writers == FIRST_WORKER + 2 * config.max_workers
 
 
 def test_every_size_of_the_tables_is_configured() -> None:
     sizes = {"pods": 7, "catalog_bytes": 5000, "series": 70, "limited_users": 8, "limited_models": 9}
     config = load(None, {"capacity": sizes, "prefix": {"ring_bytes": 1 << 17}, "workers": 3})
     usual = asdict(Capacity())
-    assert asdict(config.table_capacity()) == {**usual, **sizes, "writers": 17, "prefix_ring_bytes": 1 << 17}
+    assert asdict(config.table_capacity()) == {
+        **usual,
+        **sizes,
+        "writers": FIRST_WORKER + 14,
+        "prefix_ring_bytes": 1 << 17,
+    }
     assert not [name for name, size in asdict(config.table_capacity()).items() if size == usual[name]]
 
 

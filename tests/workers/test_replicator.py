@@ -25,6 +25,7 @@ from state.ledger import Entry
 from state.tables import REPLICATOR, Tables
 from workers import replicator
 from workers.config import Config, load
+from workers.redis_link import LOST, ReplyError
 from workers.replicator import Replicator
 
 PREFIX = "pointsman:replicas:1:0:default"
@@ -42,12 +43,23 @@ class Replica:
         self.tables = make_fleet(3)
         self.index = PrefixIndex(self.tables.prefix_log, self.tables.pods)
         self.started: list[Replicator] = []
+        self.connected: list[Replicator] = []
         self.start(url, **settings)
 
     def start(self, url: str, **settings: Any) -> None:
         """A replicator, or its successor."""
         self.replicator = Replicator(configured(url, **settings), Tables.attach(self.tables.segment.fd, REPLICATOR))
         self.started.append(self.replicator)
+
+    async def connect(self) -> None:
+        if self.replicator not in self.connected:
+            self.connected.append(self.replicator)
+            await self.replicator.connect()
+
+    async def exchange(self) -> None:
+        """One, by hand."""
+        await self.connect()
+        await self.replicator.exchange()
 
     async def close(self) -> None:
         for each in self.started:
@@ -144,8 +156,8 @@ async def test_a_replica_that_died_is_forgotten(make: Make, client: Any, monkeyp
     monkeypatch.setattr(replicator, "GONE_SECONDS", 0.15)
     one, two = make(), make()
     one.tables.ledger.charge(0, 10, 10, held=True)
-    await one.replicator.exchange()
-    await two.replicator.exchange()
+    await one.exchange()
+    await two.exchange()
     assert loads(two.tables)[0] == 1
     async with two.running():
         await until(lambda: loads(two.tables)[0] == 0)
@@ -158,14 +170,14 @@ async def test_a_replica_that_starts_knows_where_prompts_went(make: Make) -> Non
     one = make()
     for text in texts:
         one.send(0, text)
-        await one.replicator.exchange()
+        await one.exchange()
     late = make()
     for slot in range(3):
         start_time_of(late, slot)
         start_time_of(one, slot)
     for text in texts:  # again, now that the engines say when they started
         one.send(1, text)
-        await one.replicator.exchange()
+        await one.exchange()
     async with late.running():
         await until(lambda: late.holds(1, texts[-1]))
         assert all(late.holds(1, text) for text in texts)
@@ -181,7 +193,7 @@ async def test_only_so_much_is_kept(make: Make, client: Any) -> None:
     one = make(prefix={"ring_bytes": room})
     for number in range(300):
         one.send(0, b"%d " % number * 400)
-        await one.replicator.exchange()
+        await one.exchange()
     kept = sum(len(fields[b"news"]) for _, fields in client.xrange(f"{PREFIX}:routed"))
     assert room // 2 < kept <= room
     assert int(client.get(f"{PREFIX}:bytes")) == kept
@@ -207,23 +219,27 @@ async def test_a_server_that_goes_away_and_comes_back(make: Make, monkeypatch: p
                 await until(lambda: loads(two.tables)[0] == 1 and two.holds(2))
                 await settled(one, two)
     told = [line["event"] for line in logs]
-    assert told.count("other replicas cannot be told") == 2, "once by each"
-    assert told.count("other replicas are told again") == 2
+    assert told.count("Redis cannot be reached") == 2, "once by each"
+    assert told.count("Redis is back") == 2
 
 
 async def exchange_cut_off(replica: Replica) -> None:
     """The server does its part, and the connection ends before its answer comes."""
-    by: Any = replica.replicator
-    call = by._exchange
+    await replica.connect()
+    link: Any = replica.replicator._link
+    call = link.call
 
-    async def cut_off(*arguments: Any) -> None:
-        await call(*arguments)
-        raise redis.ConnectionError("the answer got lost")
+    def cut_off(*arguments: Any) -> Any:
+        async def answer() -> ReplyError:
+            await call(*arguments)
+            return LOST
 
-    by._exchange = cut_off
-    with pytest.raises(redis.ConnectionError):
-        await by.exchange()
-    by._exchange = call
+        return answer()
+
+    link.call = cut_off
+    await replica.exchange()
+    link.call = call
+    assert replica.count("exchanges", "failed") == 1
 
 
 async def settled_failures(*replicas: Replica) -> None:
@@ -234,11 +250,11 @@ async def settled_failures(*replicas: Replica) -> None:
 
 async def test_prompts_are_told_again_if_it_is_not_known_that_they_arrived(make: Make) -> None:
     one, two = make(), make()
-    await two.replicator.exchange()
+    await two.exchange()
     one.send(0)
     await exchange_cut_off(one)
-    await one.replicator.exchange()
-    await two.replicator.exchange()
+    await one.exchange()
+    await two.exchange()
     assert two.holds(0)
     assert two.count("prompts", "heard") == 2
 
@@ -271,7 +287,7 @@ async def test_groups_seeds_and_formats_keep_apart(make: Make) -> None:
     one.tables.ledger.charge(0, 10, 10, held=True)
     for _ in range(2):
         for each in (one, *others):
-            await each.replicator.exchange()
+            await each.exchange()
     assert [loads(each.tables)[0] for each in others] == [0, 0]
 
 
@@ -283,8 +299,8 @@ async def test_a_server_that_refuses_is_told_of_once(make: Make, client: Any) ->
             await until(lambda: one.count("exchanges", "failed") >= 3)
             client.delete(f"{PREFIX}:loads")
             await until(lambda: one.count("exchanges", "ok"))
-    assert [line["event"] for line in logs] == ["other replicas cannot be told", "other replicas are told again"]
-    assert "WRONGTYPE" in logs[0]["reason"]
+    assert [line["event"] for line in logs] == ["Redis refuses a call"]
+    assert "WRONGTYPE" in logs[0]["reply"]
 
 
 # -- ends of requests that Envoy's access log told another replica
@@ -338,7 +354,7 @@ async def test_ends_for_a_replica_that_is_no_more_go_nowhere(make: Make, client:
     one, two = make(), make()
     AccessLog(scheduler(two)).receive(batch(route(scheduler(one))))
     for _ in range(2):
-        await two.replicator.exchange()
+        await two.exchange()
     assert client.keys(f"{PREFIX}:ended:*") == []
 
 
@@ -347,15 +363,15 @@ async def test_the_end_of_a_request_is_never_counted_twice(make: Make, valkey_ur
     one, two = make(), make()
     by = scheduler(one)
     first, second = route(by), route(by)
-    await one.replicator.exchange()
+    await one.exchange()
     AccessLog(scheduler(two)).receive(batch(first))
     await exchange_cut_off(two)
-    await two.replicator.exchange()
+    await two.exchange()
     two.start(valkey_url)
-    await two.replicator.exchange()
-    await one.replicator.exchange()
+    await two.exchange()
+    await one.exchange()
     assert sum(loads(one.tables)) == 1
     AccessLog(scheduler(two)).receive(batch(second))
-    await two.replicator.exchange()
-    await one.replicator.exchange()
+    await two.exchange()
+    await one.exchange()
     assert sum(loads(one.tables)) == 0

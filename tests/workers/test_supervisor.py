@@ -290,3 +290,24 @@ def test_what_needs_a_full_restart_is_named(running: Callable[..., Running]) -> 
     until(lambda: one.says("rolling restart"))
     assert [line["key"] for line in one.told() if "full restart" in line["event"]] == ["capacity", "prefix.ring_bytes"]
     until(one.ready)
+
+
+def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(
+    running: Callable[..., Running], valkey_url: str
+) -> None:
+    router = running()
+    assert "replicator" not in router.children()
+    router.tell(redis=valkey_url)
+    router.hang_up()
+    until(lambda: "replicator" in router.children())
+    until(router.ready)
+    until(lambda: 'pointsman_exchanges_total{result="ok"}' in get(router.admin, "/metrics")[1].decode())
+    before = router.children()["replicator"]
+    os.kill(before, signal.SIGKILL)
+    until(lambda: router.children().get("replicator", before) != before)
+    until(router.ready)
+    before = router.children()["replicator"]
+    router.tell(redis=valkey_url, replicas={"share": False})
+    router.hang_up()  # the seat stays, and whoever has it has nothing to do
+    until(lambda: router.children().get("replicator", before) != before)
+    until(router.ready)
