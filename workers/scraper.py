@@ -282,8 +282,7 @@ class Scraper:
         own, tokens = ledger.load(slot)
         # What an engine says wrongly is not what it does not have.
         engine = math.nan if sample.disbelieved else sample.running + _or_zero(sample.waiting)
-        of_others, their_tokens = ledger.held_by(REPLICATOR, slot)
-        mine, my_tokens = own - of_others, tokens - their_tokens  # theirs are theirs to put right
+        mine, my_tokens = max(self._of_this_replica(slot), self._of_this_replica(slot))
         correction = watched.excess.correction(mine, engine, now)
         if correction:
             # Tokens go with requests, in the same proportion.
@@ -299,6 +298,14 @@ class Scraper:
         self._plan()
         if before is not Health.READY and health.state(now) is Health.READY:
             log.info("a pod is ready", pod=watched.pod.name, address=watched.pod.address)
+
+    def _of_this_replica(self, slot: int) -> tuple[int, int]:
+        """(requests, tokens) that this replica has in flight: what others have is theirs to put right. Read between two
+        steps of the replicator's it may be too low, which would be put right at once: look twice."""
+        ledger = self._tables.ledger
+        requests, tokens = ledger.load(slot)
+        of_others, their_tokens = ledger.held_by(REPLICATOR, slot)
+        return requests - of_others, tokens - their_tokens
 
     def _write(self, watched: _Watched, now: float) -> None:
         watched.row[_HEALTH] = watched.health.state(now)

@@ -14,7 +14,7 @@ import pytest
 from fleet import end_of, in_child, make_tables
 
 from state.pods import COLUMN, Health
-from state.tables import SCRAPER, Tables
+from state.tables import REPLICATOR, SCRAPER, Tables
 from workers.config import Config, LogConfig, load
 from workers.process import run_child
 from workers.scrape.page import Sample
@@ -240,7 +240,32 @@ async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
     for poll in range(10):
         scraper._take(watched, Sample(running=2.0, disbelieved=disbelieved, found=1), 1000.0 + 3 * poll)
     assert tables.ledger.load(0)[0] == left
+    stop_polling(scraper)
+
+
+def stop_polling(scraper: Scraper) -> None:
     for slot in list(scraper._pods):
         scraper._unwatch(slot)
     if scraper._timer is not None:
         scraper._timer.cancel()
+
+
+@pytest.mark.parametrize(("running", "left"), [(9.0, 5), (2.0, 2), (0.0, 0)])
+async def test_what_other_replicas_have_in_flight_is_not_settled_here(
+    tmp_path: Path, engines: list[Engine], running: float, left: int
+) -> None:
+    tables = make_tables(writer=SCRAPER)
+    mirror = Tables.attach(tables.segment.fd, REPLICATOR).ledger
+    scraper = Scraper(configuration(tmp_path, engines), tables)
+    await scraper.discover()
+    for _ in range(5):
+        tables.ledger.charge(0, 100, 100, held=False)
+    mirror.hold(0, 4, 400)
+    for poll in range(10):
+        scraper._take(scraper._pods[0], Sample(running=running, found=1), 1000.0 + 3 * poll)
+    assert tables.ledger.load(0) == (left + 4, 100 * left + 400)
+    assert tables.pods.row(0)[COLUMN["own_requests_at_sample"]] == left + 4
+    mirror.hold(0, 0, 0)
+    scraper._take(scraper._pods[0], Sample(running=running, found=1), 1040.0)
+    assert tables.ledger.load(0) == (left, 100 * left)
+    stop_polling(scraper)
