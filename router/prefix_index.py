@@ -117,8 +117,7 @@ class Match:
         common, others = self.split(slots)
         out = [common] * slots.count
         for length, bitmap in others:
-            places = slots.places(bitmap)
-            for place in (places,) if isinstance(places, int) else places.tolist():
+            for place in slots.places(bitmap):
                 out[place] = length
         return out
 
@@ -132,29 +131,19 @@ class SlotIndex:
         self.count = len(slots)
         self.positions = {1 << slot: position for position, slot in enumerate(slots)}
         self.mask = sum(self.positions)
-        self._places: dict[int, int | Ints] = {}
+        self._places: dict[int, list[int]] = {}
 
-    def all_of(self, bitmap: int, values: Floats) -> bool:
-        """Whether the values of all pods of a bitmap are above 0."""
-        while bitmap:
-            low = bitmap & -bitmap
-            if values[self.positions[low]] <= 0.0:
-                return False
-            bitmap ^= low
-        return True
-
-    def places(self, bitmap: int) -> int | Ints:
-        """Where the pods of a bitmap stand, as an index into arrays. The same sets of pods come again and again."""
+    def places(self, bitmap: int) -> list[int]:
+        """Where the pods of a bitmap stand. The same sets of pods come again and again."""
         found = self._places.get(bitmap)
         if found is None:
             if len(self._places) >= PLACES_KEPT:
                 self._places.clear()
-            positions, rest = [], bitmap
+            found, rest = [], bitmap
             while rest:
                 low = rest & -rest
-                positions.append(self.positions[low])
+                found.append(self.positions[low])
                 rest ^= low
-            found = positions[0] if len(positions) == 1 else np.array(positions)
             self._places[bitmap] = found
         return found
 
