@@ -151,6 +151,8 @@ class Fleet:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
+        self._pods = tables.pods
+        self._catalog_versions = tables.catalog.versions
         self._version = -1
         self._epoch = -1
         self._values: Floats = np.empty((0, 0))
@@ -168,9 +170,8 @@ class Fleet:
 
     def refresh(self) -> None:
         """Follow the catalog and the pod rows. Two integer comparisons when nothing changed."""
-        tables = self._tables
-        if tables.catalog.version != self._version:
-            self._version, document = tables.catalog.read()
+        if self._catalog_versions[0] != self._version:
+            self._version, document = self._tables.catalog.read()
             models: dict[str, Model] = {}
             for record in document.pods:
                 pod = Pod(record)
@@ -184,8 +185,8 @@ class Fleet:
                 model.whole = [pod for pod in model.pods if pod.record.role != "prefill"] or model.pods
             self.models = models
             self._epoch = -1
-        if tables.pods.epoch != self._epoch:
-            self._epoch, self._values = tables.pods.snapshot()
+        if self._pods.epoch != self._epoch:
+            self._epoch, self._values = self._pods.snapshot()
             for model in self.models.values():
                 model.candidates = None
 

@@ -212,7 +212,7 @@ class PrefixIndex:
         self._runs: dict[bytes, Run] = {}  # by the hash of the first block, packed
         self._orders: list[OrderedDict[Run, float]] = []
         self._turnovers: list[Turnover] = []
-        self.lost: Floats = np.zeros(0)
+        self.lost: list[float] = []
         """By row of the pod: tokens that must be computed again for each one that is computed there."""
         self._used: list[int] = []
         self._room: list[float] = []  # tokens
@@ -316,7 +316,7 @@ class PrefixIndex:
                 left = holding
                 if not left:
                     break
-            if packed.startswith(run.hashes, place << 3):
+            if packed[place << 3 : (place + run.blocks) << 3] == run.hashes:
                 place += run.blocks
                 answered = run.answered
                 runs.append((place, run))
@@ -366,9 +366,9 @@ class PrefixIndex:
             self._tags.append(0)
             self._used.append(0)
             self._room.append(0.0)
+            self.lost.append(0.0)
             self._orders.append(OrderedDict())
             self._turnovers.append(Turnover())
-        self.lost = np.concatenate([self.lost, np.zeros(high - len(self.lost))])
         for slot, (generation, incarnation, tokens) in enumerate(rows.T.tolist()):
             tag = pod_tag(int(generation), int(incarnation)) if generation else 0
             known = self._tags[slot]
@@ -405,7 +405,7 @@ class PrefixIndex:
                 break
             if run.start != place or run.parent is not parent:
                 break  # another text with the same hash: believe nothing from here on
-            elif packed.startswith(run.hashes, byte):
+            elif packed[byte : byte + len(run.hashes)] == run.hashes:
                 byte += len(run.hashes)
             elif run.holders & bit and run.hashes.startswith(packed[byte:]):
                 byte = size  # used in part: no reason to cut it
@@ -431,10 +431,9 @@ class PrefixIndex:
                 if order.get(run, at) < before:
                     again += run.blocks
             self.lost[slot] = turnover.add(more, again * block_bytes)
-        move = order.move_to_end
         for run in reversed(path):
             order[run] = at
-            move(run)
+            order.move_to_end(run)
             since = run.used_at
             if since < at:
                 run.used_at = at

@@ -182,7 +182,9 @@ class Prefixes:
             chain = found.chain
         else:
             chain = self.hasher.chain(text, request.model, candidates.derived["block_bytes"])
-        tokens = request.prompt_tokens or len(text) / NOMINAL_BYTES_PER_TOKEN
+        tokens = float(request.prompt_tokens)
+        if not tokens:
+            tokens = len(text) / NOMINAL_BYTES_PER_TOKEN
         answer = int(answer_tokens * len(text) / (tokens * chain.block_bytes)) if answer_tokens and tokens else 0
         found = LookUp(chain, index.match(chain, slots.mask, answer), slots, tokens, len(text))
         found.answer_tokens = answer_tokens
@@ -193,7 +195,7 @@ class Prefixes:
         """The request goes to candidate `index`: note what it will have to compute, and tell all processes."""
         found: LookUp = request.prefix or self.look_up(request, candidates, now)
         slot = candidates.pods[index].slot
-        request.uncached_tokens = round(found.prompt_tokens - found.tokens_on(slot))
+        request.uncached_tokens = int(found.prompt_tokens - found.tokens_on(slot) + 0.5)
         self.index.remember(found.chain, slot, now)
 
 

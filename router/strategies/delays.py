@@ -250,7 +250,7 @@ class Delays:
             served = np.minimum(served, requests / np.maximum(filled, 1.0))
         self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
         if index is not None:
-            np.multiply(index.lost[self._candidates.slots], prefill, out=loss)
+            np.multiply([index.lost[form.slot] for form in self._forms], prefill, out=loss)
         np.multiply(wait, speeds.drain, out=price)
         price /= mean_tokens
         np.minimum(price, requests, out=price)
@@ -286,7 +286,7 @@ class Delays:
             self._candidates,
             place,
             self._flat * uncached + self._slope * pairs,
-            self.speeds,
+            form.prefill,
             now,
             form.step,
             form.until,
