@@ -277,17 +277,15 @@ class PrefixIndex:
             self._refresh()
         if self._reader.news():
             tags = self._tags
-            for record in self._reader.read(limit):
-                slot = record.slot
-                known = slot < len(tags) and record.pod == tags[slot]
+            for slot, pod, at, block_bytes, hashes, kind in self._reader.records(limit):
+                known = slot < len(tags) and pod == tags[slot]
                 if not known and self._pods.epoch != self._epoch:
                     self._refresh()
-                    known = slot < len(tags) and record.pod == tags[slot]
+                    known = slot < len(tags) and pod == tags[slot]
                 if known:
-                    size = (len(record.hashes) >> 3) * record.block_bytes
-                    new = self._note(slot, record.hashes, record.block_bytes, record.at)
-                    if record.kind == ROUTED:
-                        self.heard.append((slot, size, new, record.at))
+                    new = self._note(slot, hashes, block_bytes, at)
+                    if kind == ROUTED:
+                        self.heard.append((slot, (len(hashes) >> 3) * block_bytes, new, at))
                         self.heard_count += 1
                 else:
                     self.foreign += 1

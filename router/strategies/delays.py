@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from router.backlog import FIRST_STEPS, Backlog
+from router.backlog import FIRST_STEPS, Backlog, Excess
 from router.fleet import Candidates
 from router.prefix_index import MOST_HEARD, PrefixIndex
 from router.rates import Speeds
@@ -33,22 +33,6 @@ MOST_ENTERED: Final = 64
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
 _JITTERS: Final = 1024
-
-_FIXED: Final = 0
-_STEP: Final = 1
-_PRICE: Final = 2
-_SHARED: Final = 3
-_PREFILL: Final = 4
-_LOSS: Final = 5
-_REQUESTS: Final = 6
-_TOKENS: Final = 7
-_UNTIL: Final = 8
-_WAIT: Final = 9
-_ANSWER: Final = 10
-_SHORT: Final = 11
-_MORE: Final = 12
-_NO_PLACE: Final = 13
-_NUMBERS: Final = 14
 
 
 class Chance:
@@ -67,17 +51,24 @@ class Chance:
 
 
 class Form:
-    """What is kept of one pod: the six numbers of its score, and what they change by when it is sent a request. Plain
-    numbers of an object of its own: of all ways to read and write single ones this costs least."""
+    """What is kept of one pod: the six numbers of its score, what they are made of, and what they change by when it is
+    sent a request. Plain numbers of an object of its own: compiled, that is the cheapest way to read and write them."""
 
     __slots__ = (
         "answer",
+        "bit",
         "decode",
+        "drain",
+        "elsewhere",
         "fixed",
+        "full",
+        "idle_step",
         "loss",
         "more",
         "no_place",
+        "pace",
         "place",
+        "places",
         "prefill",
         "price",
         "requests",
@@ -85,12 +76,16 @@ class Form:
         "rooms",
         "score",
         "seats",
+        "served",
         "shared",
         "short",
         "slot",
         "step",
         "tokens",
         "until",
+        "usual_requests",
+        "usual_tokens",
+        "wait",
     )
 
     def __init__(self, place: int, slot: int) -> None:
@@ -108,25 +103,40 @@ class Form:
         self.short = 0.0
         self.more = 0.0
         self.no_place = 0.0
-        self.answer = 0.0
-        """Seconds of a mean one."""
-        self.rooms = 0.0
-        self.seats = 0.0
-        """As in `Speeds`; 0 also where nobody's is known."""
-        self.decode = 0.0
+        self.full = False
+        """Whether `room` is more than 0."""
         self.requests = 0.0
+        self.served = 0.0
+        """Of the requests, those that the pod has places and room for."""
         self.tokens = 0.0
         self.until = 0.0
         """When it will have done the prefills promised to it."""
+        self.wait = 0.0
+        """Seconds until then, as worked out last."""
+        self.answer = 0.0
+        """Seconds of a mean one."""
+        # The rest as in `Speeds`, zero where nobody's is known.
+        self.rooms = 0.0
+        self.seats = 0.0
+        self.places = inf
+        """1 / seats."""
+        self.decode = 0.0
+        self.drain = 0.0
+        self.pace = 0.0
+        self.elsewhere = 0.0
+        self.idle_step = 0.0
+        self.usual_requests = 0.0
+        self.usual_tokens = 0.0
         self.place = place
         self.slot = slot
+        self.bit = 1 << slot
 
 
 class Delays:
     """What a request costs on each candidate, for one epoch of their metrics."""
 
     def __init__(self, candidates: Candidates, speeds: Speeds, backlog: Backlog, chance: Chance) -> None:
-        n = len(candidates.pods)
+        self._n = len(candidates.pods)
         prior = backlog.rates.prior
         self.speeds = speeds
         self._candidates = candidates
@@ -134,26 +144,15 @@ class Delays:
         self._chance = chance
         self._per_request, self._per_token = prior.decode_request_seconds, prior.kv_token_seconds
         self._budget = prior.step_tokens
-        self._places = None if speeds.seats is None else 1.0 / np.maximum(speeds.seats, 1e-6)
-        self._idle_step = speeds.idle_step * speeds.decode
         # Of a running request half of the output is there, on average.
         self._of_request = self._per_request + 0.5 * speeds.output_tokens * self._per_token
-        self._request_step = self._of_request * speeds.decode
-        self._token_step = self._per_token * speeds.decode
         self._most_room = float(speeds.rooms.max()) if speeds.rooms is not None else 0.0
         self._rooms_known, self._seats_known = speeds.rooms is not None, speeds.seats is not None
         self._fullest = self._most_taken = 0.0
-        self._numbers: Floats = np.zeros((_NUMBERS, n))
-        """By kind and pod, as they were worked out last."""
-        self._numbers[_PREFILL] = speeds.prefill_seconds
+        self._full = 0
         self._forms = [Form(place, pod.slot) for place, pod in enumerate(candidates.pods)]
         self._form_of = {form.slot: form for form in self._forms}
-        unknown = [0.0] * n
-        rooms = unknown if speeds.rooms is None else speeds.rooms.tolist()
-        seats = unknown if speeds.seats is None else speeds.seats.tolist()
-        for place, (form, decode) in enumerate(zip(self._forms, speeds.decode.tolist(), strict=True)):
-            form.decode, form.rooms, form.seats = decode, rooms[place], seats[place]
-        self._n = n
+        self._learn(speeds)
         self._flat, self._slope, self._sent = speeds.flat, speeds.slope, speeds.sent
         self._mean_tokens = 1.0
         self._price_of_all = 1.0
@@ -163,6 +162,28 @@ class Delays:
         self._worked_out_at = -inf
         self._charges = candidates.ledger.charges
         self._heard = 0
+
+    def _learn(self, speeds: Speeds) -> None:
+        """Hand each pod what is known of it."""
+        prefill: list[float] = speeds.prefill_seconds.tolist()
+        drain: list[float] = speeds.drain.tolist()
+        decode: list[float] = speeds.decode.tolist()
+        pace: list[float] = speeds.pace.tolist()
+        elsewhere: list[float] = speeds.elsewhere.tolist()
+        idle_step: list[float] = speeds.idle_step.tolist()
+        usual_requests: list[float] = speeds.usual[0].tolist()
+        usual_tokens: list[float] = speeds.usual[1].tolist()
+        unknown = [0.0] * self._n
+        rooms: list[float] = speeds.rooms.tolist() if speeds.rooms is not None else unknown
+        seats: list[float] = speeds.seats.tolist() if speeds.seats is not None else unknown
+        for form in self._forms:
+            place = form.place
+            form.prefill, form.drain, form.decode = prefill[place], drain[place], decode[place]
+            form.pace, form.elsewhere, form.idle_step = pace[place], elsewhere[place], idle_step[place]
+            form.usual_requests, form.usual_tokens = usual_requests[place], usual_tokens[place]
+            form.rooms, form.seats = rooms[place], seats[place]
+            if self._seats_known:
+                form.places = 1.0 / max(form.seats, 1e-6)
 
     def follow(self, now: float, index: PrefixIndex | None) -> None:
         """Take in what has changed: all of it when that was last done too long ago, else what this process has charged
@@ -204,77 +225,73 @@ class Delays:
                 self._sent[form.place].add(size / index.bytes_per_token, new / index.bytes_per_token)
 
     def _work_out(self, now: float, index: PrefixIndex | None) -> None:
-        candidates, speeds = self._candidates, self.speeds
+        candidates, speeds, forms = self._candidates, self.speeds, self._forms
         excess = self._backlog.excess(candidates, speeds, now)
-        fixed, step, price, shared, prefill, loss = self._numbers[: _LOSS + 1]
-        requests, tokens, until, wait, answer, short, more, no_place = self._numbers[_REQUESTS:]
-        loads, until[:] = candidates.loads(), candidates.busy_until()
-        np.add(loads[0], speeds.elsewhere, out=requests)
-        tokens[:] = loads[1]
-        np.subtract(until, now, out=wait)
-        if excess.any:
-            wait -= np.where(excess.since > now, excess.seconds, 0.0)
-        np.maximum(wait, 0.0, out=wait)
+        loads, until = candidates.loads(), candidates.busy_until()
+        requests: list[int] = loads[0].tolist()
+        tokens: list[int] = loads[1].tolist()
+        busy_until: list[float] = until.tolist()
         mean_tokens = self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
+        output_tokens = speeds.output_tokens
+        self._fullest = self._most_taken = 0.0
+        for form in forms:
+            place = form.place
+            form.requests = requests[place] + form.elsewhere
+            form.tokens = float(tokens[place])
+            form.until = busy_until[place]
+            form.wait = max(form.until - now, 0.0)
+            # What decodes is taken to be half of what there is now and half of what there usually is.
+            decoding = 0.5 * (requests[place] + form.usual_requests) + form.elsewhere
+            context = 0.5 * (form.tokens + form.usual_tokens)
+            form.shared = decoding * form.decode
+            form.step = (decoding * self._of_request + context * self._per_token + form.idle_step) * form.decode
+            form.answer = max(form.step, form.pace) * output_tokens
+        if excess.any:
+            self._take_off(excess, now)
+        for form in forms:
+            if self._rooms_known:
+                form.more = form.rooms * form.answer
+                filled = form.tokens * form.rooms
+                self._fullest = max(self._fullest, filled)
+                form.short = (filled - 1.0) * form.answer - form.wait
+            if self._seats_known:
+                taken = (form.requests + 1.0) * form.seats
+                self._most_taken = max(self._most_taken, taken)
+                form.no_place = (taken - 1.0) * form.answer - form.wait
 
-        # What decodes is taken to be half of what there is now and half of what there usually is.
-        decoding, context = 0.5 * (loads[:2] + speeds.usual)
-        decoding += speeds.elsewhere
-        np.multiply(decoding, speeds.decode, out=shared)
-        np.multiply(decoding, self._request_step, out=step)
-        step += context * self._token_step
-        step += self._idle_step
-        typical = mean_tokens * float(prefill[0])
-        np.maximum(step, speeds.pace, out=answer)
-        answer *= speeds.output_tokens
-        filled: Floats | None = None
-        if speeds.rooms is not None:
-            np.multiply(speeds.rooms, answer, out=more)
-            filled = tokens * speeds.rooms
-            self._fullest = float(filled.max())
-            np.subtract(filled, 1.0, out=short)
-            short *= answer
-            short -= wait
-        if speeds.seats is not None:
-            taken = (requests + 1.0) * speeds.seats
-            self._most_taken = float(taken.max())
-            np.subtract(taken, 1.0, out=no_place)
-            no_place *= answer
-            no_place -= wait
-        waits = wait
-        if self.crowded(mean_tokens):
-            waits = wait + np.maximum(np.maximum(short + mean_tokens * more, no_place), 0.0)
-        slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
-        served = requests if self._places is None else np.minimum(requests, self._places)
-        if self._fullest > 1.0 and filled is not None:
-            served = np.minimum(served, requests / np.maximum(filled, 1.0))
-        self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
-        if index is not None:
-            np.multiply([index.lost[form.slot] for form in self._forms], prefill, out=loss)
-        np.multiply(wait, speeds.drain, out=price)
-        price /= mean_tokens
-        np.minimum(price, requests, out=price)
-        price *= slack
-        half = 0.5 * served
-        price += half
-        price *= prefill
-        half *= slack
-        half += 1.0
-        np.multiply(half, wait, out=fixed)
-        fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
-        fixed += self._chance.draw(self._n)
-        loss *= 1.0 - slack
-        self._keep()
+        typical = mean_tokens * forms[0].prefill
+        crowded = self.crowded(mean_tokens)
+        free = all_served = 0.0
+        for form in forms:
+            wait = form.wait
+            if crowded:
+                wait += max(max(form.short + mean_tokens * form.more, form.no_place), 0.0)
+            free += typical / (wait + typical)
+            form.served = min(form.requests, form.places)
+            if self._fullest > 1.0:
+                form.served = min(form.served, form.requests / max(form.tokens * form.rooms, 1.0))
+            all_served += form.served
+        slack = self._slack = free / self._n
+        self._price_of_all = 1.0 + all_served / self._n
 
-    def _keep(self) -> None:
-        """Hand each pod its numbers."""
-        rows: list[list[float]] = self._numbers.T.tolist()
+        chances: list[float] = self._chance.draw(self._n).tolist()
+        for form in forms:
+            wait, half = form.wait, 0.5 * form.served
+            waiting = min(wait * form.drain / mean_tokens, form.requests)
+            form.price = (half + slack * waiting) * form.prefill
+            form.fixed = (1.0 + slack * half) * wait + chances[form.place]
+            if wait == 0.0:
+                form.fixed += form.step * FIRST_STEPS
+            if index is not None:
+                form.loss = index.lost[form.slot] * form.prefill * (1.0 - slack)
+
+    def _take_off(self, excess: Excess, now: float) -> None:
+        """Waits that the last polls show to be shorter."""
+        since: list[float] = excess.since.tolist()
+        seconds: list[float] = excess.seconds.tolist()
         for form in self._forms:
-            row = rows[form.place]
-            form.fixed, form.step, form.price = row[_FIXED], row[_STEP], row[_PRICE]
-            form.shared, form.prefill, form.loss = row[_SHARED], row[_PREFILL], row[_LOSS]
-            form.requests, form.tokens, form.until = row[_REQUESTS], row[_TOKENS], row[_UNTIL]
-            form.answer, form.short, form.more, form.no_place = row[_ANSWER], row[_SHORT], row[_MORE], row[_NO_PLACE]
+            if since[form.place] > now:
+                form.wait = max(form.until - now - seconds[form.place], 0.0)
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
@@ -375,9 +392,9 @@ class Delays:
     def wait_for_room(self, prompt: float) -> int:
         """Work out how long each pod has no room for one request more, beyond the wait for the prefills before it: the
         time of a mean answer frees as much as there is. Returns which have none, as a bitmap of their rows."""
-        full = 0
         for form in self._forms:
-            room = form.room = max(form.short + prompt * form.more, form.no_place, 0.0)
-            if room > 0.0:
-                full |= 1 << form.slot
-        return full
+            form.room = max(max(form.short + prompt * form.more, form.no_place), 0.0)
+            if form.full != (form.room > 0.0):
+                form.full = not form.full
+                self._full ^= form.bit
+        return self._full
