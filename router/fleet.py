@@ -7,8 +7,7 @@ one model as parallel arrays; it is built once per epoch and model, so that a re
 everything ready.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -47,7 +46,7 @@ class Pod:
 class Candidates:
     """The pods that may take a request: parallel arrays of length n, in the order of `pods`."""
 
-    __slots__ = ("_gather", "_rows", "_tables", "_values", "derived", "epoch", "ledger", "pods", "slots", "span")
+    __slots__ = ("_rows", "_slots", "_tables", "_values", "derived", "epoch", "ledger", "pods", "slots", "span")
 
     def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int) -> None:
         self._tables = tables
@@ -62,7 +61,7 @@ class Candidates:
         contiguous = bool((self.slots == np.arange(n)).all())
         self._rows: Ints | None = None if contiguous else self.slots
         self.ledger = tables.ledger
-        self._gather = _gatherer(self.slots.tolist(), contiguous)
+        self._slots: list[int] = self.slots.tolist()
 
     def __len__(self) -> int:
         return len(self.pods)
@@ -75,10 +74,12 @@ class Candidates:
         """Requests in flight now, by this replica's own account."""
         return self._of(_REQUESTS)
 
-    def requests_now(self, now: float) -> Sequence[int]:
+    def requests_now(self, now: float) -> list[int]:
         """The same, exact in what this process does and at most a millisecond old in what the others do."""
-        counts: Sequence[int] = self._gather(self.ledger.follow(now, self.span))
-        return counts
+        counts = self.ledger.follow(now, self.span)
+        if self._rows is None:
+            return counts[: self.span]
+        return [counts[slot] for slot in self._slots]
 
     def tokens(self) -> Ints:
         """Prompt tokens of the requests in flight now."""
@@ -122,14 +123,6 @@ class Candidates:
     def subset(self, indices: Sequence[int]) -> "Candidates":
         """The same view of fewer pods."""
         return Candidates(self._tables, [self.pods[i] for i in indices], self._values, self.epoch)
-
-
-def _gatherer(slots: list[int], contiguous: bool) -> Callable[[Sequence[int]], Sequence[int]]:
-    """Picks the entries of these slots out of a list by slot."""
-    if len(slots) < 2 or contiguous:
-        first = slots[0] if slots else 0
-        return itemgetter(slice(first, first + len(slots)))
-    return itemgetter(*slots)
 
 
 class Model:

@@ -168,7 +168,8 @@ class LogReader:
         for writer, head in enumerate(heads):
             if writer == self._own:
                 head = min(head, self._own_end)
-            if head != places[writer] and not self._follow(writer, head, out, limit):
+            place = places[writer]
+            if head != place and not self._follow(writer, head, out, limit):
                 done = False
         self._seen = seen if done else None
         return out
