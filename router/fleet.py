@@ -109,7 +109,7 @@ class Candidates:
 
     def metric(self, name: str) -> Floats:
         """One of `state.pods.FIELDS`, NaN where the engine does not publish it."""
-        column: Floats = self._values[self.slots, COLUMN[name]]
+        column: Floats = self._values[:, COLUMN[name]].take(self.slots)
         return column
 
     def requests_since_sample(self) -> Floats:

@@ -130,6 +130,7 @@ class Form:
         self.place = place
         self.slot = slot
         self.bit = 1 << slot
+        """The row in a bitmap."""
 
 
 class Delays:
@@ -150,6 +151,7 @@ class Delays:
         self._rooms_known, self._seats_known = speeds.rooms is not None, speeds.seats is not None
         self._fullest = self._most_taken = 0.0
         self._full = 0
+        """Those that are `Form.full`, as a bitmap of their rows."""
         self._forms = [Form(place, pod.slot) for place, pod in enumerate(candidates.pods)]
         self._form_of = {form.slot: form for form in self._forms}
         self._learn(speeds)
