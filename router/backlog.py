@@ -62,21 +62,21 @@ class Backlog:
         candidates: Candidates,
         index: int,
         uncached_tokens: float,
-        speeds: Speeds,
+        prefill_seconds: float,
         now: float,
         step_seconds: float = 0.0,
         until: float | None = None,
     ) -> float:
-        """A request is sent to candidate `index` that has so much to compute. `step_seconds`: what a step of the pod
-        takes without any prompt; `until`: when it will have done what it was promised, where the caller knows.
-        Returns when it will have done this too."""
+        """A request is sent to candidate `index` that has so much to compute. `prefill_seconds`: what a token takes
+        there; `step_seconds`: what a step of the pod takes without any prompt; `until`: when it will have done what it
+        was promised, where the caller knows. Returns when it will have done this too."""
         self.mean_tokens += 0.02 * (uncached_tokens - self.mean_tokens)
         self.largest_tokens = max(self.largest_tokens * 0.999, uncached_tokens)
         if until is None:
             until = float(candidates.busy_until()[index])
         if until <= now:
             until = now + FIRST_STEPS * step_seconds
-        until += uncached_tokens * (float(speeds.prefill_seconds[index]) + step_seconds / self.rates.prior.step_tokens)
+        until += uncached_tokens * (prefill_seconds + step_seconds / self.rates.prior.step_tokens)
         candidates.occupy(index, until)
         return until
 

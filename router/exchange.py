@@ -72,7 +72,7 @@ class Exchange(RequestPhase):
             elif phase == REQUEST_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.request_names)
                 if headers is not None:
-                    return self._on_request_headers(*headers)
+                    return self._on_request_headers(headers[0], headers[1])
             elif phase == RESPONSE_BODY:
                 body = wire.read_body(message, part)
                 if body is not None:
@@ -81,7 +81,7 @@ class Exchange(RequestPhase):
             elif phase == RESPONSE_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.response_names)
                 if headers is not None:
-                    return self._on_response_headers(*headers)
+                    return self._on_response_headers(headers[0], headers[1])
             return self._receive_any(message)
         except RequestError as error:
             return self._refuse(error)

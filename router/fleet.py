@@ -7,8 +7,7 @@ one model as parallel arrays; it is built once per epoch and model, so that a re
 everything ready.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -47,7 +46,7 @@ class Pod:
 class Candidates:
     """The pods that may take a request: parallel arrays of length n, in the order of `pods`."""
 
-    __slots__ = ("_gather", "_rows", "_tables", "_values", "derived", "epoch", "ledger", "pods", "slots", "span")
+    __slots__ = ("_rows", "_slots", "_tables", "_values", "derived", "epoch", "ledger", "pods", "slots", "span")
 
     def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int) -> None:
         self._tables = tables
@@ -62,7 +61,7 @@ class Candidates:
         contiguous = bool((self.slots == np.arange(n)).all())
         self._rows: Ints | None = None if contiguous else self.slots
         self.ledger = tables.ledger
-        self._gather = _gatherer(self.slots.tolist(), contiguous)
+        self._slots: list[int] = self.slots.tolist()
 
     def __len__(self) -> int:
         return len(self.pods)
@@ -75,10 +74,12 @@ class Candidates:
         """Requests in flight now, by this replica's own account."""
         return self._of(_REQUESTS)
 
-    def requests_now(self, now: float) -> Sequence[int]:
+    def requests_now(self, now: float) -> list[int]:
         """The same, exact in what this process does and at most a millisecond old in what the others do."""
-        counts: Sequence[int] = self._gather(self.ledger.follow(now, self.span))
-        return counts
+        counts = self.ledger.follow(now, self.span)
+        if self._rows is None:
+            return counts[: self.span]
+        return [counts[slot] for slot in self._slots]
 
     def tokens(self) -> Ints:
         """Prompt tokens of the requests in flight now."""
@@ -108,7 +109,7 @@ class Candidates:
 
     def metric(self, name: str) -> Floats:
         """One of `state.pods.FIELDS`, NaN where the engine does not publish it."""
-        column: Floats = self._values[self.slots, COLUMN[name]]
+        column: Floats = self._values[:, COLUMN[name]].take(self.slots)
         return column
 
     def requests_since_sample(self) -> Floats:
@@ -122,14 +123,6 @@ class Candidates:
     def subset(self, indices: Sequence[int]) -> "Candidates":
         """The same view of fewer pods."""
         return Candidates(self._tables, [self.pods[i] for i in indices], self._values, self.epoch)
-
-
-def _gatherer(slots: list[int], contiguous: bool) -> Callable[[Sequence[int]], Sequence[int]]:
-    """Picks the entries of these slots out of a list by slot."""
-    if len(slots) < 2 or contiguous:
-        first = slots[0] if slots else 0
-        return itemgetter(slice(first, first + len(slots)))
-    return itemgetter(*slots)
 
 
 class Model:
@@ -151,6 +144,8 @@ class Fleet:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
+        self._pods = tables.pods
+        self._catalog_versions = tables.catalog.versions
         self._version = -1
         self._epoch = -1
         self._values: Floats = np.empty((0, 0))
@@ -168,9 +163,8 @@ class Fleet:
 
     def refresh(self) -> None:
         """Follow the catalog and the pod rows. Two integer comparisons when nothing changed."""
-        tables = self._tables
-        if tables.catalog.version != self._version:
-            self._version, document = tables.catalog.read()
+        if self._catalog_versions[0] != self._version:
+            self._version, document = self._tables.catalog.read()
             models: dict[str, Model] = {}
             for record in document.pods:
                 pod = Pod(record)
@@ -184,8 +178,8 @@ class Fleet:
                 model.whole = [pod for pod in model.pods if pod.record.role != "prefill"] or model.pods
             self.models = models
             self._epoch = -1
-        if tables.pods.epoch != self._epoch:
-            self._epoch, self._values = tables.pods.snapshot()
+        if self._pods.epoch != self._epoch:
+            self._epoch, self._values = self._pods.snapshot()
             for model in self.models.values():
                 model.candidates = None
 

@@ -41,16 +41,14 @@ NOMINAL_BYTES_PER_TOKEN: Final = 4.0
 SMALLEST_PIECE: Final = 8
 LARGEST_PIECE: Final = 32
 """Blocks. A piece is as large as all that lies before it, within these bounds: little is lost where texts part."""
-
-
-@lru_cache(maxsize=512)
-def _packer(hashes: int) -> Callable[..., bytes]:
-    return struct.Struct(f"<{hashes}Q").pack
+_PACKERS: Final[list[Callable[..., bytes]]] = [struct.Struct(f"<{n}Q").pack for n in range(LARGEST_PIECE + 1)]
+"""By the number of hashes."""
 
 
 def pack(hashes: list[int]) -> bytes:
     """Hashes as a chain holds them: 8 bytes each, little-endian."""
-    return _packer(len(hashes))(*hashes)
+    n = len(hashes)
+    return _PACKERS[n](*hashes) if n < len(_PACKERS) else struct.pack(f"<{n}Q", *hashes)
 
 
 class Chain:
@@ -87,15 +85,20 @@ class _Piece:
 
     __slots__ = ("last", "packed")
 
-    def __init__(self, text: bytes, block_bytes: int, before: int) -> None:
-        digest = xxh3_64_intdigest
-        h = before
-        hashes: list[int] = []
-        for start in range(0, len(text), block_bytes):
-            h = digest(text[start : start + block_bytes], h)
-            hashes.append(h)
+    def __init__(self, hashes: list[int]) -> None:
         self.packed = pack(hashes)
-        self.last = h
+        self.last = hashes[-1]
+
+
+def _hashes(text: bytes, begin: int, end: int, block_bytes: int, before: int) -> list[int]:
+    """Of the blocks from byte `begin` to byte `end`; `before` is the hash of the block before them."""
+    h = before
+    hashes: list[int] = []
+    while begin < end:
+        h = xxh3_64_intdigest(text[begin : begin + block_bytes], h)
+        hashes.append(h)
+        begin += block_bytes
+    return hashes
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -134,7 +137,7 @@ class PrefixHasher:
             key = xxh3_64_intdigest(text_of_piece, h)
             piece = self._known.get(key)
             if piece is None:
-                piece = self._earlier.get(key) or _Piece(text_of_piece, block_bytes, h)
+                piece = self._earlier.get(key) or _Piece(_hashes(text_of_piece, 0, len(text_of_piece), block_bytes, h))
                 self._keep(key, piece, size)
             pieces.append(piece.packed)
             h = piece.last
@@ -142,8 +145,8 @@ class PrefixHasher:
             if place == 2 * size and size < LARGEST_PIECE:
                 size = place
         if place < blocks:
-            pieces.append(_Piece(text[place * block_bytes : blocks * block_bytes], block_bytes, h).packed)
-        return Chain(b"".join(pieces), block_bytes)
+            pieces.append(pack(_hashes(text, place * block_bytes, blocks * block_bytes, block_bytes, h)))
+        return Chain(b"".join(pieces) if len(pieces) > 1 else pieces[0], block_bytes)
 
     def _keep(self, key: int, piece: _Piece, blocks: int) -> None:
         self._kept += blocks

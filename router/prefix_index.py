@@ -117,8 +117,7 @@ class Match:
         common, others = self.split(slots)
         out = [common] * slots.count
         for length, bitmap in others:
-            places = slots.places(bitmap)
-            for place in (places,) if isinstance(places, int) else places.tolist():
+            for place in slots.places(bitmap):
                 out[place] = length
         return out
 
@@ -132,29 +131,19 @@ class SlotIndex:
         self.count = len(slots)
         self.positions = {1 << slot: position for position, slot in enumerate(slots)}
         self.mask = sum(self.positions)
-        self._places: dict[int, int | Ints] = {}
+        self._places: dict[int, list[int]] = {}
 
-    def all_of(self, bitmap: int, values: Floats) -> bool:
-        """Whether the values of all pods of a bitmap are above 0."""
-        while bitmap:
-            low = bitmap & -bitmap
-            if values[self.positions[low]] <= 0.0:
-                return False
-            bitmap ^= low
-        return True
-
-    def places(self, bitmap: int) -> int | Ints:
-        """Where the pods of a bitmap stand, as an index into arrays. The same sets of pods come again and again."""
+    def places(self, bitmap: int) -> list[int]:
+        """Where the pods of a bitmap stand. The same sets of pods come again and again."""
         found = self._places.get(bitmap)
         if found is None:
             if len(self._places) >= PLACES_KEPT:
                 self._places.clear()
-            positions, rest = [], bitmap
+            found, rest = [], bitmap
             while rest:
                 low = rest & -rest
-                positions.append(self.positions[low])
+                found.append(self.positions[low])
                 rest ^= low
-            found = positions[0] if len(positions) == 1 else np.array(positions)
             self._places[bitmap] = found
         return found
 
@@ -223,7 +212,7 @@ class PrefixIndex:
         self._runs: dict[bytes, Run] = {}  # by the hash of the first block, packed
         self._orders: list[OrderedDict[Run, float]] = []
         self._turnovers: list[Turnover] = []
-        self.lost: Floats = np.zeros(0)
+        self.lost: list[float] = []
         """By row of the pod: tokens that must be computed again for each one that is computed there."""
         self._used: list[int] = []
         self._room: list[float] = []  # tokens
@@ -288,17 +277,15 @@ class PrefixIndex:
             self._refresh()
         if self._reader.news():
             tags = self._tags
-            for record in self._reader.read(limit):
-                slot = record.slot
-                known = slot < len(tags) and record.pod == tags[slot]
+            for slot, pod, at, block_bytes, hashes, kind in self._reader.records(limit):
+                known = slot < len(tags) and pod == tags[slot]
                 if not known and self._pods.epoch != self._epoch:
                     self._refresh()
-                    known = slot < len(tags) and record.pod == tags[slot]
+                    known = slot < len(tags) and pod == tags[slot]
                 if known:
-                    size = (len(record.hashes) >> 3) * record.block_bytes
-                    new = self._note(slot, record.hashes, record.block_bytes, record.at)
-                    if record.kind == ROUTED:
-                        self.heard.append((slot, size, new, record.at))
+                    new = self._note(slot, hashes, block_bytes, at)
+                    if kind == ROUTED:
+                        self.heard.append((slot, (len(hashes) >> 3) * block_bytes, new, at))
                         self.heard_count += 1
                 else:
                     self.foreign += 1
@@ -327,7 +314,7 @@ class PrefixIndex:
                 left = holding
                 if not left:
                     break
-            if packed.startswith(run.hashes, place << 3):
+            if packed[place << 3 : (place + run.blocks) << 3] == run.hashes:
                 place += run.blocks
                 answered = run.answered
                 runs.append((place, run))
@@ -377,9 +364,9 @@ class PrefixIndex:
             self._tags.append(0)
             self._used.append(0)
             self._room.append(0.0)
+            self.lost.append(0.0)
             self._orders.append(OrderedDict())
             self._turnovers.append(Turnover())
-        self.lost = np.concatenate([self.lost, np.zeros(high - len(self.lost))])
         for slot, (generation, incarnation, tokens) in enumerate(rows.T.tolist()):
             tag = pod_tag(int(generation), int(incarnation)) if generation else 0
             known = self._tags[slot]
@@ -416,7 +403,7 @@ class PrefixIndex:
                 break
             if run.start != place or run.parent is not parent:
                 break  # another text with the same hash: believe nothing from here on
-            elif packed.startswith(run.hashes, byte):
+            elif packed[byte : byte + len(run.hashes)] == run.hashes:
                 byte += len(run.hashes)
             elif run.holders & bit and run.hashes.startswith(packed[byte:]):
                 byte = size  # used in part: no reason to cut it
@@ -442,10 +429,9 @@ class PrefixIndex:
                 if order.get(run, at) < before:
                     again += run.blocks
             self.lost[slot] = turnover.add(more, again * block_bytes)
-        move = order.move_to_end
         for run in reversed(path):
             order[run] = at
-            move(run)
+            order.move_to_end(run)
             since = run.used_at
             if since < at:
                 run.used_at = at

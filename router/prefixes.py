@@ -10,14 +10,14 @@ from router.fleet import Candidates
 from router.prefix_hash import BLOCK_BYTES, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, block_bytes_for
 from router.prefix_index import DEMAND_SECONDS, Match, PrefixIndex, SlotIndex
 from router.request import RoutingRequest
-from state.pods import Floats, Ints
+from state.pods import Floats
 from state.tables import Tables
 
 SPARE: Final = 2.0
 """Copies for each pod's worth of demand: with one, the pods that hold a run could not be chosen among."""
 
 
-Shares = Sequence[tuple[int | Ints, float, float]]
+Shares = Sequence[tuple[list[int], float, float]]
 """Candidates, by their places, with the prompt's uncached and scarce tokens on them."""
 
 
@@ -46,9 +46,9 @@ class LookUp:
             out[slots.places(bitmap)] = prompt - self._tokens(blocks)
         return out
 
-    def shares(self, index: PrefixIndex, now: float, room: Floats | None = None) -> tuple[float, float, Shares]:
-        """(uncached, scarce) of most candidates, and the candidates for which they are others. `room` are the
-        seconds that each would wait for room.
+    def shares(self, index: PrefixIndex, now: float, full: int = 0) -> tuple[float, float, Shares]:
+        """(uncached, scarce) of most candidates, and the candidates for which they are others. `full` are those that
+        have no room for it, as a bitmap of their rows.
 
         Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
@@ -60,12 +60,12 @@ class LookUp:
         if not groups:
             return prompt, prompt, ()
         slots, block_tokens = self.slots, self.block_tokens
-        worth = self._worth(index, now, room)
+        worth = self._worth(index, now, full)
         most = prompt - 1.0  # an engine computes at least the last token again
         left = slots.mask
         common = pods = 0
         usual = (0, prompt, prompt)
-        shares: list[tuple[int | Ints, float, float]] = []
+        shares: list[tuple[list[int], float, float]] = []
         for blocks, bitmap in groups:
             left ^= bitmap
             tokens = blocks * block_tokens
@@ -94,7 +94,7 @@ class LookUp:
         shares.append((slots.places(usual[0]), usual[1], usual[2]))
         return prompt, scarce, shares
 
-    def _worth(self, index: PrefixIndex, now: float, room: Floats | None) -> dict[int, float] | None:
+    def _worth(self, index: PrefixIndex, now: float, full: int) -> dict[int, float] | None:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
         worth: dict[int, float] | None = None
@@ -103,9 +103,9 @@ class LookUp:
         for place, run in self.match.runs:
             holders = run.holders & mask
             less = 0.0
-            if room is not None and self.slots.all_of(holders, room):
+            if full and not holders & ~full:
                 uses = run.uses * exp((run.used_at - now) / DEMAND_SECONDS)
-                less = uses / (1.0 + uses) * (1.0 - np.count_nonzero(room) / n)
+                less = uses / (1.0 + uses) * (1.0 - full.bit_count() / n)
             elif holders != mask:
                 if not heat:
                     heat = index.heat(now) / (SPARE * n)
@@ -182,7 +182,9 @@ class Prefixes:
             chain = found.chain
         else:
             chain = self.hasher.chain(text, request.model, candidates.derived["block_bytes"])
-        tokens = request.prompt_tokens or len(text) / NOMINAL_BYTES_PER_TOKEN
+        tokens = float(request.prompt_tokens)
+        if not tokens:
+            tokens = len(text) / NOMINAL_BYTES_PER_TOKEN
         answer = int(answer_tokens * len(text) / (tokens * chain.block_bytes)) if answer_tokens and tokens else 0
         found = LookUp(chain, index.match(chain, slots.mask, answer), slots, tokens, len(text))
         found.answer_tokens = answer_tokens
@@ -193,7 +195,7 @@ class Prefixes:
         """The request goes to candidate `index`: note what it will have to compute, and tell all processes."""
         found: LookUp = request.prefix or self.look_up(request, candidates, now)
         slot = candidates.pods[index].slot
-        request.uncached_tokens = round(found.prompt_tokens - found.tokens_on(slot))
+        request.uncached_tokens = int(found.prompt_tokens - found.tokens_on(slot) + 0.5)
         self.index.remember(found.chain, slot, now)
 
 

@@ -46,6 +46,8 @@ CHUNK_BYTES: Final = 62_000
 
 MOST_TOKENS: Final = 99_999_999
 """The largest number of tokens that a ticket can say."""
+_DIGITS: Final = [b"%04d" % number for number in range(10_000)]
+"""Half of them each: a look-up costs a tenth of what formatting does."""
 
 # Stand for the values while a template is made: private code points, which no pod name or address contains.
 _REQUEST_IDS: Final = {36: "\ue000" * 12, 32: "\U000f0001" * 8}  # by length in bytes: a UUID, a trace id
@@ -195,7 +197,7 @@ class RoutedReplies:
     def request_body(self, request_id: bytes, tokens: int) -> bytes:
         """The reply that routes: to the request body, or in full duplex mode to the headers held back until now.
         `tokens` are MOST_TOKENS at most."""
-        return self._body.fill(request_id, b"%08d" % tokens)
+        return self._body.fill(request_id, _DIGITS[tokens // 10_000] + _DIGITS[tokens % 10_000])
 
     def response_headers(self, request_id: bytes, status: bytes) -> bytes:
         """The reply to the pod's response headers. `status` has three digits."""

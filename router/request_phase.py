@@ -28,7 +28,7 @@ Reply = bytes | tuple[bytes, ...] | None
 Awaited = TypeVar("Awaited")
 
 EXPLAIN: Final = "x-pointsman-explain"
-_RARE: Final = frozenset({"x-aibrix-session-key", "x-session-id", "external-filter", EXPLAIN})
+_RARE: Final = ("x-aibrix-session-key", "x-session-id", "external-filter", EXPLAIN)
 """Headers about where a request may go that few requests have."""
 _TRACE_ID: Final = re.compile(rb"[0-9a-fA-F]{32}")
 """W3C trace context: where a client sends one, it is the request's id."""
@@ -281,7 +281,7 @@ class RequestPhase:
         if not strategy:
             return self._leave_to_envoy(parsed, more, body, end, profile_name)
         explain = False
-        if not _RARE.isdisjoint(headers):
+        if _any_of(_RARE, headers):
             scheduler.strategy(strategy)  # that it is none comes before that a filter leaves nobody
             candidates = self._by_headers(headers, request, candidates)
             explain = EXPLAIN in headers and self._policy.explain
@@ -375,6 +375,13 @@ class RequestPhase:
         self.idle = True
         self._scheduler.series.add(1.0, "refused", str(error.status), error.code or "none")
         return replies.immediate(error.status, error.headers, error.body())
+
+
+def _any_of(names: tuple[str, ...], headers: dict[str, bytes]) -> bool:
+    for name in names:  # a loop compiles to less than `any`  # noqa: SIM110
+        if name in headers:
+            return True
+    return False
 
 
 def _extra_headers(

@@ -11,7 +11,6 @@ longer together than a row has room for are cut, the longest first.
     per writer:  8 bytes rows in use, 56 spare; then rows of LABEL_BYTES + 8
 """
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Final
@@ -109,7 +108,7 @@ class Histogram:
 
     def __init__(self, series: Series, *labels: str, buckets: tuple[float, ...] = DECISION_BUCKETS) -> None:
         self._values = series.values
-        self._bounds = buckets
+        self._bounds = list(buckets)
         self._cells = [series.cell(*labels, "le", repr(bound)) for bound in (*buckets, float("inf"))]
         self._sum = series.cell(*labels, "sum")
 
@@ -117,7 +116,12 @@ class Histogram:
         """Count one value. Buckets are not cumulative here; the admin process adds them up."""
         values = self._values
         values[self._sum] += value
-        values[self._cells[bisect_left(self._bounds, value)]] += 1.0
+        place = 0
+        for bound in self._bounds:  # most values are small, and the first ones few
+            if value <= bound:
+                break
+            place += 1
+        values[self._cells[place]] += 1.0
 
 
 def merge(regions: list[Series]) -> dict[tuple[str, ...], float]:

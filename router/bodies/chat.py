@@ -6,7 +6,6 @@ from router.bodies.base import SMALL, Body, Document, read_max_tokens
 from router.bodies.text import FIELD, TURN, Pieces, add_content, dumped, joined, media_in
 from router.errors import bad_body
 
-_TURNS: Final = frozenset({dict, type(None)})
 _LEADING: Final = ("system", "developer")
 _STRINGS: Final = ("name", "reasoning_content", "reasoning", "tool_call_id", "refusal")
 _CALLS: Final = ("tool_calls", "function_call")
@@ -106,21 +105,24 @@ def read_messages(document: Document, size: int) -> ChatBody:
 
 def _read(form: type[ChatBody], document: Document, size: int) -> ChatBody:
     """Checks in AIBrix's order: the types of what is read, then whether there are messages."""
-    get = document.get
-    model = get("model")
+    model = document.get("model")
     if type(model) is not str:
         if model is not None:
             raise bad_body()
         model = ""
-    stream = get("stream")
+    stream = document.get("stream")
     if type(stream) is not bool:
         if stream is not None:
             raise bad_body()
         stream = False
-    messages = get("messages")
-    if messages is not None and (type(messages) is not list or not _TURNS.issuperset(map(type, messages))):
-        raise bad_body()
-    options = get("stream_options")
+    messages = document.get("messages")
+    if messages is not None:
+        if type(messages) is not list:
+            raise bad_body()
+        for turn in messages:
+            if type(turn) is not dict and turn is not None:
+                raise bad_body()
+    options = document.get("stream_options")
     include_usage = False
     if options is not None:
         if type(options) is not dict:

@@ -8,8 +8,8 @@ uncached, its scarce and its output tokens (except in u / budget and u * (1 + N)
 cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
 left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between,
 what this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so
-is what it hears from the prefix log that other workers have sent. So a decision is one product of a vector with a
-matrix, and a few multiplications for the pods that hold another part of the prompt than most.
+is what it hears from the prefix log that other workers have sent. So a decision is six multiplications per pod, in a
+compiled loop: for some dozens of pods a call of numpy takes longer, mostly to get its code into the processor's cache.
 """
 
 from math import inf
@@ -18,11 +18,11 @@ from typing import Final
 
 import numpy as np
 
-from router.backlog import FIRST_STEPS, Backlog
+from router.backlog import FIRST_STEPS, Backlog, Excess
 from router.fleet import Candidates
 from router.prefix_index import MOST_HEARD, PrefixIndex
 from router.rates import Speeds
-from state.pods import Floats, Ints
+from state.pods import Floats
 
 KEPT_SECONDS: Final = 0.01
 """How old finished requests and finished prefills may be."""
@@ -33,13 +33,6 @@ MOST_ENTERED: Final = 64
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
 _JITTERS: Final = 1024
-
-_FIXED: Final = 0
-_STEP: Final = 1
-_PRICE: Final = 2
-_SHARED: Final = 3
-_PREFILL: Final = 4
-_LOSS: Final = 5
 
 
 class Chance:
@@ -57,11 +50,94 @@ class Chance:
         return self._table[start : start + n]
 
 
+class Form:
+    """What is kept of one pod: the six numbers of its score, what they are made of, and what they change by when it is
+    sent a request. Plain numbers of an object of its own: compiled, that is the cheapest way to read and write them."""
+
+    __slots__ = (
+        "answer",
+        "bit",
+        "decode",
+        "drain",
+        "elsewhere",
+        "fixed",
+        "full",
+        "idle_step",
+        "loss",
+        "more",
+        "no_place",
+        "pace",
+        "place",
+        "places",
+        "prefill",
+        "price",
+        "requests",
+        "room",
+        "rooms",
+        "score",
+        "seats",
+        "served",
+        "shared",
+        "short",
+        "slot",
+        "step",
+        "tokens",
+        "until",
+        "usual_requests",
+        "usual_tokens",
+        "wait",
+    )
+
+    def __init__(self, place: int, slot: int) -> None:
+        self.score = 0.0
+        """Of the request that was asked for last, in seconds."""
+        self.fixed = 0.0
+        self.step = 0.0
+        self.price = 0.0
+        self.shared = 0.0
+        self.prefill = 0.0
+        self.loss = 0.0
+        self.room = 0.0
+        """Seconds that the request asked for last would wait for room beyond the prefills before it: for its place, and
+        for its tokens as short + P * more. Negative where there is room."""
+        self.short = 0.0
+        self.more = 0.0
+        self.no_place = 0.0
+        self.full = False
+        """Whether `room` is more than 0."""
+        self.requests = 0.0
+        self.served = 0.0
+        """Of the requests, those that the pod has places and room for."""
+        self.tokens = 0.0
+        self.until = 0.0
+        """When it will have done the prefills promised to it."""
+        self.wait = 0.0
+        """Seconds until then, as worked out last."""
+        self.answer = 0.0
+        """Seconds of a mean one."""
+        # The rest as in `Speeds`, zero where nobody's is known.
+        self.rooms = 0.0
+        self.seats = 0.0
+        self.places = inf
+        """1 / seats."""
+        self.decode = 0.0
+        self.drain = 0.0
+        self.pace = 0.0
+        self.elsewhere = 0.0
+        self.idle_step = 0.0
+        self.usual_requests = 0.0
+        self.usual_tokens = 0.0
+        self.place = place
+        self.slot = slot
+        self.bit = 1 << slot
+        """The row in a bitmap."""
+
+
 class Delays:
     """What a request costs on each candidate, for one epoch of their metrics."""
 
     def __init__(self, candidates: Candidates, speeds: Speeds, backlog: Backlog, chance: Chance) -> None:
-        n = len(candidates.pods)
+        self._n = len(candidates.pods)
         prior = backlog.rates.prior
         self.speeds = speeds
         self._candidates = candidates
@@ -69,47 +145,47 @@ class Delays:
         self._chance = chance
         self._per_request, self._per_token = prior.decode_request_seconds, prior.kv_token_seconds
         self._budget = prior.step_tokens
-        self._places = None if speeds.seats is None else 1.0 / np.maximum(speeds.seats, 1e-6)
-        self._idle_step = speeds.idle_step * speeds.decode
         # Of a running request half of the output is there, on average.
-        self._request_step = (self._per_request + 0.5 * speeds.output_tokens * self._per_token) * speeds.decode
-        self._token_step = self._per_token * speeds.decode
-        self._rooms = speeds.rooms
+        self._of_request = self._per_request + 0.5 * speeds.output_tokens * self._per_token
         self._most_room = float(speeds.rooms.max()) if speeds.rooms is not None else 0.0
-        self._rooms_of = _numbers(speeds.rooms) if speeds.rooms is not None else None
-        self._seats_of = _numbers(speeds.seats) if speeds.seats is not None else None
-        # Seconds that a request would wait for room beyond the prefills before it: for its place, and for its tokens
-        # as short + P * more. Negative where there is room.
-        self._room: Floats = np.zeros(n)
-        self._no_place: Floats = np.zeros(n)
-        self._short: Floats = np.zeros(n)
-        self._more: Floats = np.zeros(n)
-        self._short_of, self._more_of = _numbers(self._short), _numbers(self._more)
-        self._no_place_of = _numbers(self._no_place)
-        self._answer: Floats = np.zeros(n)
-        self._answer_of = _numbers(self._answer)
+        self._rooms_known, self._seats_known = speeds.rooms is not None, speeds.seats is not None
         self._fullest = self._most_taken = 0.0
-        self._loads: Floats = np.zeros((3, n))
-        self._form: Floats = np.zeros((6, n))
-        self._form[_PREFILL] = speeds.prefill_seconds
-        self._weights: Floats = np.ones(6)
-        self._scores: Floats = np.zeros(n)
-        self._others: Floats = np.zeros(n)
-        # Single numbers are read and written through views: half the price.
-        self._form_of, self._weight_of = _numbers(self._form), _numbers(self._weights)
-        self._of_request, self._of_token = _numbers(self._request_step), _numbers(self._token_step)
-        self._of_decode, self._requests_of = _numbers(speeds.decode), _numbers(self._loads[0])
-        self._tokens_of = _numbers(self._loads[1])
-        self._place_of = {slot: place for place, slot in enumerate(candidates.slots.tolist())}
-        self._n = n
+        self._full = 0
+        """Those that are `Form.full`, as a bitmap of their rows."""
+        self._forms = [Form(place, pod.slot) for place, pod in enumerate(candidates.pods)]
+        self._form_of = {form.slot: form for form in self._forms}
+        self._learn(speeds)
         self._flat, self._slope, self._sent = speeds.flat, speeds.slope, speeds.sent
-        self._last = 1.0
         self._mean_tokens = 1.0
         self._price_of_all = 1.0
         self._slack = 0.0
+        self._per_answer = 0.0
+        self._cost_of_last = 1.0
         self._worked_out_at = -inf
         self._charges = candidates.ledger.charges
         self._heard = 0
+
+    def _learn(self, speeds: Speeds) -> None:
+        """Hand each pod what is known of it."""
+        prefill: list[float] = speeds.prefill_seconds.tolist()
+        drain: list[float] = speeds.drain.tolist()
+        decode: list[float] = speeds.decode.tolist()
+        pace: list[float] = speeds.pace.tolist()
+        elsewhere: list[float] = speeds.elsewhere.tolist()
+        idle_step: list[float] = speeds.idle_step.tolist()
+        usual_requests: list[float] = speeds.usual[0].tolist()
+        usual_tokens: list[float] = speeds.usual[1].tolist()
+        unknown = [0.0] * self._n
+        rooms: list[float] = speeds.rooms.tolist() if speeds.rooms is not None else unknown
+        seats: list[float] = speeds.seats.tolist() if speeds.seats is not None else unknown
+        for form in self._forms:
+            place = form.place
+            form.prefill, form.drain, form.decode = prefill[place], drain[place], decode[place]
+            form.pace, form.elsewhere, form.idle_step = pace[place], elsewhere[place], idle_step[place]
+            form.usual_requests, form.usual_tokens = usual_requests[place], usual_tokens[place]
+            form.rooms, form.seats = rooms[place], seats[place]
+            if self._seats_known:
+                form.places = 1.0 / max(form.seats, 1e-6)
 
     def follow(self, now: float, index: PrefixIndex | None) -> None:
         """Take in what has changed: all of it when that was last done too long ago, else what this process has charged
@@ -123,22 +199,21 @@ class Delays:
             self._worked_out_at = now
             self._work_out(now, index)
         elif charged or heard:
-            prefill = _PREFILL * self._n
             for number in range(-charged, 0):
                 slot, tokens, uncached = ledger.charged[number]
-                place = self._place_of.get(slot)
-                if place is not None:
+                form = self._form_of.get(slot)
+                if form is not None:
                     cost = self._flat + self._slope * (tokens - 0.5 * uncached)
-                    self._enter(place, tokens, uncached * cost * self._form_of[prefill + place])
+                    self._enter(form, tokens, uncached * cost * form.prefill)
             if heard and index is not None:
                 for number in range(-heard, 0):
                     slot, size, new, at = index.heard[number]
-                    place = self._place_of.get(slot)
-                    if place is not None and at >= self._worked_out_at - LEAD_SECONDS:
+                    form = self._form_of.get(slot)
+                    if form is not None and at >= self._worked_out_at - LEAD_SECONDS:
                         prompt = size / index.bytes_per_token
-                        seconds = self.speeds.cost(prompt, new / index.bytes_per_token) * self._form_of[prefill + place]
-                        self._until[place] = max(self._until[place], now) + seconds
-                        self._enter(place, prompt, seconds)
+                        seconds = self.speeds.cost(prompt, new / index.bytes_per_token) * form.prefill
+                        form.until = max(form.until, now) + seconds
+                        self._enter(form, prompt, seconds)
         self._charges = ledger.charges
         if index is not None:
             self._heard = index.heard_count
@@ -147,174 +222,181 @@ class Delays:
         """Note what prompts other workers have sent."""
         for number in range(-count, 0):
             slot, size, new, _ = index.heard[number]
-            place = self._place_of.get(slot)
-            if place is not None:
-                self._sent[place].add(size / index.bytes_per_token, new / index.bytes_per_token)
+            form = self._form_of.get(slot)
+            if form is not None:
+                self._sent[form.place].add(size / index.bytes_per_token, new / index.bytes_per_token)
 
     def _work_out(self, now: float, index: PrefixIndex | None) -> None:
-        candidates, speeds, form, answer = self._candidates, self.speeds, self._form, self._answer
+        candidates, speeds, forms = self._candidates, self.speeds, self._forms
         excess = self._backlog.excess(candidates, speeds, now)
-        requests, tokens, wait = self._loads
-        fixed, step, price, shared, prefill, loss = form
         loads, until = candidates.loads(), candidates.busy_until()
-        np.add(loads[0], speeds.elsewhere, out=requests)
-        tokens[:] = loads[1]
-        np.subtract(until, now, out=wait)
-        self._until = _numbers(until)
-        if excess.any:
-            wait -= np.where(excess.since > now, excess.seconds, 0.0)
-        np.maximum(wait, 0.0, out=wait)
+        requests: list[int] = loads[0].tolist()
+        tokens: list[int] = loads[1].tolist()
+        busy_until: list[float] = until.tolist()
         mean_tokens = self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
+        output_tokens = speeds.output_tokens
+        self._fullest = self._most_taken = 0.0
+        for form in forms:
+            place = form.place
+            form.requests = requests[place] + form.elsewhere
+            form.tokens = float(tokens[place])
+            form.until = busy_until[place]
+            form.wait = max(form.until - now, 0.0)
+            # What decodes is taken to be half of what there is now and half of what there usually is.
+            decoding = 0.5 * (requests[place] + form.usual_requests) + form.elsewhere
+            context = 0.5 * (form.tokens + form.usual_tokens)
+            form.shared = decoding * form.decode
+            form.step = (decoding * self._of_request + context * self._per_token + form.idle_step) * form.decode
+            form.answer = max(form.step, form.pace) * output_tokens
+        if excess.any:
+            self._take_off(excess, now)
+        for form in forms:
+            if self._rooms_known:
+                form.more = form.rooms * form.answer
+                filled = form.tokens * form.rooms
+                self._fullest = max(self._fullest, filled)
+                form.short = (filled - 1.0) * form.answer - form.wait
+            if self._seats_known:
+                taken = (form.requests + 1.0) * form.seats
+                self._most_taken = max(self._most_taken, taken)
+                form.no_place = (taken - 1.0) * form.answer - form.wait
 
-        # What decodes is taken to be half of what there is now and half of what there usually is.
-        decoding, context = 0.5 * (loads[:2] + speeds.usual)
-        decoding += speeds.elsewhere
-        np.multiply(decoding, speeds.decode, out=shared)
-        np.multiply(decoding, self._request_step, out=step)
-        step += context * self._token_step
-        step += self._idle_step
-        typical = mean_tokens * float(prefill[0])
-        np.maximum(step, speeds.pace, out=answer)
-        answer *= speeds.output_tokens
-        filled: Floats | None = None
-        if self._rooms is not None:
-            np.multiply(self._rooms, answer, out=self._more)
-            filled = tokens * self._rooms
-            self._fullest = float(filled.max())
-            np.subtract(filled, 1.0, out=self._short)
-            self._short *= answer
-            self._short -= wait
-        if speeds.seats is not None:
-            taken = (requests + 1.0) * speeds.seats
-            self._most_taken = float(taken.max())
-            np.subtract(taken, 1.0, out=self._no_place)
-            self._no_place *= answer
-            self._no_place -= wait
-        waits = wait + self.wait_for_room(mean_tokens) if self.crowded(mean_tokens) else wait
-        slack = self._slack = float(np.add.reduce(typical / (waits + typical))) / self._n
-        served = requests if self._places is None else np.minimum(requests, self._places)
-        if self._fullest > 1.0 and filled is not None:
-            served = np.minimum(served, requests / np.maximum(filled, 1.0))
-        self._price_of_all = 1.0 + float(np.add.reduce(served)) / self._n
-        if index is not None:
-            np.multiply(index.lost[self._candidates.slots], prefill, out=loss)
-        np.multiply(wait, speeds.drain, out=price)
-        price /= mean_tokens
-        np.minimum(price, requests, out=price)
-        price *= slack
-        half = 0.5 * served
-        price += half
-        price *= prefill
-        half *= slack
-        half += 1.0
-        np.multiply(half, wait, out=fixed)
-        fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
-        fixed += self._chance.draw(self._n)
-        loss *= 1.0 - slack
+        typical = mean_tokens * forms[0].prefill
+        crowded = self.crowded(mean_tokens)
+        free = all_served = 0.0
+        for form in forms:
+            wait = form.wait
+            if crowded:
+                wait += max(max(form.short + mean_tokens * form.more, form.no_place), 0.0)
+            free += typical / (wait + typical)
+            form.served = min(form.requests, form.places)
+            if self._fullest > 1.0:
+                form.served = min(form.served, form.requests / max(form.tokens * form.rooms, 1.0))
+            all_served += form.served
+        slack = self._slack = free / self._n
+        self._price_of_all = 1.0 + all_served / self._n
+
+        chances: list[float] = self._chance.draw(self._n).tolist()
+        for form in forms:
+            wait, half = form.wait, 0.5 * form.served
+            waiting = min(wait * form.drain / mean_tokens, form.requests)
+            form.price = (half + slack * waiting) * form.prefill
+            form.fixed = (1.0 + slack * half) * wait + chances[form.place]
+            if wait == 0.0:
+                form.fixed += form.step * FIRST_STEPS
+            if index is not None:
+                form.loss = index.lost[form.slot] * form.prefill * (1.0 - slack)
+
+    def _take_off(self, excess: Excess, now: float) -> None:
+        """Waits that the last polls show to be shorter."""
+        since: list[float] = excess.since.tolist()
+        seconds: list[float] = excess.seconds.tolist()
+        for form in self._forms:
+            if since[form.place] > now:
+                form.wait = max(form.until - now - seconds[form.place], 0.0)
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
         pairs = uncached * (prompt - 0.5 * uncached)
-        sent = self._sent[place]
+        sent, form = self._sent[place], self._forms[place]
         sent.tokens += uncached
         sent.pairs += pairs
-        step = self._form_of[self._n + place]
-        until = self._until[place]
-        self._until[place] = self._backlog.chose(
-            self._candidates, place, self._flat * uncached + self._slope * pairs, self.speeds, now, step, until
+        form.until = self._backlog.chose(
+            self._candidates,
+            place,
+            self._flat * uncached + self._slope * pairs,
+            form.prefill,
+            now,
+            form.step,
+            form.until,
         )
 
-    def _enter(self, place: int, tokens: float, longer: float) -> None:
+    def _enter(self, form: Form, tokens: float, longer: float) -> None:
         """A request more, and so many seconds of prefill: to first order what that changes."""
-        n, form = self._n, self._form_of
-        form[place] += longer * (1.0 + 0.5 * self._slack * self._requests_of[place])
-        form[n + place] += 0.5 * (self._of_request[place] + tokens * self._of_token[place])
-        form[2 * n + place] += 0.5 * form[4 * n + place] + self._slack * longer / self._mean_tokens
-        form[3 * n + place] += 0.5 * self._of_decode[place]
-        self._price_of_all += 1.0 / n
-        if self._rooms_of is not None:
-            held = self._tokens_of[place] = self._tokens_of[place] + tokens
-            self._fullest = max(self._fullest, held * self._rooms_of[place])
-            self._short_of[place] += tokens * self._more_of[place] - longer
-        taken = self._requests_of[place] = self._requests_of[place] + 1.0
-        if self._seats_of is not None:
-            self._most_taken = max(self._most_taken, (taken + 1.0) * self._seats_of[place])
-            self._no_place_of[place] += self._seats_of[place] * self._answer_of[place] - longer
+        form.fixed += longer * (1.0 + 0.5 * self._slack * form.requests)
+        form.step += 0.5 * form.decode * (self._of_request + tokens * self._per_token)
+        form.price += 0.5 * form.prefill + self._slack * longer / self._mean_tokens
+        form.shared += 0.5 * form.decode
+        self._price_of_all += 1.0 / self._n
+        if self._rooms_known:
+            form.tokens += tokens
+            self._fullest = max(self._fullest, form.tokens * form.rooms)
+            form.short += tokens * form.more - longer
+        form.requests += 1.0
+        if self._seats_known:
+            self._most_taken = max(self._most_taken, (form.requests + 1.0) * form.seats)
+            form.no_place += form.seats * form.answer - longer
 
-    def of_all(self, prompt: float, output: float, uncached: float, scarce: float) -> Floats:
-        """The score of every pod, if all of them hold as much of the prompt. The array is written over by the next
-        call."""
-        weights = self._weight_of
-        weights[_STEP] = output + uncached / self._budget
-        weights[_LOSS] = uncached * self._price_of_all
-        self._last = self._flat + self._slope * prompt
-        cost = self._last - 0.5 * self._slope * uncached
-        scarce *= cost
-        weights[_PRICE] = scarce
-        weights[_SHARED] = output * (self._per_request + prompt * self._per_token)
-        weights[_PREFILL] = uncached * cost + scarce * self._price_of_all
-        np.dot(self._weights, self._form, out=self._scores)
-        return self._scores
+    def score(self, prompt: float, output: float, uncached: float, scarce: float) -> None:
+        """Score every pod, if all of them hold as much of the prompt."""
+        self._per_answer = output * (self._per_request + prompt * self._per_token)
+        self._cost_of_last = self._flat + self._slope * prompt
+        self._score(self._forms, output, uncached, scarce)
 
-    def of(self, places: int | Ints, output: float, uncached: float, scarce: float) -> float | Floats:
-        """The scores of some pods that hold another part of the prompt that `of_all` was last asked for."""
-        steps = output + uncached / self._budget
-        loss = uncached * self._price_of_all
-        cost = self._last - 0.5 * self._slope * uncached
-        uncached *= cost
-        scarce *= cost
-        if not isinstance(places, int):
-            weights = self._weight_of
-            weights[_STEP] = steps
-            weights[_LOSS] = loss
-            weights[_PRICE] = scarce
-            weights[_PREFILL] = uncached + scarce * self._price_of_all
-            np.dot(self._weights, self._form, out=self._others)
-            some: Floats = self._others[places]
-            return some
-        n, form = self._n, self._form_of
-        return (
-            form[places]
-            + form[n + places] * steps
-            + form[2 * n + places] * scarce
-            + form[3 * n + places] * self._weight_of[_SHARED]
-            + form[4 * n + places] * (uncached + scarce * self._price_of_all)
-            + form[5 * n + places] * loss
-        )
+    def score_others(self, places: list[int], output: float, uncached: float, scarce: float) -> None:
+        """Score some pods anew, which hold another part of the prompt that `score` was last asked for."""
+        self._score([self._forms[place] for place in places], output, uncached, scarce)
 
-    def terms(
-        self, prompt: float, output: float, room: Floats | None, uncached: Floats, scarce: Floats
-    ) -> dict[str, Floats]:
-        """What the scores add up from, by name, for every pod. For people: it takes its time."""
-        form = self._form
+    def _score(self, forms: list[Form], output: float, uncached: float, scarce: float) -> None:
+        steps, loss = output + uncached / self._budget, uncached * self._price_of_all
+        cost = self._cost_of_last - 0.5 * self._slope * uncached
+        price = scarce * cost
+        prefill = uncached * cost + price * self._price_of_all
+        shared = self._per_answer
+        for form in forms:
+            form.score = (
+                form.fixed
+                + form.step * steps
+                + form.price * price
+                + form.shared * shared
+                + form.prefill * prefill
+                + form.loss * loss
+            )
+
+    def add_waits_for_room(self) -> None:
+        """Of the request that `wait_for_room` was last asked for."""
+        for form in self._forms:
+            form.score += form.room
+
+    def scores(self) -> list[float]:
+        """Seconds of delay on each pod, as scored last."""
+        return [form.score for form in self._forms]
+
+    def lowest(self) -> int:
+        """The place of the pod with the lowest score."""
+        lowest, found = inf, 0
+        for form in self._forms:
+            if form.score < lowest:
+                lowest, found = form.score, form.place
+        return found
+
+    def terms(self, prompt: float, output: float, full: int, uncached: Floats, scarce: Floats) -> dict[str, Floats]:
+        """What the scores add up from, by name, for every pod; `full` as `wait_for_room` gave it. For people: it takes
+        its time."""
+        forms = self._forms
+        fixed, step, price, shared, prefill, loss, room = np.array(
+            [(f.fixed, f.step, f.price, f.shared, f.prefill, f.loss, f.room if full else 0.0) for f in forms]
+        ).T
         cost = self._flat + self._slope * (prompt - 0.5 * uncached)
-        queue, of_others = form[_FIXED].copy(), scarce * cost * (form[_PRICE] + self._price_of_all * form[_PREFILL])
-        if room is not None:
-            queue += room
-        of_others += output * (self._per_request + prompt * self._per_token) * form[_SHARED]
         return {
-            "queue": queue,
-            "prefill": uncached * cost * form[_PREFILL],
-            "answer": (output + uncached / self._budget) * form[_STEP],
-            "others": of_others,
-            "evicted": uncached * self._price_of_all * form[_LOSS],
+            "queue": fixed + room,
+            "prefill": uncached * cost * prefill,
+            "answer": (output + uncached / self._budget) * step,
+            "others": scarce * cost * (price + self._price_of_all * prefill)
+            + output * (self._per_request + prompt * self._per_token) * shared,
+            "evicted": uncached * self._price_of_all * loss,
         }
 
     def crowded(self, prompt: float) -> bool:
         """Whether some pod may be out of places, or out of room in its KV cache with this prompt."""
         return self._fullest + prompt * self._most_room > 1.0 or self._most_taken > 1.0
 
-    def wait_for_room(self, prompt: float) -> Floats:
-        """Seconds until each pod has room for one request more, beyond the wait for the prefills before it: the time of
-        a mean answer frees as much as there is. The array is written over by the next call."""
-        room = self._room
-        np.multiply(self._more, prompt, out=room)
-        room += self._short
-        if self._seats_of is not None:
-            np.maximum(room, self._no_place, out=room)
-        np.maximum(room, 0.0, out=room)
-        return room
-
-
-def _numbers(array: Floats) -> "memoryview[float]":
-    return memoryview(array.reshape(-1))  # type: ignore[arg-type]
+    def wait_for_room(self, prompt: float) -> int:
+        """Work out how long each pod has no room for one request more, beyond the wait for the prefills before it: the
+        time of a mean answer frees as much as there is. Returns which have none, as a bitmap of their rows."""
+        for form in self._forms:
+            form.room = max(max(form.short + prompt * form.more, form.no_place), 0.0)
+            if form.full != (form.room > 0.0):
+                form.full = not form.full
+                self._full ^= form.bit
+        return self._full

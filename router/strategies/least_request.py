@@ -31,13 +31,15 @@ class LeastRequest(Scoring):
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The same as the lowest score; of several the next after the one chosen last."""
         counts = candidates.requests_now(now)
-        fewest = min(counts)
         start = self._next
         if start >= len(counts):
             start %= len(counts)
-        try:
-            index = counts.index(fewest, start)
-        except ValueError:
-            index = counts.index(fewest)
+        fewest, first, later = counts[0], 0, -1
+        for index, count in enumerate(counts):
+            if count < fewest:
+                fewest, first, later = count, index, -1
+            if later < 0 and index >= start and count == fewest:
+                later = index
+        index = later if later >= 0 else first
         self._next = index + 1
         return index

@@ -70,35 +70,38 @@ class MarginalDelay(Scoring):
         self._rates = context.rates
         self._backlog = context.backlog
         self._chance = Chance(context.random)
-        self._scores: Floats = np.zeros(0)
+        self._scored: Delays | None = None
         self.modes: dict[str, str] = {}
         """What the last decision for a model was made from."""
 
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
-        """Seconds of delay. The array is written over by the next call."""
-        delays, prompt, output, room, uncached, scarce, others = self._weigh(request, candidates, now)
-        scores = delays.of_all(prompt, output, uncached, scarce)
+        """Seconds of delay."""
+        return np.array(self._score(request, candidates, now).scores())
+
+    def _score(self, request: RoutingRequest, candidates: Candidates, now: float) -> Delays:
+        delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
+        delays.score(prompt, output, uncached, scarce)
         for places, uncached, scarce in others:
-            scores[places] = delays.of(places, output, uncached, scarce)
-        if room is not None:
-            scores += room
-        return scores
+            delays.score_others(places, output, uncached, scarce)
+        if full:
+            delays.add_waits_for_room()
+        return delays
 
     def terms(self, request: RoutingRequest, candidates: Candidates, now: float) -> dict[str, Floats]:
         """Seconds of delay: `queue`, until the pod begins with it and what that says of its slack; `prefill` and
         `answer`, its own; `others`, what it adds to those of others; `evicted`, what it pushes out of the cache."""
-        delays, prompt, output, room, uncached, scarce, others = self._weigh(request, candidates, now)
+        delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
         missing = np.full(len(candidates), uncached)
         counted = np.full(len(candidates), scarce)
         for places, uncached, scarce in others:
             missing[places], counted[places] = uncached, scarce
-        return delays.terms(prompt, output, room, missing, counted)
+        return delays.terms(prompt, output, full, missing, counted)
 
     def _weigh(
         self, request: RoutingRequest, candidates: Candidates, now: float
-    ) -> tuple[Delays, float, float, Floats | None, float, float, Shares]:
-        """The delays, prompt and output tokens, waits for room, and of most pods and then of the others what is
-        uncached and what is scarce."""
+    ) -> tuple[Delays, float, float, int, float, float, Shares]:
+        """The delays, prompt and output tokens, the pods without room for it, and of most pods and then of the others
+        what is uncached and what is scarce."""
         speeds = self._rates.speeds(candidates, now)
         prefixes = self._prefixes
         found: LookUp | None = None
@@ -110,11 +113,11 @@ class MarginalDelay(Scoring):
             if found.chain.packed:
                 mode = "full"
         delays = self._delays(candidates, now)
-        room = delays.wait_for_room(prompt) if delays.crowded(prompt) else None
+        full = delays.wait_for_room(prompt) if delays.crowded(prompt) else 0
         uncached = scarce = prompt
         others: Shares = ()
         if prefixes is not None and found is not None:
-            uncached, scarce, others = found.shares(prefixes.index, now, room)
+            uncached, scarce, others = found.shares(prefixes.index, now, full)
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode
@@ -122,18 +125,19 @@ class MarginalDelay(Scoring):
         output = speeds.output_tokens
         if 0 < request.max_tokens < output:
             output = float(request.max_tokens)
-        return delays, prompt, output, room, uncached, scarce, others
+        return delays, prompt, output, full, uncached, scarce, others
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The lowest score; none of them is ever unknown."""
-        self._scores = self.scores(request, candidates, now)
-        return int(self._scores.argmin())
+        self._scored = self._score(request, candidates, now)
+        return self._scored.lowest()
 
     def next_best(
         self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
     ) -> list[int]:
         """The next lowest of the scores that `pick` went by."""
-        return smallest(self._scores.tolist(), first, count)
+        assert self._scored is not None
+        return smallest(self._scored.scores(), first, count)
 
     def _delays(self, candidates: Candidates, now: float) -> Delays:
         found: Delays | None = candidates.derived.get(Delays)

@@ -46,7 +46,8 @@ class PrefixAware(Scoring):
             self.prefixes.remember(request, candidates, index, now)
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
-        self.backlog.chose(candidates, index, request.uncached_tokens, self.rates.speeds(candidates, now), now)
+        prefill_seconds = float(self.rates.speeds(candidates, now).prefill_seconds[index])
+        self.backlog.chose(candidates, index, request.uncached_tokens, prefill_seconds, now)
 
 
 def overloaded(requests: Floats, factor: float = 1.25, slack: float = 4.0) -> Floats:

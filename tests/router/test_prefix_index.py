@@ -397,7 +397,7 @@ def test_what_an_answer_saves_is_never_worth_more_than_what_is_left() -> None:
         uncached, scarce, others = found.shares(index, 1.0)
         shares = [(uncached, scarce)] * 4
         for places, u, c in others:
-            for place in np.atleast_1d(places):
+            for place in places:
                 shares[place] = (u, c)
         assert all(0 <= c <= u for u, c in shares)
         assert shares[0] == (1.0, 0.0)

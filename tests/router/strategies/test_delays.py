@@ -22,8 +22,8 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
     _, _, context = fleet.worker()
     prior, speeds = Prior(), context.rates.speeds(candidates, now)
     loads, todo = candidates.loads(), context.backlog.follow(candidates, speeds, now)
-    room = strategy._delays(candidates, now).wait_for_room(request.prompt_tokens).copy()
-    common = request.prefix.shares(context.prefixes.index, now, room if room.any() else None)
+    room, full = waits_for_room(strategy._delays(candidates, now), request.prompt_tokens)
+    common = request.prefix.shares(context.prefixes.index, now, full)
     u, scarce = np.full(len(candidates), common[0]), np.full(len(candidates), common[1])
     for places, uncached, counted in common[2]:
         u[places], scarce[places] = uncached, counted
@@ -39,7 +39,7 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
         served = np.minimum(served, n / np.maximum(loads[1] * speeds.rooms, 1.0))
     wait = todo * speeds.prefill_seconds
     c = mean * speeds.prefill_seconds[0]
-    usual_room = strategy._delays(candidates, now).wait_for_room(mean).copy()
+    usual_room, _ = waits_for_room(strategy._delays(candidates, now), mean)
     free = np.mean(c / (c + wait + usual_room))
     w = np.minimum(todo / mean, n)
     price = 1 + served.mean() + served / 2 + free * w
@@ -49,6 +49,12 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
         ttft + output * s + price * scarce * speeds.prefill_seconds + free * served / 2 * wait + decoding * output * d
     )
     return total
+
+
+def waits_for_room(delays: Delays, prompt: float) -> tuple[Floats, int]:
+    """Seconds for each pod, and the pods that have none as a bitmap."""
+    full = delays.wait_for_room(prompt)
+    return np.array([form.room for form in delays._forms]), full
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -468,15 +468,15 @@ def test_a_prefix_whose_only_pod_is_full_is_worth_a_copy(lab: Any, prompt: Any) 
             context.prefixes.remember(fleet.request(prompt(f"{uses} {number}", 1)), candidates, 1, fleet.now)
         found = context.prefixes.look_up(fleet.request(hot), candidates, fleet.now)
 
-        def price_of_a_copy(*waits: float, found: Any = found) -> float:
-            return float(found.shares(index, fleet.now, np.array(waits))[1])
+        def price_of_a_copy(full: int, found: Any = found) -> float:
+            return float(found.shares(index, fleet.now, full)[1])
 
         assert found.shares(index, fleet.now)[:2] == (4096.0, 4096.0)
-        assert price_of_a_copy(0, 5, 5, 5) == 4096
+        assert price_of_a_copy(0b1110) == 4096
         shared = 1 - (1 if uses == 1 else 9) / ((1 if uses == 1 else 9) + 1)
-        assert price_of_a_copy(5, 0, 0, 0) == pytest.approx(4096 * (1 - 0.75 * (1 - shared)))
-        assert price_of_a_copy(5, 5, 5, 0) == pytest.approx(4096 * (1 - 0.25 * (1 - shared)))
-        assert price_of_a_copy(5, 5, 5, 5) == 4096
+        assert price_of_a_copy(0b0001) == pytest.approx(4096 * (1 - 0.75 * (1 - shared)))
+        assert price_of_a_copy(0b0111) == pytest.approx(4096 * (1 - 0.25 * (1 - shared)))
+        assert price_of_a_copy(0b1111) == 4096
 
 
 def test_an_engine_in_which_nothing_runs_has_nothing_to_do(lab: Any, prompt: Any) -> None:
