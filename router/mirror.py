@@ -32,17 +32,16 @@ MOST_REQUESTS: Final = 1 << 24
 MOST_TOKENS: Final = 1 << 40
 """More than anybody has in flight on a pod, or promises it in one exchange."""
 LONGEST_WAIT: Final = 3600.0
-_SAMPLED_AT: Final = COLUMN["sampled_at"]
-_START: Final = COLUMN["start_time_seconds"]
-_INCARNATION: Final = COLUMN["incarnation"]
+_LIFE: Final = [COLUMN["incarnation"], COLUMN["start_time_seconds"]]
+_POLLED: Final = [COLUMN["sampled_at"], COLUMN["failed_polls"]]
 
 
 class _Life:
     """A pod as it is now."""
 
-    __slots__ = ("known", "pod", "since", "start", "tag")
+    __slots__ = ("known", "pod", "promised", "since", "start", "tag")
 
-    def __init__(self, pod: Pod, tag: int, start: int, since: float, known: bool) -> None:
+    def __init__(self, pod: Pod, tag: int, start: int, since: float, known: bool, promised: int) -> None:
         self.pod = pod
         self.tag = tag
         self.start = start
@@ -50,7 +49,9 @@ class _Life:
         self.since = since
         """When this process first saw this life, in monotonic seconds."""
         self.known = known
-        """Whether it was ever polled."""
+        """Whether a poll has succeeded, or failed."""
+        self.promised = promised
+        """What this replica had promised to pods in this row when this one was first seen in it."""
 
 
 class _Other:
@@ -78,11 +79,13 @@ class Mirror:
         self._ledger = tables.ledger
         self._fleet = Fleet(tables)
         self._rates = Rates(prior, learn=learn)
-        self._reader = LogReader(tables.prefix_log)
+        self._reader = LogReader(tables.prefix_log, own=REPLICATOR)
         self._reader.skip()
         self._untold: list[Routed] = []
         self._others: dict[str, _Other] = {}
         self._version = self._epoch = -1
+        self._rows = b""
+        self._pods: list[Pod] = []
         self._lives: dict[int, _Life] = {}
         """By row."""
         self._slots: dict[int, int] = {}
@@ -108,9 +111,10 @@ class Mirror:
         return list(self._others)
 
     def ready(self, now: float) -> bool:
-        """Whether each pod has been polled, so that it is known which life is meant by what others tell of it."""
+        """Whether there are pods, and each has been polled, so that it is known which life is meant by what others tell
+        of it. Those that do not answer are not waited for."""
         self._follow(now)
-        return self._fleet.loaded and all(life.known or life.pod.record.draining for life in self._lives.values())
+        return bool(self._lives) and all(life.known or life.pod.record.draining for life in self._lives.values())
 
     # -- what is told
 
@@ -125,7 +129,9 @@ class Mirror:
         requests, tokens, promised = own[:, slots]
         rows["requests"] = np.clip(requests, 0, MOST_REQUESTS)
         rows["tokens"] = np.clip(tokens, 0, MOST_TOKENS)
-        rows["promised"] = promised
+        rows["promised"] = [
+            total - self._lives[slot].promised for slot, total in zip(slots, promised.tolist(), strict=True)
+        ]
         rows["wait"] = np.clip(self._ledger.busy_until(high)[slots] - now, 0.0, LONGEST_WAIT)
         return rows.tobytes()
 
@@ -137,10 +143,12 @@ class Mirror:
         size = 0
         while size < most_bytes:
             if not self._untold:
-                self._untold = [record for record in self._reader.read(256) if record.kind == ROUTED][::-1]
+                self._untold = self._reader.read(256)[::-1]
                 if not self._untold:
                     break
             record = self._untold.pop()
+            if record.kind != ROUTED:
+                continue
             life = self._lives.get(record.slot)
             if life is None or life.tag != record.pod:
                 continue
@@ -150,6 +158,11 @@ class Mirror:
             size += len(out[-1])
         self.told += len(out)
         return b"".join(out)
+
+    @property
+    def more(self) -> bool:
+        """Whether there are prompts that have not been told."""
+        return bool(self._untold) or self._reader.news()
 
     # -- what is heard
 
@@ -218,25 +231,35 @@ class Mirror:
     def _follow(self, now: float) -> None:
         """See which pods there are, and which life each has."""
         tables = self._tables
-        self._fleet.refresh()
-        moved = self._fleet.version != self._version
+        moved = tables.catalog.version != self._version
         if not moved and tables.pods.epoch == self._epoch:
             return
-        self._version = self._fleet.version
+        if moved:
+            self._fleet.refresh()
+            self._version = self._fleet.version
+            models = self._fleet.models.values()
+            self._pods = list({pod.slot: pod for model in models for pod in model.pods}.values())
         self._epoch, values = tables.pods.snapshot()
-        generations = tables.pods.generation[: len(values)].tolist()
+        rows = np.column_stack([tables.pods.generation[: len(values)], values[:, _LIFE], values[:, _POLLED] > 0])
+        seen = rows.tobytes()
+        if seen == self._rows and not moved:
+            return
+        self._rows = seen
         lives: dict[int, _Life] = {}
-        for pod in {pod.slot: pod for model in self._fleet.models.values() for pod in model.pods}.values():
+        listed = rows.tolist()
+        promised = self._ledger.of_this_replica(len(values), REPLICATOR)[2].tolist()
+        for pod in self._pods:
             slot = pod.slot
-            if slot >= len(values) or generations[slot] != pod.generation:
+            if slot >= len(listed) or listed[slot][0] != pod.generation:
                 continue
-            row = values[slot]
-            tag = pod_tag(pod.generation, int(row[_INCARNATION]))
-            start = float(row[_START])
+            _, incarnation, start, sampled, failed = listed[slot]
+            tag = pod_tag(pod.generation, int(incarnation))
             before = self._lives.get(slot)
             since = before.since if before is not None and before.tag == tag else now
-            known = bool(row[_SAMPLED_AT] > 0)
-            lives[slot] = _Life(pod, tag, round(start * 1000) if 0 < start < 1e15 else 0, since, known)
+            same = before is not None and before.pod.generation == pod.generation
+            base = before.promised if before is not None and same else promised[slot]
+            started = round(start * 1000) if 0 < start < 1e15 else 0
+            lives[slot] = _Life(pod, tag, started, since, bool(sampled or failed), base)
         self._lives = lives
         if moved:
             self._slots = {pod_key(life.pod.address): slot for slot, life in lives.items()}

@@ -167,6 +167,7 @@ class Turnover:
     def drop(self, stay: float, room: float) -> None:
         """A run is dropped so many seconds after its last use. At the first the whole cache has just been written."""
         self.room = room
+        stay = max(stay, 0.0)
         if self.stay < inf:
             self.stay += 0.1 * (stay - self.stay)
         else:
@@ -429,8 +430,9 @@ class PrefixIndex:
                 if order.get(run, at) < before:
                     again += run.blocks
             self.lost[slot] = turnover.add(more, again * block_bytes)
+        late = at < self._used_at  # told by another replica, perhaps long after
         for run in reversed(path):
-            order[run] = at
+            order[run] = at if not late else max(at, order.get(run, at))
             order.move_to_end(run)
             since = run.used_at
             if since < at:

@@ -22,8 +22,8 @@ from xxhash import xxh3_64_intdigest
 FORMAT: Final = 1
 """Replicas that speak another one keep out of each other's way: it is part of the names in Redis."""
 LOADS: Final = np.dtype([("pod", "<u8"), ("requests", "<i4"), ("tokens", "<i8"), ("promised", "<i8"), ("wait", "<f4")])
-"""`promised`: prompt tokens ever sent and not expected in the pod's cache. `wait`: seconds until the pod will have
-computed all that it was promised, by anybody."""
+"""`promised`: prompt tokens sent and not expected in the pod's cache, for as long as the replica knows the pod.
+`wait`: seconds until the pod will have computed all that it was promised, by anybody."""
 _ROUTED: Final = struct.Struct("<QQfII")
 """Pod, life, age in seconds, bytes in a block, number of hashes."""
 
@@ -56,6 +56,8 @@ def read_loads(news: bytes) -> Loads:
     if len(news) % LOADS.itemsize:
         raise NewsError(f"{len(news)} bytes are no rows of {LOADS.itemsize}")
     rows: Loads = np.frombuffer(news, LOADS)
+    if len(np.unique(rows["pod"])) != len(rows):
+        raise NewsError("a pod twice")
     if not (np.isfinite(rows["wait"]).all() and (rows["wait"] >= 0).all()):
         raise NewsError("a wait that is no time")
     return rows

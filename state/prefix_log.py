@@ -147,6 +147,8 @@ class LogReader:
         self._before, self._after = log.heads[:at], log.heads[at + 1 :]
         """The heads of everybody else."""
         self._seen: bytes | None = None
+        self._first = 0
+        """The ring to begin with: another after each time that something was left."""
         self.lost_bytes = 0
         """How much was overwritten, or given up, before it was read."""
 
@@ -169,13 +171,17 @@ class LogReader:
         done = True
         places = self._places
         heads: list[int] = self._log.heads.tolist()
-        for writer, head in enumerate(heads):
+        first = self._first
+        for writer in range(len(heads)) if not first else (*range(first, len(heads)), *range(first)):
+            head = heads[writer]
             if writer == self._own:
                 head = min(head, self._own_end)
             place = places[writer]
             if head != place and not self._follow(writer, head, out, limit):
                 done = False
         self._seen = seen if done else None
+        if not done:
+            self._first = (first + 1) % len(heads)
         return out
 
     def _follow(self, writer: int, head: int, out: list[Record], limit: int) -> bool:

@@ -37,6 +37,34 @@ ENDED_RING_BYTES = 1 << 18
 _ID_BYTES = 4
 
 
+class Place:
+    """How far the replicator has read what other replicas told: the place of the last entry in the stream, which is
+    "milliseconds-number". Here, so that a successor goes on there."""
+
+    SIZE = 16
+
+    def __init__(self, region: memoryview) -> None:
+        self._numbers = region[: self.SIZE].cast("Q")
+
+    @property
+    def milliseconds(self) -> int:
+        """By the server's clock, 0 for the begin."""
+        return self._numbers[0]
+
+    def put(self, place: bytes) -> None:
+        """That far."""
+        milliseconds, _, number = place.partition(b"-")
+        self._numbers[0], self._numbers[1] = int(milliseconds), int(number)
+
+    def clear(self) -> None:
+        """From the begin."""
+        self._numbers[0] = self._numbers[1] = 0
+
+    def following(self) -> bytes:
+        """The first place that has not been read."""
+        return b"%d-%d" % (self._numbers[0], self._numbers[1] + 1)
+
+
 class Tables:
     """Every table of the segment. `writer` is the row that this process may write; None for a pure reader."""
 
@@ -61,6 +89,7 @@ class Tables:
         self.model_seconds = Windows(
             segment.region("model_seconds"), capacity.limited_models, writers, 1.0, fd=fd, lock_byte=1, writer=writer
         )
+        self.place = Place(segment.region("place"))
         self._series = segment.region("series")
         self.replica = bytes(segment.region("replica")).hex()
         """By chance: tells this replica, for as long as its tables live, from every other."""
@@ -84,6 +113,7 @@ class Tables:
                 "model_seconds": Windows.size(capacity.limited_models, capacity.writers),
                 "series": Series.size(capacity.series) * capacity.writers,
                 "replica": _ID_BYTES,
+                "place": Place.SIZE,
             }
         )
         segment.region("capacity")[:] = described

@@ -136,7 +136,7 @@ class ReplicasConfig(_Section):
 
     share: bool = True
     """Whether they do."""
-    interval_seconds: float = Field(0.05, ge=0.01, le=60)
+    interval_seconds: float = Field(0.05, ge=0.01, le=1)
     """Between two exchanges of a replica."""
     group: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
     """Replicas of one router have the same; routers for other pods in the same Redis have another."""

@@ -14,7 +14,7 @@ that does all of it in one step on the server:
 - A replica that has told nothing for GONE_SECONDS, by the server's clock, has nothing in flight. Its prompts stay
   known: the pods have them still.
 - A replica that starts reads the whole stream first, once its pods have been polled: it knows at once where the
-  others' prompts went. So does one that was cut off for a while.
+  others' prompts went. One that was cut off for a while, or whose replicator was replaced, goes on where it was.
 - While Redis cannot be reached, what others have in flight is forgotten after GONE_SECONDS, and engines' own counts
   tell of it as they do without Redis. What was routed here meanwhile is told later, as far as the prefix log holds it.
 - A call without an answer is made again with the same news, which may so be told twice: loads are whole, and a prompt
@@ -69,15 +69,18 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', loads, replica, string.format('%.0f ', now) .. in_flight)
 if news ~= '' then
+  local held = tonumber(redis.call('GET', bytes) or '')
+  if not held then redis.call('DEL', routed) end
+  held = (held or 0) + #news
   local newest = redis.call('XADD', routed, '*', 'replica', replica, 'news', news)
-  local held = redis.call('INCRBY', bytes, #news)
   for _ = 1, 100 do
     if held <= room then break end
     local oldest = redis.call('XRANGE', routed, '-', '+', 'COUNT', 1)[1]
-    if oldest[1] == newest then redis.call('SET', bytes, #news) break end
+    if oldest[1] == newest then held = #news break end
     redis.call('XDEL', routed, oldest[1])
-    held = redis.call('INCRBY', bytes, -#(oldest[2][4] or ''))
+    held = held - #(oldest[2][4] or '')
   end
+  redis.call('SET', bytes, string.format('%.0f', held))
 end
 for _, key in ipairs({loads, routed, bytes}) do redis.call('PEXPIRE', key, 3600000) end
 for i = 9, #ARGV, 2 do
@@ -95,7 +98,7 @@ for i = 1, #all, 2 do
   if all[i] ~= replica then
     local space = string.find(all[i + 1], ' ', 1, true)
     local told = space and tonumber(string.sub(all[i + 1], 1, space - 1))
-    if not told or now - told > 20 * gone then
+    if not told or now - told > 20 * gone or told - now > gone then
       redis.call('HDEL', loads, all[i])
     elseif now - told <= gone then
       others[#others + 1] = {all[i], string.sub(all[i + 1], space + 1)}
@@ -104,12 +107,15 @@ for i = 1, #all, 2 do
 end
 local heard, last, more = {}, '', 0
 if most > 0 then
-  local entries = redis.call('XRANGE', routed, from, '+', 'COUNT', most)
-  for _, entry in ipairs(entries) do
+  local entries, size = redis.call('XRANGE', routed, from, '+', 'COUNT', most), 0
+  for i, entry in ipairs(entries) do
     last = entry[1]
-    if entry[2][2] ~= replica and entry[2][4] then heard[#heard + 1] = {entry[1], entry[2][4]} end
+    if entry[2][2] ~= replica and entry[2][4] then
+      heard[#heard + 1] = {entry[1], entry[2][4]}
+      size = size + #entry[2][4]
+    end
+    if i == most or (size > 524288 and i < #entries) then more = 1 break end
   end
-  if #entries == most then more = 1 end
 end
 return {string.format('%.0f', now), others, heard, last, more, ended}
 """)
@@ -133,11 +139,11 @@ class Replicator:
         self._room = config.prefix.ring_bytes
         self._names = f"pointsman:replicas:{FORMAT}:{config.prefix.seed}:{config.replicas.group}:".encode()
         self._link = RedisLink(config.redis, TIMEOUT_SECONDS, (EXCHANGE, LEAVE))
-        self._from = "0-0"
-        """The place in the stream from which on it was not read."""
+        self._place = tables.place
+        self._series.put(0.0, "replicas")
         self._news = b""
         """Told, and not known to have arrived."""
-        self._reads_at: float | None = clock() + PATIENCE_SECONDS
+        self._waits_until: float | None = clock() + PATIENCE_SECONDS
         self._heard_at = clock()
         self._complained_at = -COMPLAIN_SECONDS
         self._counted: dict[str, int] = {}
@@ -158,11 +164,11 @@ class Replicator:
         await self._link.start()
 
     async def exchange(self) -> bool:
-        """Tell and hear once, if there is a connection. Returns whether there is more to be heard."""
+        """Tell and hear once, if there is a connection. Returns whether there is more to be told or heard."""
         mirror, now = self._mirror, self._clock()
-        if self._reads_at is not None and (now >= self._reads_at or mirror.ready(now)):
-            self._reads_at = None
-        most = MOST_HEARD if self._reads_at is None else 0
+        if self._waits_until is not None and (now >= self._waits_until or mirror.ready(now)):
+            self._waits_until = None
+        most = MOST_HEARD if self._waits_until is None else 0
         if not self._news:
             self._news = mirror.routed(now, MOST_TOLD_BYTES)
         call = self._link.call(
@@ -171,11 +177,11 @@ class Replicator:
             self._replica.encode(),
             mirror.loads(now),
             self._news,
-            self._from.encode(),
+            self._place.following(),
             b"%d" % most,
             b"%d" % self._room,
             b"%d" % round(GONE_SECONDS * 1000),
-            *self._ends(),
+            *(self._ends() if self._link.up else ()),
         )
         answer = await call if call is not None else LOST
         if isinstance(answer, ReplyError):
@@ -196,13 +202,14 @@ class Replicator:
             told_ms, _, _ = place.partition(b"-")
             self._take(mirror.hear_routed, news, max(int(time_ms) - int(told_ms), 0) / 1000, now)
         if last:
-            milliseconds, _, number = last.decode().partition("-")
-            self._from = f"{milliseconds}-{int(number) + 1}"
+            self._place.put(last)
+        elif self._place.milliseconds > int(time_ms) + round(GONE_SECONDS * 1000):
+            self._place.clear()  # another server, or its clock was put back
         for entry in ended:
             self._end(entry)
         self._series.add(1.0, "exchanges", "ok")
         self._count()
-        return bool(more)
+        return bool(more) or mirror.more
 
     def _ends(self) -> Iterator[bytes]:
         """Replica, entry, replica, entry ...: what Envoy told workers here of others' requests."""
@@ -258,6 +265,7 @@ async def run_replicator(config: Config, tables: Tables, ready: Callable[[], Non
     stop = Stop()
     os.nice(NICENESS)
     if not config.has_replicas:  # no more: the configuration was read again
+        tables.series().put(0.0, "replicas")
         ready()
         await stop.wait()
         return

@@ -75,6 +75,7 @@ async def test_a_prompt_goes_where_the_other_router_sent_its_beginning(server: V
                     assert second.pod == first.pod
 
 
+EXCHANGED = 'pointsman_exchanges_total{result="ok"}'
 PROMPTS_HEARD = 'pointsman_shared_prompts_total{what="heard"}'
 
 
@@ -126,10 +127,10 @@ async def test_no_request_fails_when_redis_or_the_replicator_dies(server: Valkey
             await until(lambda: metric(one, "pointsman_replicas_heard") == 1)
             async with steady_load(one.envoy_url, one.model, per_second=40) as load:
                 await asyncio.sleep(0.5)
-                before = one.router_children()["replicator"]
+                before, done = one.router_children()["replicator"], metric(one, EXCHANGED)
                 os.kill(before, signal.SIGKILL)
                 await until(lambda: one.router_children().get("replicator", before) != before)
-                await until(lambda: metric(one, "pointsman_replicas_heard") == 1)
+                await until(lambda: metric(one, EXCHANGED) > done + 2 and metric(one, "pointsman_replicas_heard") == 1)
                 port = server.port
                 await asyncio.to_thread(server.stop)
                 await until(lambda: metric(two, "pointsman_replicas_heard") == 0)

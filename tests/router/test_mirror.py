@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from fleet import MODEL, SMALL, loads, make_record, make_tables, set_row
+from fleet import MODEL, loads, make_record, make_tables, set_row
 
-from router.fleet import Fleet
 from router.mirror import LONGEST_WAIT, Mirror
 from router.prefix_hash import PrefixHasher
 from router.prefix_index import PrefixIndex, SlotIndex
@@ -332,13 +331,54 @@ def test_absurd_news_are_bounded(pair: tuple[Replica, Replica]) -> None:
         assert two.tables.ledger.busy_until(16)[5] <= two.now + LONGEST_WAIT + 1.0
 
 
-def test_pods_twice_in_the_news_and_rows_out_of_reach(pair: tuple[Replica, Replica]) -> None:
+def test_rows_out_of_reach_and_pods_twice(pair: tuple[Replica, Replica]) -> None:
     _, two = pair
-    rows = np.zeros(3, LOADS)
-    rows["pod"] = [pod_key("a:1"), pod_key("a:1"), pod_key("nobody:1")]
+    rows = np.zeros(2, LOADS)
+    rows["pod"] = [pod_key("a:1"), pod_key("nobody:1")]
     rows["requests"] = 1
     two.mirror.hear_loads("x", rows.tobytes(), two.now)
     two.mirror.enter(two.now)
-    assert loads(two.tables) == [0, 0, 0, 0, 0, 2] + [0] * 10
-    assert two.tables.capacity == SMALL
-    assert Fleet(two.tables).candidates(MODEL) is not None
+    assert loads(two.tables) == [0, 0, 0, 0, 0, 1] + [0] * 10
+    rows["pod"] = pod_key("a:1")
+    with pytest.raises(NewsError):
+        two.mirror.hear_loads("x", rows.tobytes(), two.now)
+
+
+def test_a_pod_in_a_row_of_another_begins_with_nothing_promised(pair: tuple[Replica, Replica]) -> None:
+    one, two = pair
+    one.tell(two)
+    one.tables.ledger.charge(0, 3_000_000, 3_000_000, held=False)
+    one.tell(two)
+    promised = two.tables.ledger.total(Entry.PROMISED, 0)
+    del one.places["a:1"]
+    one.claim("d:1", 0)
+    one.publish()
+    one.tell(two)
+    assert two.tables.ledger.total(Entry.PROMISED, 0) == promised
+    assert two.tables.ledger.busy_until(16)[0] == 0
+    one.tables.ledger.charge(0, 50, 50, held=False)
+    one.tell(two)
+    assert two.tables.ledger.total(Entry.PROMISED, 0) == promised + 50
+
+
+def test_own_prompts_are_told_however_many_others_tell(pair: tuple[Replica, Replica]) -> None:
+    one, two = pair
+    news = b"".join(write_routed(Told(pod_key("a:1"), 0, 0.0, 64, bytes([n % 256, n // 256] * 4))) for n in range(400))
+    for number in range(5):
+        one.mirror.hear_routed(news, 0.0, one.now + 1)
+        one.send("a:1", b"%d" % number * 640)
+        one.tell(two)
+    assert one.mirror.told == 5
+    assert not one.mirror.more
+
+
+def test_a_prompt_that_is_told_late_makes_no_newer_one_older(pair: tuple[Replica, Replica]) -> None:
+    one, two = pair
+    one.send("a:1")
+    late = one.mirror.routed(one.now, 1 << 20)
+    two.now += 100.0
+    two.send("a:1")
+    two.mirror.hear_routed(late, 90.0, two.now)
+    assert two.holds("a:1")
+    (times,) = [order.values() for order in two.index._orders if order]
+    assert set(times) == {two.now}

@@ -21,6 +21,7 @@ from router.prefix_hash import PrefixHasher
 from router.prefix_index import PrefixIndex, SlotIndex
 from router.replies import NAMESPACE
 from router.scheduler import Scheduler
+from state.catalog import CatalogDocument
 from state.ledger import Entry
 from state.tables import REPLICATOR, Tables
 from workers import replicator
@@ -182,6 +183,15 @@ async def test_a_replica_that_starts_knows_where_prompts_went(make: Make) -> Non
         await until(lambda: late.holds(1, texts[-1]))
         assert all(late.holds(1, text) for text in texts)
         assert not any(late.holds(0, text) for text in texts), "of a life that is not known to be the same"
+
+
+def started(make: Make) -> tuple[Replica, Replica]:
+    """Two, whose pods say since when they run."""
+    pair = make(), make()
+    for replica in pair:
+        for slot in range(3):
+            start_time_of(replica, slot)
+    return pair
 
 
 def start_time_of(replica: Replica, slot: int, seconds: float = 1.7e9) -> None:
@@ -375,3 +385,100 @@ async def test_the_end_of_a_request_is_never_counted_twice(make: Make, valkey_ur
     await two.exchange()
     await one.exchange()
     assert sum(loads(one.tables)) == 0
+
+
+async def test_a_successor_goes_on_where_its_predecessor_was(make: Make, valkey_url: str) -> None:
+    one, two = started(make)
+    one.send(0)
+    await one.exchange()
+    await two.exchange()
+    assert two.count("prompts", "heard") == 1
+    two.start(valkey_url)
+    await two.exchange()
+    assert two.count("prompts", "heard") == 1
+    one.send(1)
+    await one.exchange()
+    await two.exchange()
+    assert two.count("prompts", "heard") == 2
+
+
+async def test_all_is_told_however_much_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicator, "MOST_TOLD_BYTES", 1000)
+    one, two = make(), make()
+    async with one.running(), two.running():
+        await settled(one, two)
+        for number in range(100):
+            one.send(0, b"%d " % number * 100)
+        await until(lambda: two.count("prompts", "heard") == 100)
+
+
+async def test_a_history_larger_than_a_call_can_bring_comes_in_several(make: Make) -> None:
+    ring = 8 << 20
+    one = make(prefix={"ring_bytes": ring})
+    for slot in range(3):
+        start_time_of(one, slot)
+    for number in range(60):
+        for part in range(4):
+            one.send(0, b"%d %d " % (number, part) * 4000)
+        await one.exchange()
+    late = make(prefix={"ring_bytes": ring})
+    for slot in range(3):
+        start_time_of(late, slot)
+    async with late.running():
+        await until(
+            lambda: late.count("prompts", "heard") + late.count("prompts", "unknown") == one.count("prompts", "told")
+        )
+    assert late.count("prompts", "unknown") == 0
+
+
+async def test_without_a_counter_nothing_is_kept_for_ever(make: Make, client: Any) -> None:
+    room = 1 << 16
+    one = make(prefix={"ring_bytes": room})
+    for number in range(300):
+        one.send(0, b"%d " % number * 400)
+        await one.exchange()
+        if number % 50 == 0:
+            client.delete(f"{PREFIX}:bytes")
+    kept = sum(len(fields[b"news"]) for _, fields in client.xrange(f"{PREFIX}:routed"))
+    assert kept == int(client.get(f"{PREFIX}:bytes")) <= room
+    client.set(f"{PREFIX}:bytes", "no number")
+    one.send(0)
+    await one.exchange()
+    assert client.xlen(f"{PREFIX}:routed") == 1
+
+
+async def test_a_clock_that_is_put_back(make: Make, client: Any) -> None:
+    one, two = started(make)
+    await one.exchange()
+    client.hset(f"{PREFIX}:loads", "ffffffff", f"{time.time() * 1000 + 3.6e6:.0f} ")
+    two.tables.place.put(b"%d-0" % (time.time() * 1000 + 3.6e6))
+    one.send(0)
+    await one.exchange()
+    await two.exchange()
+    await two.exchange()
+    assert two.holds(0)
+    assert two.replicator._mirror.others == [one.tables.replica]
+
+
+async def test_ends_wait_for_a_connection(make: Make) -> None:
+    one, two = make(), make()
+    by = scheduler(one)
+    await one.exchange()
+    AccessLog(scheduler(two)).receive(batch(route(by)))
+    await two.replicator.exchange()  # not connected yet
+    await two.exchange()
+    await one.exchange()
+    assert sum(loads(one.tables)) == 0
+
+
+async def test_the_history_is_read_when_there_are_pods_to_believe_it_of(make: Make) -> None:
+    one, two = started(make)
+    one.send(0)
+    await one.exchange()
+    _, document = two.tables.catalog.read()
+    two.tables.catalog.publish(CatalogDocument())
+    await two.exchange()
+    assert two.count("prompts", "unknown") == 0
+    two.tables.catalog.publish(document)
+    await two.exchange()
+    assert two.holds(0)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from state.catalog import CatalogDocument, CatalogFull, PodRecord
 from state.tables import REPLICATOR, Tables
 
@@ -161,7 +163,9 @@ class Registry:
     def sweep(self, now: float) -> list[int]:
         """Give up the rows of pods that have drained. Returns their slots."""
         gone: list[int] = []
-        in_flight = self._tables.ledger.of_this_replica(self._tables.pods.high, REPLICATOR)[0]
+        ledger, high = self._tables.ledger, self._tables.pods.high
+        looks = [ledger.of_this_replica(high, REPLICATOR)[0] for _ in range(2)]  # one may be too low, see the scraper
+        in_flight = np.maximum(*looks)
         for address, row in list(self._rows.items()):
             since = row.leaving_since
             if since is not None and (in_flight[row.slot] <= 0 or now - since > self._drain_seconds):

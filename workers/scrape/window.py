@@ -19,8 +19,9 @@ value is exact, with a standard error of sqrt(p (1 - p) / polls): 0.06 at most f
 seconds. But ours do follow it: an idle pod is polled rarely, and soon when it has got a request. So an interval over
 which no token, step or request was counted and at whose end nothing runs is idle for certain and charged nothing; one
 that begins idle and ends busy is charged no more than requests usually take; and between one poll that finds
-nothing running and the next that does, the inference seconds that were added are all there were: the busy time is no
-more than their sum, and no less than if they overlapped by chance, t (1 - exp(-sum / t)) of t seconds.
+nothing running and the next that does, the inference seconds that were added are all there were, unless requests were
+aborted, of which engines tell none: the busy time is no more than their sum, and no less than if they overlapped by
+chance, t (1 - exp(-sum / t)) of t seconds.
 
 Restarts. When the engine's start time changes, or any of its totals falls, everything known is forgotten and the
 sample is the first of a new life.
@@ -229,17 +230,23 @@ def _busy_seconds(seconds: float, old: Sample, new: Sample, usual: float) -> flo
     return min(charged, usual) if ends and not began and usual == usual else charged
 
 
-def _run_seconds(sample: Sample) -> float:
-    """Seconds that finished requests ran, added up; NaN where the engine does not say."""
-    ran = sample.inference.sum
-    return ran if ran == ran else sample.e2e.sum - sample.queue.sum
+def _run_seconds(sample: Sample) -> tuple[float, float]:
+    """Seconds that finished requests ran, added up, and how many they were; NaN where the engine does not say."""
+    if sample.inference.sum == sample.inference.sum:
+        return sample.inference.sum, sample.inference.count
+    return sample.e2e.sum - sample.queue.sum, sample.e2e.count
 
 
-def _bounded(sampled: float, ran: float, seconds: float) -> float:
-    """Busy seconds of `seconds` from idle to idle, in which requests ran for `ran` seconds, added up."""
-    if not (seconds > 0 and ran == ran):
+def _bounded(sampled: float, seconds: float, old: Sample, new: Sample) -> float:
+    """Busy seconds of the `seconds` between two samples at which nothing ran, of which so many were sampled."""
+    (before, count), (after, counted) = _run_seconds(old), _run_seconds(new)
+    ran = after - before
+    if not (seconds > 0 and ran >= 0):
         return sampled
-    return min(max(sampled, -seconds * expm1(-ran / seconds)), ran, seconds)
+    most = seconds
+    if counted - count >= new.ttft.count - old.ttft.count:  # else some were aborted, of which no time is told
+        most = min(ran, seconds)
+    return min(max(sampled, -seconds * expm1(-ran / seconds)), most)
 
 
 class _Kept(NamedTuple):
@@ -310,7 +317,7 @@ class Window:
         if idle is None:
             return busy_seconds
         sampled = busy_seconds - idle.busy_seconds
-        busy = _bounded(sampled, _run_seconds(sample) - _run_seconds(idle.sample), now - idle.time)
+        busy = _bounded(sampled, now - idle.time, idle.sample, sample)
         if sampled > 0:
             for place, kept in enumerate(self._kept):
                 if kept.time > idle.time:

@@ -216,7 +216,12 @@ def test_busy_time_is_near_the_truth_where_polls_follow_the_load(
         now = next_poll
         running = sum(begin <= now < finish for begin, finish in starts)
         ended = [finish - begin for begin, finish in starts if finish <= now]
-        state = window.add(now, sample(tokens=float(len(ended)), running=float(running), inference=histogram(*ended)))
+        state = window.add(
+            now,
+            sample(
+                tokens=float(len(ended)), running=float(running), inference=histogram(*ended), ttft=histogram(*ended)
+            ),
+        )
         first = min((begin for begin, _ in starts if begin > now), default=end)
         next_poll = now + 0.5 if running else min(now + 5.0, max(now + 0.5, first + random_.uniform(0.0, 0.1)))
     assert state.busy_ratio == pytest.approx(busy_time / end, rel=off)
@@ -228,10 +233,33 @@ def test_busy_time_without_running_times_is_what_the_polls_saw() -> None:
     window.add(4.0, sample(tokens=1.0, running=1.0))
     assert window.add(5.0, sample(tokens=2.0)).busy_ratio == 2.5 / 5
     window = Window(60.0)
-    window.add(0.0, sample(tokens=1.0, e2e=histogram(), queue=histogram()))
-    window.add(4.0, sample(tokens=1.0, running=1.0, e2e=histogram(), queue=histogram()))
-    state = window.add(5.0, sample(tokens=2.0, e2e=histogram(0.3), queue=histogram(0.1)))
+    none = histogram()
+    window.add(0.0, sample(tokens=1.0, e2e=none, queue=none, ttft=none))
+    window.add(4.0, sample(tokens=1.0, running=1.0, e2e=none, queue=none, ttft=none))
+    state = window.add(5.0, sample(tokens=2.0, e2e=histogram(0.3), queue=histogram(0.1), ttft=histogram(0.1)))
     assert isclose(state.busy_ratio, 0.2 / 5)
+
+
+def test_requests_that_were_aborted_leave_the_time_that_was_sampled() -> None:
+    """Engines tell no time of them."""
+    window = Window(1000.0)
+    for second in range(101):
+        busy = second % 5 != 0
+        state = window.add(
+            float(second),
+            sample(
+                tokens=float(second), running=float(busy), inference=histogram(0.1), ttft=histogram(*[0.1] * second)
+            ),
+        )
+    assert 0.7 < state.busy_ratio <= 0.82
+
+
+def test_sums_that_fall_are_not_believed() -> None:
+    window = Window(60.0)
+    window.add(0.0, sample(tokens=1.0, e2e=histogram(0.4), queue=histogram()))
+    window.add(1.0, sample(tokens=1.0, running=1.0, e2e=histogram(0.4), queue=histogram()))
+    state = window.add(2.0, sample(tokens=2.0, e2e=histogram(0.4), queue=histogram(*[9e4] * 9)))
+    assert state.busy_ratio == 0.5
 
 
 def test_what_an_engine_keeps_no_totals_of_comes_from_its_gauges() -> None:
