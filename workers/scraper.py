@@ -40,6 +40,8 @@ RESOLVE_SECONDS = 10.0
 """Between two resolutions of the host names."""
 NICENESS = 5
 """A page read half a millisecond later harms nobody; a decision that waits for one does, where cores are few."""
+ANNOUNCE_SECONDS = 0.05
+"""For which samples are gathered before readers are told of them. Of a pod's health they are told at once."""
 JUDGE_SECONDS = 0.1
 """Between two looks at what the workers saw of the pods' answers."""
 
@@ -62,6 +64,7 @@ class _Watched:
     row: Floats
     excess: Excess = field(default_factory=Excess)
     incarnation: int = 0
+    told_incarnation: int = 0
     restarts: float = 0.0
     good: int = 0
     bad: int = 0
@@ -89,6 +92,7 @@ class Scraper:
         self._pods: dict[int, _Watched] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf
+        self._announcing: asyncio.TimerHandle | None = None
         self._seen: tuple[list[int], list[int]] = ([], [])
         self._without = False
 
@@ -205,6 +209,7 @@ class Scraper:
             row,
             incarnation=int(row[COLUMN["incarnation"]]),
         )
+        watched.told_incarnation = watched.incarnation
         watched.good, watched.bad = self._answers(slot)
         self._pods[slot] = watched
         self._pace.add(slot, self._clock())
@@ -308,8 +313,17 @@ class Scraper:
         return requests - of_others, tokens - their_tokens
 
     def _write(self, watched: _Watched, now: float) -> None:
-        watched.row[_HEALTH] = watched.health.state(now)
-        self._tables.pods.write(watched.slot, watched.row)
+        row = watched.row
+        before, row[_HEALTH] = row[_HEALTH], watched.health.state(now)
+        urgent = bool(before != row[_HEALTH]) or watched.incarnation != watched.told_incarnation
+        watched.told_incarnation = watched.incarnation
+        self._tables.pods.write(watched.slot, row, announce=urgent)
+        if not urgent and self._announcing is None:
+            self._announcing = asyncio.get_running_loop().call_later(ANNOUNCE_SECONDS, self._announce)
+
+    def _announce(self) -> None:
+        self._announcing = None
+        self._tables.pods.announce()
 
     # -- passive health
 
