@@ -1,12 +1,13 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
-    score = fixed + (M + u / budget) * step + c * price + M * (r + P * k) * shared + (u + c * (1 + N)) * prefill
-            + u * (1 + N) * loss
+    score = fixed + (M + F + u / budget) * step + (M + F) * (held + (r + P * k) * shared) + c * price
+            + (u + c * (1 + N)) * prefill + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
-cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
-left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between,
+cost, so multiplied by flat + slope * (P - u / 2)); F are the output tokens of those that will follow it; r and k are
+the prior's rates per request and per KV token. What is left, seven numbers per pod, is kept from decision to decision
+and worked out anew once in KEPT_SECONDS. In between,
 what this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so
 is what it hears from the prefix log that other workers have sent. So a decision is one product of a vector with a
 matrix, and a few multiplications for the pods that hold another part of the prompt than most.
@@ -18,6 +19,7 @@ from typing import Final
 
 import numpy as np
 
+from router.attention import SENT_SECONDS
 from router.backlog import FIRST_STEPS, Backlog
 from router.fleet import Candidates
 from router.prefix_index import MOST_HEARD, PrefixIndex
@@ -30,6 +32,8 @@ LEAD_SECONDS: Final = 0.0002
 """By how much a record may be older than the charge that it stands for."""
 MOST_ENTERED: Final = 64
 """More is worked out anew."""
+MOST_BUSY: Final = 0.98
+"""With prefills, of a pod's time: more than all of it may have been promised."""
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
 _JITTERS: Final = 1024
@@ -40,6 +44,7 @@ _PRICE: Final = 2
 _SHARED: Final = 3
 _PREFILL: Final = 4
 _LOSS: Final = 5
+_HELD: Final = 6
 
 
 class Chance:
@@ -90,9 +95,15 @@ class Delays:
         self._answer_of = _numbers(self._answer)
         self._fullest = self._most_taken = 0.0
         self._loads: Floats = np.zeros((3, n))
-        self._form: Floats = np.zeros((6, n))
+        self._flat, self._slope, self._sent = speeds.flat, speeds.slope, speeds.sent
+        self._form: Floats = np.zeros((7, n))
         self._form[_PREFILL] = speeds.prefill_seconds
-        self._weights: Floats = np.ones(6)
+        self._weights: Floats = np.ones(7)
+        # What others' prefills add to a pod's steps: by how much steps grow, and by how much at most.
+        sent = [self._flat * sent.tokens + self._slope * sent.pairs for sent in speeds.sent]
+        busy = np.minimum(np.array(sent) * speeds.prefill_seconds / SENT_SECONDS, MOST_BUSY)
+        self._growth: Floats = busy / (1.0 - busy)
+        self._full_step = self._budget * speeds.prefill_seconds
         self._scores: Floats = np.zeros(n)
         self._others: Floats = np.zeros(n)
         # Single numbers are read and written through views: half the price.
@@ -102,11 +113,12 @@ class Delays:
         self._tokens_of = _numbers(self._loads[1])
         self._place_of = {slot: place for place, slot in enumerate(candidates.slots.tolist())}
         self._n = n
-        self._flat, self._slope, self._sent = speeds.flat, speeds.slope, speeds.sent
         self._last = 1.0
         self._mean_tokens = 1.0
         self._price_of_all = 1.0
         self._slack = 0.0
+        self._per_new = 0.0
+        self._following = 0.0
         self._worked_out_at = -inf
         self._charges = candidates.ledger.charges
         self._heard = 0
@@ -155,7 +167,7 @@ class Delays:
         candidates, speeds, form, answer = self._candidates, self.speeds, self._form, self._answer
         excess = self._backlog.excess(candidates, speeds, now)
         requests, tokens, wait = self._loads
-        fixed, step, price, shared, prefill, loss = form
+        fixed, step, price, shared, prefill, loss, held = form
         loads, until = candidates.loads(), candidates.busy_until()
         np.add(loads[0], speeds.elsewhere, out=requests)
         tokens[:] = loads[1]
@@ -211,17 +223,23 @@ class Delays:
         fixed += np.where(wait > 0.0, 0.0, step * FIRST_STEPS)
         fixed += self._chance.draw(self._n)
         loss *= 1.0 - slack
+        np.multiply(step, self._growth, out=held)
+        np.minimum(held, self._full_step, out=held)
+        held *= 0.5 * slack
+        mean_prompt = max(self._backlog.mean_prompt, mean_tokens)
+        self._per_new = slack * speeds.output_tokens * (1.0 / mean_tokens - 1.0 / mean_prompt)
 
     def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
         pairs = uncached * (prompt - 0.5 * uncached)
+        whole = prompt * (self._flat + 0.5 * self._slope * prompt)
         sent = self._sent[place]
         sent.tokens += uncached
         sent.pairs += pairs
         step = self._form_of[self._n + place]
         until = self._until[place]
         self._until[place] = self._backlog.chose(
-            self._candidates, place, self._flat * uncached + self._slope * pairs, self.speeds, now, step, until
+            self._candidates, place, self._flat * uncached + self._slope * pairs, self.speeds, now, step, until, whole
         )
 
     def _enter(self, place: int, tokens: float, longer: float) -> None:
@@ -241,13 +259,16 @@ class Delays:
             self._most_taken = max(self._most_taken, (taken + 1.0) * self._seats_of[place])
             self._no_place_of[place] += self._seats_of[place] * self._answer_of[place] - longer
 
-    def of_all(self, prompt: float, output: float, uncached: float, scarce: float) -> Floats:
-        """The score of every pod, if all of them hold as much of the prompt. The array is written over by the next
-        call."""
+    def of_all(self, prompt: float, output: float, uncached: float, scarce: float, new: float) -> Floats:
+        """The score of every pod, if all of them hold as much of the prompt. `new`: tokens that bind others to the pod
+        that computes them. The array is written over by the next call."""
         weights = self._weight_of
-        weights[_STEP] = output + uncached / self._budget
-        weights[_LOSS] = uncached * self._price_of_all
         self._last = self._flat + self._slope * prompt
+        self._following = new * (self._last - 0.5 * self._slope * new) * self._per_new
+        output += self._following
+        weights[_STEP] = output + uncached / self._budget
+        weights[_HELD] = output
+        weights[_LOSS] = uncached * self._price_of_all
         cost = self._last - 0.5 * self._slope * uncached
         scarce *= cost
         weights[_PRICE] = scarce
@@ -258,6 +279,7 @@ class Delays:
 
     def of(self, places: int | Ints, output: float, uncached: float, scarce: float) -> float | Floats:
         """The scores of some pods that hold another part of the prompt that `of_all` was last asked for."""
+        output += self._following
         steps = output + uncached / self._budget
         loss = uncached * self._price_of_all
         cost = self._last - 0.5 * self._slope * uncached
@@ -280,6 +302,7 @@ class Delays:
             + form[3 * n + places] * self._weight_of[_SHARED]
             + form[4 * n + places] * (uncached + scarce * self._price_of_all)
             + form[5 * n + places] * loss
+            + form[6 * n + places] * output
         )
 
     def terms(
@@ -291,13 +314,18 @@ class Delays:
         queue, of_others = form[_FIXED].copy(), scarce * cost * (form[_PRICE] + self._price_of_all * form[_PREFILL])
         if room is not None:
             queue += room
-        of_others += output * (self._per_request + prompt * self._per_token) * form[_SHARED]
+        added = (self._per_request + prompt * self._per_token) * form[_SHARED]
+        of_others += output * added
+        most = float(uncached.max())
+        new = float(uncached.min()) ** 2 / most if most > 0.0 else 0.0
+        following = new * (self._flat + self._slope * (prompt - 0.5 * new)) * self._per_new
         return {
             "queue": queue,
             "prefill": uncached * cost * form[_PREFILL],
-            "answer": (output + uncached / self._budget) * form[_STEP],
+            "answer": output * (form[_STEP] + form[_HELD]) + uncached / self._budget * form[_STEP],
             "others": of_others,
             "evicted": uncached * self._price_of_all * form[_LOSS],
+            "followers": following * (form[_STEP] + form[_HELD] + added),
         }
 
     def crowded(self, prompt: float) -> bool:
