@@ -156,11 +156,12 @@ class Delays:
             self._heard = index.heard_count
 
     def _hear(self, index: PrefixIndex, count: int) -> None:
-        """Note what prompts other workers have sent."""
+        """Note what prompts other workers have sent, each once, however many ask: it is for all epochs and models."""
         for number in range(-count, 0):
             slot, size, new, _ = index.heard[number]
             place = self._place_of.get(slot)
-            if place is not None:
+            if place is not None and self._sent[place].heard <= index.heard_count + number:
+                self._sent[place].heard = index.heard_count + number + 1
                 self._sent[place].add(size / index.bytes_per_token, new / index.bytes_per_token)
 
     def _work_out(self, now: float, index: PrefixIndex | None) -> None:

@@ -161,3 +161,16 @@ def test_short_prompts_of_other_workers_are_heard_too(lab: Any) -> None:
     slots = [fleet.send(NAME, fleet.request(b"hi", tokens=2), worker=1) for _ in range(9)]
     after = fleet.scores(NAME, fleet.request(tokens=1000))
     assert all(after[slot] > before[slot] for slot in set(slots))
+
+
+def test_what_others_send_is_noted_once_over_all_epochs_and_models(lab: Any, prompt: Any) -> None:
+    fleet = lab(3)
+    part = fleet.candidates().subset([0, 1, 2])
+    sent = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).sent
+    fleet.scores(NAME, fleet.request(tokens=1000))
+    slots = [fleet.send(NAME, fleet.request(prompt(f"user {number}", 8)), worker=1) for number in range(4)]
+    for _ in range(3):
+        fleet.scores(NAME, fleet.request(tokens=1000))
+        fleet.strategy(NAME).scores(fleet.request(tokens=1000), part, fleet.now)
+        assert [noted.tokens for noted in sent] == pytest.approx([2048 * slots.count(slot) for slot in range(3)])
+        fleet.publish()  # another epoch
