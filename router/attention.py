@@ -37,13 +37,15 @@ MOST: Final = 2e-4
 class Sent:
     """What a pod was sent of late."""
 
-    __slots__ = ("pairs", "tokens")
+    __slots__ = ("heard", "pairs", "tokens")
 
     def __init__(self) -> None:
         self.tokens = 0.0
         """To compute."""
         self.pairs = 0.0
         """Of one of these and one before it in its prompt."""
+        self.heard = 0
+        """The number of the last record of the prefix log that is in it."""
 
     def add(self, prompt: float, uncached: float) -> None:
         """A prompt, of which the last `uncached` tokens are to compute."""

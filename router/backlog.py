@@ -35,6 +35,8 @@ class Backlog:
         self.rates = rates
         self.mean_tokens = rates.prior.uncached_tokens
         """Tokens that a request of late had to compute."""
+        self.mean_prompt = rates.prior.uncached_tokens
+        """Tokens that it had, those found in caches included."""
         self.largest_tokens = 0.0
         """Of the requests of late."""
 
@@ -66,11 +68,14 @@ class Backlog:
         now: float,
         step_seconds: float = 0.0,
         until: float | None = None,
+        prompt_tokens: float = 0.0,
     ) -> float:
         """A request is sent to candidate `index` that has so much to compute. `prefill_seconds`: what a token takes
         there; `step_seconds`: what a step of the pod takes without any prompt; `until`: when it will have done what it
-        was promised, where the caller knows. Returns when it will have done this too."""
+        was promised, where the caller knows; `prompt_tokens`: all of the prompt. Returns when it will have done this
+        too."""
         self.mean_tokens += 0.02 * (uncached_tokens - self.mean_tokens)
+        self.mean_prompt += 0.02 * (max(prompt_tokens, uncached_tokens) - self.mean_prompt)
         self.largest_tokens = max(self.largest_tokens * 0.999, uncached_tokens)
         if until is None:
             until = float(candidates.busy_until()[index])

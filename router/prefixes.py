@@ -1,7 +1,7 @@
 """Prefix knowledge as strategies use it: a request and candidates in, cached tokens per candidate out."""
 
 from collections.abc import Sequence
-from math import exp
+from math import exp, sqrt
 from typing import Any, Final
 
 import numpy as np
@@ -52,9 +52,10 @@ class LookUp:
 
         Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
-        compute it once more is no waste but an investment, and it counts (k / wanted)^2. A run of which full pods have
-        all copies is as good as gone until they have room: those that ask for it, `uses` of late, share the price of a
-        copy on another pod, the more so the more pods have room.
+        compute it once more is no waste but an investment, and it counts (k / wanted)^2. For f its uses of late count
+        less their square root, by which they may be many by chance: of the first few prompts any two are a large share.
+        A run of which full pods have all copies is as good as gone until they have room: those that ask for it, `uses`
+        of late, share the price of a copy on another pod, the more so the more pods have room.
         """
         prompt, groups, answers = self.prompt_tokens, self.match.groups, self.match.answers
         if not groups:
@@ -112,7 +113,8 @@ class LookUp:
                 wanted = run.uses / heat  # at most, since it fades
                 copies = holders.bit_count()
                 if copies < wanted:
-                    wanted = min(wanted * exp((run.used_at - now) / DEMAND_SECONDS), n)
+                    uses = run.uses * exp((run.used_at - now) / DEMAND_SECONDS)
+                    wanted = min((uses - sqrt(uses)) / heat, n)
                     if copies < wanted:
                         less = 1.0 - (copies / wanted) ** 2
             if less > 0.0:

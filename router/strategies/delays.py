@@ -1,15 +1,16 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
-    score = fixed + (M + u / budget) * step + c * price + M * (r + P * k) * shared + (u + c * (1 + N)) * prefill
-            + u * (1 + N) * loss
+    score = fixed + (M + F + u / budget) * step + (M + F) * (held + (r + P * k) * shared) + c * price
+            + (u + c * (1 + N)) * prefill + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
 uncached, its scarce and its output tokens (except in u / budget and u * (1 + N), u and c are in tokens of the mean
-cost, so multiplied by flat + slope * (P - u / 2)); r and k are the prior's rates per request and per KV token. What is
-left, six numbers per pod, is kept from decision to decision and worked out anew once in KEPT_SECONDS. In between,
-what this process charges to a pod, for whatever model and by whatever strategy, is added to that pod's numbers, and so
-is what it hears from the prefix log that other workers have sent. So a decision is six multiplications per pod, in a
-compiled loop: for some dozens of pods a call of numpy takes longer, mostly to get its code into the processor's cache.
+cost, so multiplied by flat + slope * (P - u / 2)); F are the output tokens of those that will follow it; r and k are
+the prior's rates per request and per KV token. What is left, seven numbers per pod, is kept from decision to decision
+and worked out anew once in KEPT_SECONDS. In between, what this process charges to a pod, for whatever model and by
+whatever strategy, is added to that pod's numbers, and so is what it hears from the prefix log that other workers have
+sent. So a decision is seven multiplications per pod, in a compiled loop: for some dozens of pods a call of numpy takes
+longer, mostly to get its code into the processor's cache.
 """
 
 from math import inf
@@ -18,6 +19,7 @@ from typing import Final
 
 import numpy as np
 
+from router.attention import SENT_SECONDS
 from router.backlog import FIRST_STEPS, Backlog, Excess
 from router.fleet import Candidates
 from router.prefix_index import MOST_HEARD, PrefixIndex
@@ -30,6 +32,8 @@ LEAD_SECONDS: Final = 0.0002
 """By how much a record may be older than the charge that it stands for."""
 MOST_ENTERED: Final = 64
 """More is worked out anew."""
+MOST_BUSY: Final = 0.98
+"""With prefills, of a pod's time: more than all of it may have been promised."""
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
 _JITTERS: Final = 1024
@@ -51,8 +55,9 @@ class Chance:
 
 
 class Form:
-    """What is kept of one pod: the six numbers of its score, what they are made of, and what they change by when it is
-    sent a request. Plain numbers of an object of its own: compiled, that is the cheapest way to read and write them."""
+    """What is kept of one pod: the seven numbers of its score, what they are made of, and what they change by when it
+    is sent a request. Plain numbers of an object of its own: compiled, that is the cheapest way to read and write
+    them."""
 
     __slots__ = (
         "answer",
@@ -62,6 +67,8 @@ class Form:
         "elsewhere",
         "fixed",
         "full",
+        "growth",
+        "held",
         "idle_step",
         "loss",
         "more",
@@ -93,6 +100,7 @@ class Form:
         """Of the request that was asked for last, in seconds."""
         self.fixed = 0.0
         self.step = 0.0
+        self.held = 0.0
         self.price = 0.0
         self.shared = 0.0
         self.prefill = 0.0
@@ -115,6 +123,8 @@ class Form:
         """Seconds until then, as worked out last."""
         self.answer = 0.0
         """Seconds of a mean one."""
+        self.growth = 0.0
+        """By how much of itself a step grows with the prefills that it was promised of late."""
         # The rest as in `Speeds`, zero where nobody's is known.
         self.rooms = 0.0
         self.seats = 0.0
@@ -154,11 +164,13 @@ class Delays:
         """Those that are `Form.full`, as a bitmap of their rows."""
         self._forms = [Form(place, pod.slot) for place, pod in enumerate(candidates.pods)]
         self._form_of = {form.slot: form for form in self._forms}
-        self._learn(speeds)
         self._flat, self._slope, self._sent = speeds.flat, speeds.slope, speeds.sent
+        self._learn(speeds)
         self._mean_tokens = 1.0
         self._price_of_all = 1.0
         self._slack = 0.0
+        self._per_new = 0.0
+        self._output = 0.0
         self._per_answer = 0.0
         self._cost_of_last = 1.0
         self._worked_out_at = -inf
@@ -186,6 +198,10 @@ class Delays:
             form.rooms, form.seats = rooms[place], seats[place]
             if self._seats_known:
                 form.places = 1.0 / max(form.seats, 1e-6)
+            sent = self._sent[place]
+            busy = (self._flat * sent.tokens + self._slope * sent.pairs) * form.prefill / SENT_SECONDS
+            busy = min(busy, MOST_BUSY)
+            form.growth = busy / (1.0 - busy)
 
     def follow(self, now: float, index: PrefixIndex | None) -> None:
         """Take in what has changed: all of it when that was last done too long ago, else what this process has charged
@@ -219,12 +235,15 @@ class Delays:
             self._heard = index.heard_count
 
     def _hear(self, index: PrefixIndex, count: int) -> None:
-        """Note what prompts other workers have sent."""
+        """Note what prompts other workers have sent, each once, however many ask: it is for all epochs and models."""
         for number in range(-count, 0):
             slot, size, new, _ = index.heard[number]
             form = self._form_of.get(slot)
             if form is not None:
-                self._sent[form.place].add(size / index.bytes_per_token, new / index.bytes_per_token)
+                sent = self._sent[form.place]
+                if sent.heard <= index.heard_count + number:
+                    sent.heard = index.heard_count + number + 1
+                    sent.add(size / index.bytes_per_token, new / index.bytes_per_token)
 
     def _work_out(self, now: float, index: PrefixIndex | None) -> None:
         candidates, speeds, forms = self._candidates, self.speeds, self._forms
@@ -275,6 +294,8 @@ class Delays:
             all_served += form.served
         slack = self._slack = free / self._n
         self._price_of_all = 1.0 + all_served / self._n
+        mean_prompt = max(self._backlog.mean_prompt, mean_tokens)
+        self._per_new = slack * output_tokens * (1.0 / mean_tokens - 1.0 / mean_prompt)
 
         chances: list[float] = self._chance.draw(self._n).tolist()
         for form in forms:
@@ -284,6 +305,7 @@ class Delays:
             form.fixed = (1.0 + slack * half) * wait + chances[form.place]
             if wait == 0.0:
                 form.fixed += form.step * FIRST_STEPS
+            form.held = 0.5 * slack * min(form.step * form.growth, self._budget * form.prefill)
             if index is not None:
                 form.loss = index.lost[form.slot] * form.prefill * (1.0 - slack)
 
@@ -309,6 +331,7 @@ class Delays:
             now,
             form.step,
             form.until,
+            prompt * (self._flat + 0.5 * self._slope * prompt),
         )
 
     def _enter(self, form: Form, tokens: float, longer: float) -> None:
@@ -327,17 +350,20 @@ class Delays:
             self._most_taken = max(self._most_taken, (form.requests + 1.0) * form.seats)
             form.no_place += form.seats * form.answer - longer
 
-    def score(self, prompt: float, output: float, uncached: float, scarce: float) -> None:
-        """Score every pod, if all of them hold as much of the prompt."""
-        self._per_answer = output * (self._per_request + prompt * self._per_token)
+    def score(self, prompt: float, output: float, uncached: float, scarce: float, new: float) -> None:
+        """Score every pod, if all of them hold as much of the prompt. `new`: tokens that bind others to the pod that
+        computes them."""
         self._cost_of_last = self._flat + self._slope * prompt
-        self._score(self._forms, output, uncached, scarce)
+        self._output = output + new * (self._cost_of_last - 0.5 * self._slope * new) * self._per_new
+        self._per_answer = self._output * (self._per_request + prompt * self._per_token)
+        self._score(self._forms, uncached, scarce)
 
-    def score_others(self, places: list[int], output: float, uncached: float, scarce: float) -> None:
+    def score_others(self, places: list[int], uncached: float, scarce: float) -> None:
         """Score some pods anew, which hold another part of the prompt that `score` was last asked for."""
-        self._score([self._forms[place] for place in places], output, uncached, scarce)
+        self._score([self._forms[place] for place in places], uncached, scarce)
 
-    def _score(self, forms: list[Form], output: float, uncached: float, scarce: float) -> None:
+    def _score(self, forms: list[Form], uncached: float, scarce: float) -> None:
+        output = self._output
         steps, loss = output + uncached / self._budget, uncached * self._price_of_all
         cost = self._cost_of_last - 0.5 * self._slope * uncached
         price = scarce * cost
@@ -347,6 +373,7 @@ class Delays:
             form.score = (
                 form.fixed
                 + form.step * steps
+                + form.held * output
                 + form.price * price
                 + form.shared * shared
                 + form.prefill * prefill
@@ -374,17 +401,21 @@ class Delays:
         """What the scores add up from, by name, for every pod; `full` as `wait_for_room` gave it. For people: it takes
         its time."""
         forms = self._forms
-        fixed, step, price, shared, prefill, loss, room = np.array(
-            [(f.fixed, f.step, f.price, f.shared, f.prefill, f.loss, f.room if full else 0.0) for f in forms]
+        fixed, step, held, price, shared, prefill, loss, room = np.array(
+            [(f.fixed, f.step, f.held, f.price, f.shared, f.prefill, f.loss, f.room if full else 0.0) for f in forms]
         ).T
         cost = self._flat + self._slope * (prompt - 0.5 * uncached)
+        added = (self._per_request + prompt * self._per_token) * shared
+        most = float(uncached.max())
+        new = float(uncached.min()) ** 2 / most if most > 0.0 else 0.0
+        following = new * (self._flat + self._slope * (prompt - 0.5 * new)) * self._per_new
         return {
             "queue": fixed + room,
             "prefill": uncached * cost * prefill,
-            "answer": (output + uncached / self._budget) * step,
-            "others": scarce * cost * (price + self._price_of_all * prefill)
-            + output * (self._per_request + prompt * self._per_token) * shared,
+            "answer": output * (step + held) + uncached / self._budget * step,
+            "others": scarce * cost * (price + self._price_of_all * prefill) + output * added,
             "evicted": uncached * self._price_of_all * loss,
+            "followers": following * (step + held + added),
         }
 
     def crowded(self, prompt: float) -> bool:

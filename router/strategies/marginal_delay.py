@@ -17,7 +17,7 @@ MODES: Final = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + M * s + (1 + N + n / 2 + free * w) * C' + (1 + N) * L + free * n / 2 * W + n' * M * d. [seconds]
+    """score = TTFT + (1 + N + n / 2 + free * w) * C' + (1 + N) * L + free * n / 2 * W + (M + F) * a. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
     C     seconds to prefill what the pod does not hold of this prompt: the last u of its P tokens at the pod's prefill
@@ -29,7 +29,16 @@ class MarginalDelay(Scoring):
           this takes (token budget 8192 each) at s; half a step more where no prompt is under way, since steps are not
           interrupted
     s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
+    a     s + x + n' * d: what one token of an answer costs, to itself and to others
+    x     seconds that others' prefills add to the mean step of the answer: free / 2 * s * r / (1 - r), at most free / 2
+          times the prefill of a whole token budget; r is the share of its time that the prefills take which the pod was
+          promised of late (a mean over 60 s). Half, since what pods are sent evens out
     M     expected output tokens: the model's learnt mean, at most what the client allows
+    F     output tokens of the requests that will follow this one to where it goes: free * b * (1 / tokens that the mean
+          request has to compute - 1 / tokens of the mean prompt) * the mean output. Where a tenth of the mean prompt is
+          computed, a token that is computed is found nine times, by as many requests as it takes to find a prompt's
+          worth. b are the tokens that no pod holds, times their share of what the pod that holds least has to compute:
+          where others hold much of the prompt already, it is not these that bind a request to the pod
     C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less
           (`LookUp.shares`)
     L     seconds to prefill again what the u tokens push out of the pod's full cache, at the pod's speed: each of them
@@ -47,13 +56,15 @@ class MarginalDelay(Scoring):
           prefill
     d     seconds that this request adds to each of the pod's steps
 
-    All terms are delays, this request's or others', in seconds; but for the halves they have weight one. That a
-    request waits costs nobody else a second, and yet a pod where one waits has no slack for what comes next: without
-    n / 2 * W whole answers come as soon, and first tokens later. Where requests wait on all pods there is no slack to
-    keep: evening out the waits would only cost cache hits, and let the short prompts wait behind the long ones
-    everywhere. So the long ones then come to wait on few pods (their p99 is what it costs). Speeds are learnt per pod
-    (`router.rates`). Load is the shared ledger's, and what any worker sends is in it at the next decision of any other;
-    engines' own counts add what other gateways sent. Source: our own, found by simulation (docs/routing.md).
+    All terms are delays, this request's or others', in seconds; but for the halves they have weight one. Others include
+    those that come later: without F, prompts that nobody holds go where there is least to do at the moment, and pods
+    that came by the prefixes most asked for fill up first. That a request waits costs nobody else a second, and yet a
+    pod where one waits has no slack for what comes next: without n / 2 * W whole answers come as soon, and first tokens
+    later. Where requests wait on all pods there is no slack to keep: evening out the waits, the prefills or what comes
+    later would only cost cache hits, and let the short prompts wait behind the long ones everywhere. So the long ones
+    then come to wait on few pods (their p99 is what it costs). Speeds are learnt per pod (`router.rates`). Load is the
+    shared ledger's, and what any worker sends is in it at the next decision of any other; engines' own counts add what
+    other gateways sent. Source: our own, found by simulation (docs/routing.md).
 
     The arithmetic is in `router.strategies.delays`. Equal pods are told apart by chance, a nanosecond at most.
 
@@ -80,16 +91,23 @@ class MarginalDelay(Scoring):
 
     def _score(self, request: RoutingRequest, candidates: Candidates, now: float) -> Delays:
         delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
-        delays.score(prompt, output, uncached, scarce)
+        new = most = uncached
+        for _, other, _ in others:
+            if other < new:
+                new = other
+            elif other > most:
+                most = other
+        delays.score(prompt, output, uncached, scarce, new * new / most if most > 0.0 else 0.0)
         for places, uncached, scarce in others:
-            delays.score_others(places, output, uncached, scarce)
+            delays.score_others(places, uncached, scarce)
         if full:
             delays.add_waits_for_room()
         return delays
 
     def terms(self, request: RoutingRequest, candidates: Candidates, now: float) -> dict[str, Floats]:
         """Seconds of delay: `queue`, until the pod begins with it and what that says of its slack; `prefill` and
-        `answer`, its own; `others`, what it adds to those of others; `evicted`, what it pushes out of the cache."""
+        `answer`, its own; `others`, what it adds to those of others; `evicted`, what it pushes out of the cache;
+        `followers`, the answers of those that will follow it, and what they add to others'."""
         delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
         missing = np.full(len(candidates), uncached)
         counted = np.full(len(candidates), scarce)

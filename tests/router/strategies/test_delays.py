@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from router.attention import SENT_SECONDS
 from router.backlog import FIRST_STEPS
 from router.fleet import Candidates
 from router.rates import Prior
 from router.request import RoutingRequest
-from router.strategies.delays import KEPT_SECONDS, Chance, Delays
+from router.strategies.delays import KEPT_SECONDS, MOST_BUSY, Chance, Delays
 from state.pods import Floats
 
 NAME = "marginal-delay"
@@ -45,8 +46,14 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
     price = 1 + served.mean() + served / 2 + free * w
     ttft = wait + room + u * speeds.prefill_seconds + (np.where(todo > 0, 0, FIRST_STEPS) + u / prior.step_tokens) * s
     d = (prior.decode_request_seconds + prompt * prior.kv_token_seconds) * speeds.decode
+    busy = np.minimum([sent.tokens / SENT_SECONDS for sent in speeds.sent] * speeds.prefill_seconds, MOST_BUSY)
+    x = free / 2 * np.minimum(s * busy / (1 - busy), prior.step_tokens * speeds.prefill_seconds)
+    followers = free * u.min() / u.max() * u.min() * (1 / mean - 1 / context.backlog.mean_prompt)
     total: Floats = (
-        ttft + output * s + price * scarce * speeds.prefill_seconds + free * served / 2 * wait + decoding * output * d
+        ttft
+        + price * scarce * speeds.prefill_seconds
+        + free * served / 2 * wait
+        + (1 + followers) * output * (s + x + decoding * d)
     )
     return total
 
@@ -160,3 +167,16 @@ def test_short_prompts_of_other_workers_are_heard_too(lab: Any) -> None:
     slots = [fleet.send(NAME, fleet.request(b"hi", tokens=2), worker=1) for _ in range(9)]
     after = fleet.scores(NAME, fleet.request(tokens=1000))
     assert all(after[slot] > before[slot] for slot in set(slots))
+
+
+def test_what_others_send_is_noted_once_over_all_epochs_and_models(lab: Any, prompt: Any) -> None:
+    fleet = lab(3)
+    part = fleet.candidates().subset([0, 1, 2])
+    sent = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).sent
+    fleet.scores(NAME, fleet.request(tokens=1000))
+    slots = [fleet.send(NAME, fleet.request(prompt(f"user {number}", 8)), worker=1) for number in range(4)]
+    for _ in range(3):
+        fleet.scores(NAME, fleet.request(tokens=1000))
+        fleet.strategy(NAME).scores(fleet.request(tokens=1000), part, fleet.now)
+        assert [noted.tokens for noted in sent] == pytest.approx([2048 * slots.count(slot) for slot in range(3)])
+        fleet.publish()  # another epoch

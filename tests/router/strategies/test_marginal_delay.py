@@ -60,7 +60,7 @@ def test_the_terms_of_a_receipt_add_up_to_the_score(lab: Any, prompt: Any) -> No
     asked = fleet.request(prompt("system", 16) + prompt("own", 4))
     scores = np.array(fleet.scores(NAME, asked))
     terms = fleet.strategy(NAME).terms(asked, fleet.candidates(), fleet.now)
-    assert list(terms) == ["queue", "prefill", "answer", "others", "evicted"]
+    assert list(terms) == ["queue", "prefill", "answer", "others", "evicted", "followers"]
     assert np.sum(list(terms.values()), 0) == pytest.approx(scores, abs=1e-8)
     assert terms["prefill"].min() < terms["prefill"].max()
     assert terms["queue"].argmax() == 3
@@ -501,3 +501,63 @@ def test_an_engine_in_which_nothing_runs_has_nothing_to_do(lab: Any, prompt: Any
     fleet.poll(slot, running=0, waiting=0)
     assert waits() == 0
     assert fleet.send(NAME, fleet.request(prompt("system", 40), tokens=20_000)) == slot
+
+
+def test_few_uses_among_few_prompts_are_no_demand_for_copies(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    _, _, context = fleet.worker()
+    candidates, index = fleet.candidates(), context.prefixes.index
+    hot = prompt("hot", 16)
+
+    def price_of_a_copy(uses: int, others: int) -> float:
+        for _ in range(uses):
+            context.prefixes.remember(fleet.request(hot), candidates, 0, fleet.now)
+        for number in range(others):
+            context.prefixes.remember(fleet.request(prompt(f"{uses} {number}", 1)), candidates, 1, fleet.now)
+        return float(context.prefixes.look_up(fleet.request(hot), candidates, fleet.now).shares(index, fleet.now)[1])
+
+    assert price_of_a_copy(2, 10) == 4096  # of 12: a share of 1/6 would want to be on 4/3 of 4 pods
+    fleet.now += 1000
+    assert price_of_a_copy(16, 32) == 4096 * (1 / 2) ** 2  # (16 - 4) of 48, on 2 pods
+
+
+def test_answers_take_longer_where_prefills_take_the_time(lab: Any) -> None:
+    fleet = lab(2)
+    speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
+    speeds.sent[0].add(420_000, 420_000)  # half of a minute, and done
+    asked = fleet.request(tokens=100)
+    scores = fleet.scores(NAME, asked)
+    terms = fleet.strategy(NAME).terms(asked, fleet.candidates(), fleet.now)
+    assert terms["answer"][0] - terms["answer"][1] == pytest.approx(0.5 * 200 * Prior().step_seconds)
+    assert scores[0] - scores[1] == pytest.approx(0.5 * 200 * Prior().step_seconds, abs=1e-6)
+    speeds.sent[0].add(10_000_000, 10_000_000)  # more than it can do: no step computes more than its budget
+    fleet.poll(1)
+    fleet.scores(NAME, asked)
+    slow, usual = fleet.strategy(NAME).terms(asked, fleet.candidates(), fleet.now)["answer"]
+    assert slow - usual <= 0.5 * 200 * 8192 / 14_000
+
+
+def test_requests_that_will_come_after_count_by_what_binds_them_to_the_pod(lab: Any, prompt: Any) -> None:
+    fleet = lab(3)
+    fleet.load(0, 6)
+    _, _, context = fleet.worker()
+    context.backlog.mean_tokens, context.backlog.mean_prompt = 100.0, 1000.0
+
+    def followers(text: bytes) -> list[float]:
+        asked = fleet.request(text)
+        fleet.scores(NAME, asked)
+        terms = fleet.strategy(NAME).terms(asked, fleet.candidates(), fleet.now)
+        result: list[float] = terms["followers"].tolist()
+        return result
+
+    text = prompt("one", 8) + prompt("two", 8)
+    loaded, *idle = followers(text)
+    assert idle == pytest.approx([4096 * (1 / 100 - 1 / 1000) * 200 * Prior().step_seconds] * 2)
+    assert loaded > 1.1 * idle[0]
+    context.prefixes.remember(fleet.request(prompt("one", 8) + prompt("2", 8)), fleet.candidates(), 1, fleet.now)
+    assert followers(text) == pytest.approx([loaded / 4, idle[0] / 4, idle[0] / 4])
+    context.prefixes.remember(fleet.request(text), fleet.candidates(), 1, fleet.now)
+    assert max(followers(text)) < 1e-3
+    context.backlog.mean_prompt = 100.0  # nothing is ever found
+    fleet.now += 1.0
+    assert followers(prompt("three", 8)) == [0.0, 0.0, 0.0]
