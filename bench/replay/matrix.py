@@ -111,6 +111,7 @@ WRONG = {
     "so, and 8 workers": ("--spread", "3", "--workers", "8"),
     "so, and 4 replicas": ("--spread", "3", "--replicas", "4"),
     "so, and 4 replicas, exchange every second": ("--spread", "3", "--replicas", "4", "--exchange-interval", "1"),
+    "so, and 4 replicas without Redis": ("--spread", "3", "--replicas", "4", "--exchange-interval", "1e6"),
 }
 
 
