@@ -96,6 +96,8 @@ class Mirror:
         self._seconds: Floats = np.full(pods, self._rates.prior.prefill_token_seconds)
         """Of prefill, per token, by row."""
         self._learnt: dict[str, float] = {}
+        self.more = False
+        """Whether `routed` left something for the next time."""
         self.told = 0
         """Prompts that were told to others,"""
         self.heard = 0
@@ -157,12 +159,8 @@ class Mirror:
             out.append(write_routed(told))
             size += len(out[-1])
         self.told += len(out)
+        self.more = size >= most_bytes
         return b"".join(out)
-
-    @property
-    def more(self) -> bool:
-        """Whether there are prompts that have not been told."""
-        return bool(self._untold) or self._reader.news()
 
     # -- what is heard
 
