@@ -16,7 +16,7 @@ dropped by itself: the order in which engines free blocks, tails first. Runs are
 So at 1 M blocks a view has 131,072 pairs at most, whatever the traffic. It then takes 14 MB where prompts bring 64 new
 blocks each, 30 MB with 16, and 60 MB at most (`python -m bench.decision_cost --memory`).
 
-Cost: 1.8 µs to look a prompt up and 3 µs to remember one, whether of 2 or 220 KB; 0.2 µs when nobody has written
+Cost: 2 to 3 µs to look a prompt up and 4 to 6 µs to remember one, of 2 or 220 KB; 0.2 µs when nobody has written
 anything since the last time, 3 µs per record when somebody has.
 """
 
