@@ -287,7 +287,9 @@ class Scraper:
         own, tokens = ledger.load(slot)
         # What an engine says wrongly is not what it does not have.
         engine = math.nan if sample.disbelieved else sample.running + _or_zero(sample.waiting)
-        mine, my_tokens = max(self._of_this_replica(slot), self._of_this_replica(slot))
+        mine, my_tokens = own, tokens
+        if ledger.held_by(REPLICATOR, slot)[0]:
+            mine, my_tokens = max(self._of_this_replica(slot), self._of_this_replica(slot))
         correction = watched.excess.correction(mine, engine, now)
         if correction:
             # Tokens go with requests, in the same proportion.
@@ -306,7 +308,7 @@ class Scraper:
 
     def _of_this_replica(self, slot: int) -> tuple[int, int]:
         """(requests, tokens) that this replica has in flight: what others have is theirs to put right. Read between two
-        steps of the replicator's it may be too low, which would be put right at once: look twice."""
+        steps of the replicator's it may be too low, which would be put right at once: so look twice."""
         ledger = self._tables.ledger
         requests, tokens = ledger.load(slot)
         of_others, their_tokens = ledger.held_by(REPLICATOR, slot)
