@@ -7,8 +7,8 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from typing import TextIO, cast
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TextIO, cast
 
 import setproctitle
 import structlog
@@ -76,6 +76,18 @@ class Stop:
     async def wait(self) -> None:
         """Until the first of them."""
         await self._event.wait()
+
+
+async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, which has no end of its own, until told to stop, and cancel it then. Raises what it raises."""
+    stop = Stop()
+    task, waiting = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def run_child(name: str, parent: int, log: LogConfig, main: Callable[[], Awaitable[None]]) -> int:

@@ -25,7 +25,6 @@ that does all of it in one step on the server:
 """
 
 import asyncio
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ from state.news import FORMAT, NewsError
 from state.prefix_log import LogReader
 from state.tables import Tables
 from workers.config import Config
-from workers.process import Stop
+from workers.process import Stop, until_stopped
 from workers.redis_link import LOST, RedisLink, ReplyError, Script
 
 log = structlog.get_logger()
@@ -262,20 +261,13 @@ class Replicator:
 
 async def run_replicator(config: Config, tables: Tables, ready: Callable[[], None]) -> None:
     """The replicator process, until told to stop."""
-    stop = Stop()
     os.nice(NICENESS)
     if not config.has_replicas:  # no more: the configuration was read again
+        stop = Stop()
         tables.series().put(0.0, "replicas")
         ready()
         await stop.wait()
         return
     replicator = Replicator(config, tables)
-    work = asyncio.ensure_future(replicator.run(ready))
-    waiting = asyncio.ensure_future(stop.wait())
-    await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
-    if work.done():
-        work.result()
-    work.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await work
+    await until_stopped(replicator.run(ready))
     await replicator.close()

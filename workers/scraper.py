@@ -23,7 +23,7 @@ from workers.config import Config
 from workers.discovery.file_source import FileSource, Settings
 from workers.discovery.model_config import usable
 from workers.discovery.registry import FoundPod, Registry, RegistryFull
-from workers.process import Stop
+from workers.process import until_stopped
 from workers.scrape.engines import engine_named
 from workers.scrape.health import PodHealth
 from workers.scrape.pace import Pace
@@ -394,12 +394,5 @@ def _or_zero(value: float) -> float:
 
 async def run_scraper(config: Config, tables: Tables, ready: Callable[[], None]) -> None:
     """The scraper process, until told to stop."""
-    stop = Stop()
     os.nice(NICENESS)
-    scraper = Scraper(config, tables)
-    work = asyncio.ensure_future(scraper.run(ready))
-    waiting = asyncio.ensure_future(stop.wait())
-    await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
-    if work.done():
-        work.result()
-    work.cancel()
+    await until_stopped(Scraper(config, tables).run(ready))

@@ -269,3 +269,23 @@ async def test_what_other_replicas_have_in_flight_is_not_settled_here(
     scraper._take(scraper._pods[0], Sample(running=running, found=1), 1040.0)
     assert tables.ledger.load(0) == (left, 100 * left)
     stop_polling(scraper)
+
+
+async def test_samples_are_announced_together_and_health_at_once(tmp_path: Path, engines: list[Engine]) -> None:
+    tables = make_tables(writer=SCRAPER)
+    scraper = Scraper(configuration(tmp_path, engines), tables)
+    await scraper.discover()
+    first, second = scraper._pods[0], scraper._pods[1]
+    epoch = tables.pods.epoch
+    for watched in (first, second):
+        scraper._take(watched, Sample(running=1.0, found=1), 1000.0)
+    assert tables.pods.epoch == epoch + 2, "both are ready now"
+    for poll in range(5):
+        for watched in (first, second):
+            scraper._take(watched, Sample(running=1.0, found=1), 1001.0 + poll)
+    assert tables.pods.epoch == epoch + 2
+    await until(lambda: tables.pods.epoch == epoch + 3)
+    scraper._take(first, Sample(running=1.0, start_time_seconds=5.0, found=1), 1010.0)
+    scraper._take(second, Sample(running=0.0, awake=0.0, found=1), 1010.0)
+    assert tables.pods.epoch >= epoch + 4, "that it sleeps"
+    stop_polling(scraper)
