@@ -30,7 +30,7 @@ GROUPS = {
     """,
     "router._exchange": """
         router/access_log router/bodies/base router/bodies/by_path router/bodies/chat router/bodies/completions
-        router/bodies/text router/exchange router/modes router/policy router/replies router/request
+        router/bodies/text router/exchange router/log_wire router/modes router/policy router/replies router/request
         router/request_ids router/request_phase router/response router/usage router/wire
     """,
     "workers.h2._engine": """

@@ -18,17 +18,20 @@ import time
 import timeit
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import orjson
 
+from protos.access_log_pb2 import HTTPAccessLogEntry
 from protos.ext_proc_pb2 import ProcessingRequest
-from router import wire
+from router import log_wire, wire
 from router.bodies import read_body
 from router.exchange import Exchange, Peer, _plain
 from router.prefixes import Prefixes
+from router.replies import NAMESPACE
 from router.request_ids import RequestIds
 from router.scheduler import Scheduler
 from state.catalog import CatalogDocument, PodRecord
@@ -37,6 +40,7 @@ from state.tables import FIRST_WORKER, Capacity, Tables
 from workers.compiled import is_compiled
 
 MODEL = "llama-3-8b"
+LOG = Path(__file__).parents[1] / "tests" / "fixtures" / "envoy-1.40" / "access-log.bin"
 HEADERS = {
     ":authority": "llm.example.com",
     ":path": "/v1/chat/completions",
@@ -184,6 +188,16 @@ def main() -> int:
         stream.receive(headers)
         stream.close()
 
+    batch = LOG.read_bytes()
+    places = log_wire.entries(batch)
+    assert places is not None
+    start, end = places[0]
+
+    def log_entry() -> tuple[str, int]:
+        entry = HTTPAccessLogEntry.FromString(batch[start:end])
+        fields = entry.common_properties.metadata.filter_metadata[NAMESPACE].fields
+        return fields["ticket"].string_value + fields["pod"].string_value, entry.response.response_code.value
+
     figures = {
         "two-message exchange": measured(exchange),
         "of it, request headers": measured(headers_only),
@@ -196,6 +210,8 @@ def main() -> int:
         "orjson.loads": measured(lambda: orjson.loads(document)),
         "body read and checked": measured(lambda: read_body("/v1/chat/completions", "application/json", document)),
         "request id": measured(new_id),
+        "log entry where it lies": measured(lambda: log_wire.read(batch, start, end)),
+        "log entry by protobuf": measured(log_entry),
     }
     if chosen.json:
         print(json.dumps(figures))

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from protos import MessageError
 from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
+from router import log_wire
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.retries import answered_after_retries
 from router.scheduler import Scheduler
@@ -32,21 +33,42 @@ MOST_ENDPOINTS: Final = 17
 class AccessLog:
     """One log stream: many messages, no replies."""
 
-    __slots__ = ("_scheduler", "finished", "idle")
+    __slots__ = ("_own", "_scheduler", "finished", "idle")
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self._own = f"{scheduler.tables.replica}.".encode()
         self.finished = False
         self.idle = True
 
     def receive(self, message: bytes) -> None:
         """Take one batch of entries. Raises MessageError when it is none."""
+        entries = log_wire.entries(message)
         try:
-            batch = StreamAccessLogsMessage.FromString(message)
+            if entries is None:
+                for entry in StreamAccessLogsMessage.FromString(message).http_logs.log_entry:
+                    self.take(entry)
+                return
+            for start, end in entries:
+                ended = log_wire.read(message, start, end)
+                if ended is None or not self._take(ended):
+                    self.take(HTTPAccessLogEntry.FromString(message[start:end]))
         except DecodeError as error:
             raise MessageError(f"not a StreamAccessLogsMessage: {error}") from None
-        for entry in batch.http_logs.log_entry:
-            self.take(entry)
+
+    def _take(self, ended: log_wire.Ended) -> bool:
+        """A request has ended as most do, with an answer of the pod it was sent to. False: look closer."""
+        scheduler = self._scheduler
+        ticket = ended.ticket
+        if not ended.had_pod or not ended.code or not ticket.startswith(self._own):
+            return False
+        charge = _charge(ticket[len(self._own) :])
+        if charge is None or charge.slot >= scheduler.tables.capacity.pods:
+            return False
+        scheduler.tables.ledger.release(charge, held=False)
+        scheduler.outcome(charge, ok=ended.code < 500)
+        scheduler.series.add(1.0, "finished", ended.pod.decode("utf-8", "replace"), str(ended.code))
+        return True
 
     def take(self, entry: HTTPAccessLogEntry) -> None:
         """A request has ended."""
@@ -62,7 +84,7 @@ class AccessLog:
             if scheduler.passes_on:
                 pass_on(scheduler.tables, replica, entry, scheduler.clock())
             return
-        charge = _charge(ticket)
+        charge = _charge(ticket.encode())
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
             return
         if not common.upstream_remote_address.socket_address.address and "request-id" in fields:  # no pod had it
@@ -128,8 +150,11 @@ def passed_on(record: Routed) -> tuple[str, bytes]:
     return f"{record.pod:08x}", record.hashes[4 : 4 + length]
 
 
-def _charge(ticket: str) -> Charge | None:
-    parts = ticket.split(".")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
+def _charge(ticket: bytes) -> Charge | None:
+    parts = ticket.split(b".")
+    if len(parts) != 3:
         return None
+    for part in parts:
+        if not part.isdigit() or len(part) > 18:
+            return None
     return Charge(int(parts[0]), int(parts[1]), int(parts[2]))
