@@ -25,7 +25,7 @@ from workers.discovery.model_config import usable
 from workers.discovery.registry import FoundPod, Registry, RegistryFull
 from workers.process import until_stopped
 from workers.scrape.engines import engine_named
-from workers.scrape.health import PodHealth
+from workers.scrape.health import Peer, Peers, PodHealth
 from workers.scrape.pace import Pace
 from workers.scrape.page import KnownLines, PageReader, Sample
 from workers.scrape.poll import Poller, PollError
@@ -345,39 +345,32 @@ class Scraper:
         seen = ledger.totals(Entry.SUCCEEDED, high).tolist(), ledger.totals(Entry.FAILED, high).tolist()
         if seen != self._seen:
             self._seen = seen
+            peers = Peers(self._peers, now)
             for slot, watched in self._pods.items():
-                self._look_at_answers(watched, seen[0][slot], seen[1][slot], now)
+                self._look_at_answers(watched, seen[0][slot], seen[1][slot], now, peers)
         for watched in self._pods.values():
             if watched.health.ejected_until and watched.health.state(now) != watched.row[_HEALTH]:
                 self._write(watched, now)
 
-    def _look_at_answers(self, watched: _Watched, good: int, bad: int, now: float) -> None:
+    def _look_at_answers(self, watched: _Watched, good: int, bad: int, now: float, peers: Peers) -> None:
         more_good, more_bad = good - watched.good, bad - watched.bad
         if not more_good and not more_bad:
             return
         watched.good, watched.bad = good, bad
         health = watched.health
-        if health.answered(more_good, more_bad, now, may_eject=self._may_eject(watched, now)):
+        if health.answered(more_good, more_bad, now, lambda: peers.spare(self._peer(watched))):
             self._series.add(1.0, "ejections", watched.pod.name)
             log.warning(
                 "a pod's answers fail, it is left out for a while",
                 pod=watched.pod.name, seconds=round(health.ejected_until - now, 1),
             )  # fmt: skip
 
-    def _may_eject(self, watched: _Watched, now: float) -> bool:
-        """Whether at least half of the pods that could serve each of its models stay in when this one goes."""
+    def _peers(self) -> list[Peer]:
         draining = self._registry.draining
-        able = [
-            other
-            for other in self._pods.values()
-            if other.health.able and (other is watched or other.slot not in draining)
-        ]
-        for model in watched.pod.models:
-            peers = [other for other in able if model in other.pod.models]
-            out = sum(1 for other in peers if now < other.health.ejected_until)
-            if (out + 1) * 2 > len(peers):
-                return False
-        return True
+        return [Peer(watched.pod.models, watched.health, slot in draining) for slot, watched in self._pods.items()]
+
+    def _peer(self, watched: _Watched) -> Peer:
+        return Peer(watched.pod.models, watched.health, watched.slot in self._registry.draining)
 
 
 def _with_usable_profiles(pod: FoundPod) -> FoundPod:

@@ -68,8 +68,8 @@ def accounting(rig: Rig) -> list[Figure]:
     """CPU of a request by mode and kind of answer, and added latency by mode."""
     binary, wrk = envoy_binary(), tool("wrk", "wrk")
     pods = rig.pods(PODS, "-chunks", CHUNKS)
-    limits = {"users_file": str(rig.users(COUNTED_USER))}
-    lab = rig.router(pods, workers=1, strategy=STRATEGY, limits=limits)
+    limits = {"limits": {"users_file": str(rig.users(COUNTED_USER))}}
+    lab = rig.router(pods, workers=1, strategy=STRATEGY, more=limits)
     envoys = {}
     for mode in MODES:
         rig.progress(f"starting Envoy, {mode}")

@@ -114,12 +114,12 @@ class Rig:
         *,
         scrape_seconds: float = 5.0,
         pinned: bool = True,
-        limits: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> Lab:
-        """Start a router that knows these pods and polls each every `scrape_seconds`. `limits` are those of the
-        configuration, more arguments are `Lab`'s."""
-        settings = {**self.settings(pods, scrape_seconds), **({"limits": dict(limits)} if limits else {})}
+        """Start a router that knows these pods and polls each every `scrape_seconds`. `more` is configuration, too,
+        more arguments are `Lab`'s."""
+        settings = {**self.settings(pods, scrape_seconds), **(more or {})}
         lab = Lab(pods=0, with_envoy=False, settings=settings, **arguments)
         self._open.enter_context(lab)
         if pinned:
@@ -128,14 +128,14 @@ class Rig:
 
     def settings(self, pods: Sequence[str], scrape_seconds: float) -> dict[str, Any]:
         """Configuration for a router with these pods."""
-        file = self._new_file(".yaml")
+        file = self.new_file(".yaml")
         file.write_text(yaml.safe_dump({"models": [{"name": MODEL, "endpoints": list(pods)}]}))
         scrape = {"interval_min_seconds": scrape_seconds, "interval_max_seconds": scrape_seconds}
         return {"endpoints": str(file), "scrape": scrape}
 
     def users(self, *names: str) -> Path:
         """A file of users whose tokens are counted and never run out."""
-        file = self._new_file(".yaml")
+        file = self.new_file(".yaml")
         file.write_text(yaml.safe_dump({"users": [{"name": name, "rpm": 10**8, "tpm": 10**12} for name in names]}))
         return file
 
@@ -147,7 +147,7 @@ class Rig:
 
     def envoy(self, binary: str, bootstrap: Mapping[str, Any]) -> None:
         """Start Envoy with one thread on the core of the load; returns when its listeners are up."""
-        path = self._new_file(".yaml")
+        path = self.new_file(".yaml")
         path.write_text(yaml.safe_dump(dict(bootstrap), sort_keys=False))
         command = [binary, "-c", path, "--concurrency", 1, "--disable-hot-restart", "--log-level", "info"]
         self._spawn(command, load_core(), "all dependencies initialized. starting workers")
@@ -156,7 +156,8 @@ class Rig:
         """Have so many routed streams open until the rig ends."""
         self._spawn([generator(), "hold", "-addr", address, "-n", streams], load_core(), "open")
 
-    def _new_file(self, suffix: str) -> Path:
+    def new_file(self, suffix: str) -> Path:
+        """A path that nothing has been written to yet."""
         self._files += 1
         return self._folder / f"{self._files}{suffix}"
 
@@ -164,7 +165,7 @@ class Rig:
         """Start a program on a core and wait for a line with `ready` in it. Returns its process id."""
         # Not through `taskset` and a fork of it: exec keeps the process id.
         words = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", str(core), *(str(word) for word in command)]
-        log = self._new_file(".log")
+        log = self.new_file(".log")
         with log.open("wb") as output:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=ROOT)
         self._open.callback(_end, process)

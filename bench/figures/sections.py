@@ -37,9 +37,9 @@ SECTIONS: dict[str, Section] = {
         Section(
             "envoy",
             "Through Envoy",
-            "Envoy with `--concurrency 1` and the bootstrap of `pointsman envoy`, prefix-aware strategy. Added latency "
-            "is against a second route of the same Envoy that leads past the router to the same pods; one client "
-            "takes the two in turns.",
+            "Two Envoys with `--concurrency 1` and the bootstrap of `pointsman envoy` before one router, prefix-aware "
+            "strategy: one reaches it over TCP, the other over a unix socket. Added latency is against a second route "
+            "of the same Envoy that leads past the router to the same pods; one client takes the two in turns.",
             through_envoy.envoy,
         ),
         Section(

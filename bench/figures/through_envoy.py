@@ -17,12 +17,14 @@ import orjson
 
 from bench.figures.figure import Figure
 from bench.figures.rig import MODEL, BenchError, Missing, Rig, all_pids, cpu_seconds, load_core, pin, run, tool
-from bench.lab import Lab
+from bench.lab import Lab, free_ports
 from workers.config import Config, ConfigError
 from workers.envoy import bootstrap
 from workers.envoy_binary import envoy_path
 
 STRATEGY = "marginal-delay"
+WAYS = {"tcp": "over TCP", "unix": "over a unix socket"}
+"""From Envoy to the router."""
 BARE = "bare"
 CHATS = "/v1/chat/completions"
 REQUESTS_PER_SECOND = 20
@@ -47,44 +49,74 @@ def envoy(rig: Rig) -> list[Figure]:
     """CPU per request and added latency."""
     binary, wrk = envoy_binary(), tool("wrk", "wrk")
     pods = rig.pods(64)
-    lab = rig.router(pods, workers=1, strategy=STRATEGY)
-    rig.progress("starting Envoy")
-    rig.envoy(binary, with_bare_route(bootstrap(lab.config), pods))
-    return [*_cpu_per_request(rig, lab, wrk), *_added_latency(rig, lab.config)]
+    own = {"worker_listen": f"unix:{rig.new_file('.{i}.sock')}"}
+    lab = rig.router(pods, workers=1, strategy=STRATEGY, more=own)
+    envoys = {}
+    for way in WAYS:
+        rig.progress(f"starting Envoy, {way}")
+        config = envoys[way] = envoy_of(lab.config, way)
+        rig.envoy(binary, with_bare_route(bootstrap(config), pods))
+    return [*_cpu_per_request(rig, lab, envoys, wrk), *_added_latency(rig, envoys)]
 
 
-def _cpu_per_request(rig: Rig, lab: Lab, wrk: str) -> list[Figure]:
+def envoy_of(config: Config, way: str) -> Config:
+    """The configuration of a router with one worker for one more Envoy, which reaches it in this way."""
+    listen, admin = (f"127.0.0.1:{port}" for port in free_ports(2))
+    envoy = config.envoy.model_copy(update={"listen": listen, "admin": admin})
+    reached = config.listen if way == "tcp" else config.worker_listen
+    return config.model_copy(update={"envoy": envoy, "worker_listen": reached})
+
+
+def _cpu_per_request(rig: Rig, lab: Lab, envoys: Mapping[str, Config], wrk: str) -> list[Figure]:
     router = all_pids(lab)
-    rates: list[float] = []
+    rates: dict[str, list[float]] = {way: [] for way in envoys}
     with tempfile.TemporaryDirectory() as folder:
 
-        def cell(strategy: str) -> Callable[[], float]:
+        def cell(way: str, strategy: str) -> Callable[[], float]:
             script = Path(folder) / f"{strategy}.lua"
             script.write_text(WRK_SCRIPT.replace("{strategy}", strategy).replace("{model}", MODEL))
+            url = f"http://{envoys[way].envoy.listen}"
 
             def measured() -> float:
                 before = cpu_seconds(router)
-                count, seconds = run_wrk(wrk, lab.envoy_url, script, rig.seconds / rig.rounds)
-                rates.append(count / seconds)
+                count, seconds = run_wrk(wrk, url, script, rig.seconds / rig.rounds)
+                rates[way].append(count / seconds)
                 return (cpu_seconds(router) - before) / count * 1e6
 
             return measured
 
-        cells = {name: cell(name) for name in ("least-request", STRATEGY)}
+        cells = {(way, strategy): cell(way, strategy) for way in envoys for strategy in ("least-request", STRATEGY)}
         for measured in cells.values():
             measured()  # opens the connections
-        rates.clear()
+        for rate in rates.values():
+            rate.clear()
         values = rig.take_turns(cells)
-    note = f"{median(rates):,.0f} requests/s; Envoy, pods and wrk fill the other core"
-    what = "2 KB, wrk -c32: the router's CPU a request"
-    return [Figure.over(f"envoy/cpu/{name}", f"{what}, {name}", values[name], "µs", note) for name in cells]
-
-
-def _added_latency(rig: Rig, config: Config) -> list[Figure]:
-    added, bare = added_latency(rig, {"": config})[""]
     return [
-        *(Figure.over(f"envoy/{name}", f"4 KB, one at a time: added {name}", added[name], "ms") for name in added),
-        *(Figure.over(f"envoy/{name}/bare", f"without a router: {name}", bare[name], "ms") for name in bare),
+        Figure.over(
+            f"envoy/{way}/cpu/{strategy}",
+            f"2 KB, wrk -c32: the router's CPU a request, {strategy}, {WAYS[way]}",
+            values[way, strategy],
+            "µs",
+            f"{median(rates[way]):,.0f} requests/s; Envoy, pods and wrk fill the other core",
+        )
+        for way, strategy in cells
+    ]
+
+
+def _added_latency(rig: Rig, envoys: Mapping[str, Config]) -> list[Figure]:
+    found = added_latency(rig, envoys)
+    what = "4 KB, one at a time"
+    return [
+        *(
+            Figure.over(f"envoy/{way}/{name}", f"{what}: added {name}, {WAYS[way]}", values, "ms")
+            for way, (added, _) in found.items()
+            for name, values in added.items()
+        ),
+        *(
+            Figure.over(f"envoy/{way}/{name}/bare", f"without a router: {name}", values, "ms")
+            for way, (_, bare) in list(found.items())[:1]
+            for name, values in bare.items()
+        ),
     ]
 
 

@@ -9,7 +9,10 @@ forgiven otherwise. What still comes in while the pod is out says nothing about 
 most half of the pods that could serve are ejected at a time: when everything fails, the fault is elsewhere.
 """
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from state.pods import Health
 
@@ -52,8 +55,9 @@ class PodHealth:
         else:
             self.failed_polls += 1
 
-    def answered(self, good: int, bad: int, now: float, *, may_eject: bool) -> bool:
-        """Answers counted since the last call. Returns whether the pod is ejected now for them."""
+    def answered(self, good: int, bad: int, now: float, may_eject: Callable[[], bool]) -> bool:
+        """Answers counted since the last call. Returns whether the pod is ejected now for them. `may_eject` is asked
+        when it should be."""
         if now < self.ejected_until:
             return False
         if good:
@@ -61,7 +65,7 @@ class PodHealth:
             self.ejections = 0
         if bad > good:
             self.bad_answers += bad
-        if self.bad_answers < EJECT_AFTER or not may_eject:
+        if self.bad_answers < EJECT_AFTER or not may_eject():
             return False
         self.bad_answers = 0
         self.ejected_until = now + min(EJECT_SECONDS * 2 ** min(self.ejections, 16), EJECT_SECONDS_MAX)
@@ -84,3 +88,46 @@ class PodHealth:
         if self.asleep:
             return Health.ASLEEP
         return Health.READY
+
+
+class Peer(NamedTuple):
+    """A pod among those that serve the same models."""
+
+    models: Sequence[str]
+    health: PodHealth
+    draining: bool
+    """It gets no new requests, so it could not take over from another."""
+
+
+class Peers:
+    """How many pods could serve each model, and how many of them are out, as of one look at the answers. They are
+    counted when somebody is to be ejected, that is hardly ever: looks are frequent and pods may be many."""
+
+    def __init__(self, pods: Callable[[], Iterable[Peer]], now: float) -> None:
+        self._pods = pods
+        self._now = now
+        self._able: Counter[str] | None = None
+        self._out: Counter[str] = Counter()
+
+    def spare(self, peer: Peer) -> bool:
+        """Whether at least half of the pods that could serve each of its models stay in when this one goes. If so, it
+        is taken to go."""
+        able, out = self._count(), self._out
+        serves = peer.health.able
+        extra = serves and peer.draining
+        if any((out[model] + 1) * 2 > able[model] + extra for model in peer.models):
+            return False
+        if serves and not peer.draining:
+            out.update(peer.models)
+        return True
+
+    def _count(self) -> Counter[str]:
+        able = self._able
+        if able is None:
+            able = self._able = Counter()
+            for models, health, draining in self._pods():
+                if health.able and not draining:
+                    able.update(models)
+                    if self._now < health.ejected_until:
+                        self._out.update(models)
+        return able
