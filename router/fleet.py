@@ -147,7 +147,9 @@ class Fleet:
         self._pods = tables.pods
         self._catalog_versions = tables.catalog.versions
         self._version = -1
-        self._epoch = -1
+        self._epoch = self._urgent = -1
+        self.ahead = False
+        """Whether somebody calls `catch_up` between requests, so that none has to wait for what is not urgent."""
         self._values: Floats = np.empty((0, 0))
         self.models: dict[str, Model] = {}
 
@@ -162,7 +164,20 @@ class Fleet:
         return self._tables.catalog.version > 0
 
     def refresh(self) -> None:
-        """Follow the catalog and the pod rows. Two integer comparisons when nothing changed."""
+        """Follow the catalog and the pod rows. Three integer comparisons when nothing changed."""
+        pods = self._pods
+        urgent = self._catalog_versions[0] != self._version or pods.urgent != self._urgent
+        if urgent or (pods.epoch != self._epoch and not self.ahead):
+            self._take_in()
+
+    def catch_up(self) -> bool:
+        """The same between requests: also what is not urgent. Returns whether anything changed."""
+        if self._catalog_versions[0] == self._version and self._pods.epoch == self._epoch:
+            return False
+        self._take_in()
+        return True
+
+    def _take_in(self) -> None:
         if self._catalog_versions[0] != self._version:
             self._version, document = self._tables.catalog.read()
             models: dict[str, Model] = {}
@@ -177,11 +192,10 @@ class Fleet:
                 model.pods.sort(key=lambda pod: pod.slot)
                 model.whole = [pod for pod in model.pods if pod.record.role != "prefill"] or model.pods
             self.models = models
-            self._epoch = -1
-        if self._pods.epoch != self._epoch:
-            self._epoch, self._values = self._pods.snapshot()
-            for model in self.models.values():
-                model.candidates = None
+        self._urgent = self._pods.urgent  # before the rows: what is written meanwhile is taken in again
+        self._epoch, self._values = self._pods.snapshot()
+        for model in self.models.values():
+            model.candidates = None
 
     def by_address(self, address: str) -> Pod | None:
         """The pod with this address. Looked up by going through all of them: for what happens rarely."""

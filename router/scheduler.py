@@ -71,6 +71,8 @@ class Scheduler:
         """Asks a pod to wake a model; does not wait."""
         self.passes_on = False
         """Whether somebody brings log entries on other replicas' requests to them."""
+        self._recent: dict[str, Strategy] = {}
+        """By model, the strategy that decided last, since the last `catch_up`."""
         self._latency = Histogram(self.series, "decision_seconds")
         self._decision_cells: dict[tuple[str, int, int, str], int] = {}
         self._replies: dict[tuple[int, int, str, Destination, bool, bool, int], RoutedReplies] = {}
@@ -135,7 +137,7 @@ class Scheduler:
             started = self.clock()
         if candidates is None:
             candidates, _ = self.serving(request.model)
-        strategy = self._strategies.get(strategy_name)
+        strategy = self._recent[request.model] = self._strategies.get(strategy_name)
         index = strategy.pick(request, candidates, started)
         label = strategy.name
         if strategy.fallbacks:
@@ -161,6 +163,20 @@ class Scheduler:
             decision.tried = tuple([candidates.pods[place].address for place in order])
         decision.receipt = receipt
         return decision
+
+    def catch_up(self) -> None:
+        """Between requests: take in what the last polls say, and let the strategies that have decided since the last
+        call work out what the next decision needs of it, lest that takes the time. Where nobody asks nothing is done:
+        the next request then takes it in itself."""
+        recent, fleet = self._recent, self.fleet
+        fleet.ahead = bool(recent)
+        if recent:
+            self._recent = {}
+            if fleet.catch_up():
+                for model, strategy in recent.items():
+                    candidates = fleet.candidates(model)
+                    if candidates is not None and candidates.pods:
+                        strategy.prepare(candidates, self.clock())
 
     def explain(self, request: RoutingRequest, strategy_name: str, candidates: Candidates) -> Receipt:
         """The decision that would be made, without making it."""

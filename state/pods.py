@@ -123,6 +123,12 @@ class PodTable:
         return self._header[0]
 
     @property
+    def urgent(self) -> int:
+        """Changes when a row has come to say something that no decision may miss: whose it is, or that its pod fails
+        or is back."""
+        return self._header[3]
+
+    @property
     def high(self) -> int:
         """One more than the highest row in use."""
         return self._header[1]
@@ -147,8 +153,8 @@ class PodTable:
         self.write(slot, _blank())
 
     def write(self, slot: int, row: Floats, *, announce: bool = True) -> None:
-        """Replace one row. `row` has one value per entry of FIELDS. Without `announce` readers see it once `announce`
-        has been called, or another row written."""
+        """Replace one row. `row` has one value per entry of FIELDS. Without `announce` it is not urgent: readers see it
+        once `announce` has been called, or another row written."""
         sequence = int(self._sequence[slot]) | 1  # a writer that died half way left it odd
         self._sequence[slot] = sequence
         fence()
@@ -156,6 +162,7 @@ class PodTable:
         fence()
         self._sequence[slot] = sequence + 1
         if announce:
+            self._header[3] += 1
             self.announce()
 
     def announce(self) -> None:

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 COPY_SECONDS = 1.0
 """Between two copies of the transport's counters into the shared tables."""
+CATCH_UP_SECONDS = 0.05
+"""Between two times that what the polls say is taken in. The scraper announces it no more often."""
 _SECRET = token_bytes(32)
 """Made when this module is loaded, which the supervisor does before it forks: all workers have the same."""
 
@@ -89,11 +91,13 @@ async def run_worker(
         await server.listen(config.worker_address(index), context)
         ready()
         copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series), scheduler))
+        catching_up = asyncio.ensure_future(_catch_up(scheduler))
         await stop.wait()
         health.stop()
         policy.draining = True
         await server.stop(config.drain_seconds)
         copying.cancel()
+        catching_up.cancel()
         waker.close()
 
 
@@ -101,6 +105,16 @@ def session_secret(config: Config) -> bytes:
     """What session ids are made with: the configured secret, or one that lasts as long as the supervisor."""
     configured = config.session_secret.get_secret_value()
     return sha256(configured.encode()).digest() if configured else _SECRET
+
+
+async def _catch_up(scheduler: Scheduler) -> None:
+    while True:
+        await asyncio.sleep(CATCH_UP_SECONDS)
+        try:
+            scheduler.catch_up()
+        except Exception:
+            scheduler.fleet.ahead = False
+            log.exception("what the last polls say could not be taken in")
 
 
 async def _copy_counters(meter: Meter, scheduler: Scheduler) -> None:

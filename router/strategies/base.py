@@ -74,6 +74,10 @@ class Strategy(ABC):
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The index of the chosen pod. `candidates` is never empty; `now` is in monotonic seconds."""
 
+    def prepare(self, candidates: Candidates, now: float) -> None:  # noqa: B027 (most work nothing out beforehand)
+        """The pods' figures have changed: work out what the next decision needs of them. Called between requests, if
+        at all."""
+
     def next_best(
         self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
     ) -> list[int]:

@@ -150,6 +150,10 @@ class MarginalDelay(Scoring):
         self._scored = self._score(request, candidates, now)
         return self._scored.lowest()
 
+    def prepare(self, candidates: Candidates, now: float) -> None:
+        """Learn from the last polls."""
+        self._delays(candidates, now)
+
     def next_best(
         self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
     ) -> list[int]:

@@ -102,6 +102,11 @@ class Weighted(Scoring):
             return np.full(len(candidates), np.nan)
         return total / weights
 
+    def prepare(self, candidates: Candidates, now: float) -> None:
+        """Every part does."""
+        for part, _ in self.parts:
+            part.prepare(candidates, now)
+
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:
         """Every part hears of the choice, but the prompt is remembered and its prefill promised once."""
         for part in self._hear:

@@ -6,7 +6,7 @@ from fleet import MODEL, make_fleet, make_record, make_tables, set_row
 
 from router.fleet import Candidates, Fleet
 from state.catalog import CatalogDocument
-from state.pods import Health
+from state.pods import COLUMN, Health
 from state.tables import Tables
 
 
@@ -134,3 +134,45 @@ def test_load_since_the_last_poll() -> None:
     tables.ledger.release(charge, held=True)
     tables.ledger.settle(0, -1, -50)
     assert candidates.requests_since_sample().tolist() == [0, 0]
+
+
+def sample(tables: Tables, slot: int, running: float) -> None:
+    """A poll that changed nothing but figures."""
+    row = tables.pods.row(slot)
+    row[COLUMN["running"]] = running
+    tables.pods.write(slot, row, announce=False)
+    tables.pods.announce()
+
+
+def running(fleet: Fleet) -> list[float]:
+    candidates = fleet.candidates(MODEL)
+    assert candidates is not None
+    return candidates.metric("running").tolist()
+
+
+def test_requests_take_samples_in_unless_somebody_does_it_between_them() -> None:
+    tables = make_fleet(2)
+    fleet = Fleet(tables)
+    assert not np.isfinite(running(fleet)).any()
+    sample(tables, 0, 3.0)
+    assert running(fleet)[0] == 3.0
+    fleet.ahead = True
+    sample(tables, 0, 4.0)
+    assert running(fleet)[0] == 3.0
+    assert fleet.catch_up()
+    assert running(fleet)[0] == 4.0
+    assert not fleet.catch_up()
+
+
+def test_what_is_urgent_waits_for_nobody() -> None:
+    tables = make_fleet(2)
+    fleet = Fleet(tables)
+    fleet.ahead = True
+    assert len(running(fleet)) == 2
+    set_row(tables, 1, Health.FAILED, running=5.0)
+    assert names(fleet.candidates(MODEL)) == ["pod-0"]
+    set_row(tables, 1, Health.READY)
+    tables.pods.vacate(0)
+    assert names(fleet.candidates(MODEL)) == ["pod-1"]
+    tables.catalog.publish(CatalogDocument(()))
+    assert fleet.candidates(MODEL) is None

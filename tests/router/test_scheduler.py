@@ -2,15 +2,20 @@
 
 import itertools
 from collections import Counter
+from typing import ClassVar
 
 import fleet
 import pytest
 from fleet import MODEL, loads, make_record, set_row
 
 from router.errors import RequestError
+from router.fleet import Candidates
 from router.replies import Destination
 from router.request import RoutingRequest
 from router.scheduler import Decision, Scheduler
+from router.strategies import STRATEGIES
+from router.strategies.delays import Delays
+from router.strategies.least_request import LeastRequest
 from state.catalog import CatalogDocument
 from state.ledger import Entry
 from state.pods import Health
@@ -174,3 +179,53 @@ def test_what_the_default_strategy_had_to_go_by_is_shown_per_model() -> None:
     shown = counted(by, "mode")
     assert set(shown) == {(MODEL, mode) for mode in ("full", "stale-metrics", "no-prefix", "requests-only")}
     assert sorted(shown.values()) == [0.0, 0.0, 0.0, 1.0]
+
+
+class Prepared(LeastRequest):
+    """Notes for which pods it was prepared."""
+
+    name = "prepared"
+    seen: ClassVar[list[list[str]]] = []
+
+    def prepare(self, candidates: Candidates, now: float) -> None:
+        self.seen.append([pod.name for pod in candidates.pods])
+
+
+def test_between_requests_the_strategies_in_use_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "prepared", Prepared)
+    monkeypatch.setattr(Prepared, "seen", [])
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    by.catch_up()  # nobody has asked for anything
+    assert not by.fleet.ahead
+    decide(by, "prepared")
+    tables.pods.announce()
+    by.catch_up()
+    assert by.fleet.ahead
+    assert Prepared.seen == [["pod-0", "pod-1"]]
+    decide(by, "prepared")
+    by.catch_up()  # nothing has changed
+    assert len(Prepared.seen) == 1
+    decide(by, "prepared")
+    set_row(tables, 0, Health.FAILED)
+    by.catch_up()
+    assert Prepared.seen[1:] == [["pod-1"]]
+    decide(by, "prepared")
+    tables.catalog.publish(CatalogDocument(()))
+    by.catch_up()  # the model is gone
+    by.catch_up()
+    assert len(Prepared.seen) == 2
+    assert not by.fleet.ahead
+
+
+def test_speeds_are_learnt_before_the_next_request() -> None:
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    decide(by, "marginal-delay")
+    tables.pods.announce()
+    by.catch_up()
+    candidates = by.fleet.candidates(MODEL)
+    assert candidates is not None
+    assert Delays in candidates.derived
+    decide(by, "marginal-delay")
+    assert by.fleet.candidates(MODEL) is candidates
