@@ -75,5 +75,10 @@ names = [f"{name}.py" for group in GROUPS.values() for name in group.split()] if
 digests = {name: sha256(Path(name).read_bytes()).hexdigest() for name in names}
 setup(ext_modules=modules, options={"build_ext": {"parallel": os.cpu_count()}})
 if digests and "--inplace" in sys.argv:
+    made = {name.removesuffix(".py") for name in names} | {f"{group.replace('.', '/')}__mypyc" for group in GROUPS}
+    for package in ("router", "state", "workers"):
+        for library in Path(package).rglob("*.so"):
+            if str(library).split(".")[0] not in made:
+                library.unlink()  # of a module that used to be compiled: it would be imported in its source's stead
     # What was compiled, so that `workers.compiled` can tell when a source was changed since.
     Path("build/compiled.json").write_text(json.dumps(digests, indent=1))
