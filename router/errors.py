@@ -107,6 +107,11 @@ def bad_body(message: str = BAD_BODY, param: str | None = None) -> RequestError:
     return RequestError(400, message, param=param, headers=((X_ERROR_REQUEST_BODY_PROCESSING, TRUE),))
 
 
+def no_body() -> RequestError:
+    """A request that ends with its headers, to a path that takes a body."""
+    return bad_body("this path takes a POST request with a body, and there is none")
+
+
 def missing(field: str) -> RequestError:
     """A property without which the request means nothing."""
     return bad_body(f"'{field}' is a required property", field)

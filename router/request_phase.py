@@ -11,8 +11,8 @@ from functools import partial
 from typing import Final, TypeVar
 
 from router import replies
-from router.bodies import Body, read_request, strip_query, upstream_path
-from router.errors import RequestError, body_too_large, header_value, include_usage_not_set
+from router.bodies import Body, read_request, strip_query, takes_body, upstream_path
+from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, no_body
 from router.fleet import Candidates
 from router.limits import Grant
 from router.modes import UNKNOWN_MODES, Peer
@@ -128,7 +128,9 @@ class RequestPhase:
     def _after_admission(self, over: bool) -> Reply:
         modes = self._modes
         if over:
-            # No body, nothing to route: it passes as it is, but without a destination of the client's choosing.
+            # Nothing to route: it passes as it is, but without a destination of the client's choosing.
+            if takes_body((self._headers or {}).get(":path", b"")):
+                raise no_body()
             self._request_done = True
             self.idle = True
             self.finished = self._peer.by_log and not modes.duplex_response

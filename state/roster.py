@@ -1,6 +1,7 @@
 """Which processes there are and how they do. The supervisor writes, the admin process reads.
 
-int64[rows][len(fields of Process)]
+rows     int64[rows][len(fields of Process)]
+beats    int64[rows]: counted up by each process itself once a second, so that one that hangs is noticed
 """
 
 from enum import IntEnum
@@ -26,6 +27,7 @@ class Phase(IntEnum):
     READY = 2
     DRAINING = 3
     DOWN = 4
+    HUNG = 5
 
 
 class Process(NamedTuple):
@@ -42,14 +44,22 @@ class Roster:
     """The table of processes."""
 
     def __init__(self, region: memoryview, rows: int) -> None:
-        self._rows: npt.NDArray[np.int64] = np.frombuffer(region, np.int64, rows * len(Process._fields)).reshape(
-            rows, len(Process._fields)
-        )
+        fields = len(Process._fields)
+        self._rows: npt.NDArray[np.int64] = np.frombuffer(region, np.int64, rows * fields).reshape(rows, fields)
+        self._beats: npt.NDArray[np.int64] = np.frombuffer(region, np.int64, rows, 8 * rows * fields)
 
     @staticmethod
     def size(rows: int) -> int:
         """Bytes of shared memory."""
-        return 8 * rows * len(Process._fields)
+        return 8 * rows * (len(Process._fields) + 1)
+
+    def beat(self, row: int) -> None:
+        """The process of this row is alive and gets to what it has to do."""
+        self._beats[row] += 1
+
+    def beats(self, row: int) -> int:
+        """How often it has said so."""
+        return int(self._beats[row])
 
     def put(self, row: int, process: Process) -> None:
         """Write one row."""

@@ -9,6 +9,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from router.errors import error_body, error_type
 from state.ledger import Entry
 from state.pods import COLUMN, Health
 from state.roster import Kind, Phase
@@ -40,6 +41,7 @@ class Admin:
                 web.get("/readyz", self.readyz),
                 web.get("/metrics", self.metrics),
                 web.route("*", "/v1/models", self.models),
+                web.route("*", "/v1/models/{model:.+}", self.model),
                 web.get("/debug/pods", self.pods),
             ]
         )
@@ -62,7 +64,8 @@ class Admin:
             missing.append("no worker is ready")
         for number, found in sorted(phases.items()):
             if Phase.READY not in found and found != {Phase.DRAINING}:
-                missing.append(f"worker {number} is {'starting' if Phase.STARTING in found else 'down'}")
+                how = {Phase.STARTING: "is starting", Phase.HUNG: "hangs"}
+                missing.append(f"worker {number} {next((how[phase] for phase in how if phase in found), 'is down')}")
         if self._tables.catalog.version == 0:
             missing.append("discovery has not loaded")
         if missing:
@@ -79,10 +82,21 @@ class Admin:
         """OpenAI's list of models, with AIBrix's fields."""
         if request.method != "GET":
             return _json({"error": "method not allowed"}, status=405)
+        return _json({"object": "list", "data": [_model(name) for name in sorted(self._served())]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        """One of them, or 404."""
+        if request.method != "GET":
+            return _json({"error": "method not allowed"}, status=405)
+        name = request.match_info["model"]
+        if name in self._served():
+            return _json(_model(name))
+        body = error_body(f"The model `{name}` does not exist", error_type(404), "model_not_found", "model")
+        return web.Response(body=body, status=404, content_type="application/json")
+
+    def _served(self) -> set[str]:
         _, document = self._tables.catalog.read()
-        names = sorted({name for pod in document.pods if not pod.draining for name in pod.models})
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "aibrix"} for name in names]
-        return _json({"object": "list", "data": data})
+        return {name for pod in document.pods if not pod.draining for name in pod.models}
 
     async def pods(self, request: web.Request) -> web.Response:
         """Everything the router believes of each pod."""
@@ -117,6 +131,7 @@ class Admin:
                     "generation": pod.generation,
                     "draining": pod.draining,
                     "health": Health(int(row[COLUMN["health"]])).name.lower(),
+                    "failed_polls": int(row[COLUMN["failed_polls"]]),
                     "sample_age_seconds": round(now - sampled, 3) if sampled > 0 else None,
                     "own": own,
                     "elsewhere": {"requests": requests, "tokens": tokens},
@@ -127,6 +142,10 @@ class Admin:
             body=orjson.dumps({"catalog_version": version, "pods": listed}, option=orjson.OPT_INDENT_2),
             content_type="application/json",
         )
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "aibrix"}
 
 
 def _json(document: dict[str, Any], *, status: int = 200) -> web.Response:

@@ -103,7 +103,14 @@ def _listener(config: Config) -> Json:
     )
     if config.envoy.accounting == "access-log":
         manager["access_log"] = [_access_log()]
-        manager["local_reply_config"] = {"mappers": [_own_errors(503), _own_errors(None)]}
+        manager["local_reply_config"] = {
+            "mappers": [
+                _unflagged("response.code_details == 'request_payload_too_large'", 413, "request body is too large"),
+                _unflagged("response.code_details.startsWith('ext_proc_error')", 503, "no router answers"),
+                _own_errors(503),
+                _own_errors(None),
+            ]
+        }
     return {
         "name": "llm",
         "address": _address(config.envoy.listen, config),
@@ -132,7 +139,7 @@ def _routes(config: Config) -> list[Json]:
         pods["response_headers_to_add"] = [_set_header(key, value) for key, value in told]
     return [
         {
-            "match": {"path": "/v1/models"},
+            "match": {"path_separated_prefix": "/v1/models"},
             "route": {"cluster": ADMIN_CLUSTER},
             "typed_per_filter_config": no_router,
         },
@@ -257,6 +264,22 @@ def _access_log() -> Json:
     }
 
 
+def _unflagged(details: str, status: int, message: str) -> Json:
+    """The same for errors that Envoy answers without a flag: they are told by what it notes about them."""
+    expression = _typed("extensions.access_loggers.filters.cel.v3.ExpressionFilter", expression=details)
+    return {
+        "filter": {
+            "extension_filter": {"name": "envoy.access_loggers.extension_filters.cel", "typed_config": expression}
+        },
+        "body_format_override": {"json_format": {"error": _error(status, message)}},
+    }
+
+
+def _error(status: int, message: str) -> Json:
+    code = SERVICE_UNAVAILABLE if status == 503 else None
+    return {"message": message, "type": error_type(status), "code": code, "param": None}
+
+
 def _own_errors(status: int | None) -> Json:
     """Errors of Envoy's own in the shape of all others, where the router sees no responses. They are told by their
     flags: the router's refusals have none."""
@@ -265,12 +288,7 @@ def _own_errors(status: int | None) -> Json:
     if status is not None:
         comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "pointsman.own_errors"}}
         only = {"and_filter": {"filters": [flagged, {"status_code_filter": {"comparison": comparison}}]}}
-    error = {
-        "message": "%LOCAL_REPLY_BODY%",
-        "type": error_type(status or 500),
-        "code": SERVICE_UNAVAILABLE if status == 503 else None,
-        "param": None,
-    }
+    error = _error(status or 500, "%LOCAL_REPLY_BODY%")
     return {"filter": only, "body_format_override": {"json_format": {"error": error}}}
 
 

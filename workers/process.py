@@ -17,6 +17,8 @@ import uvloop
 from workers.config import LogConfig
 
 _PR_SET_PDEATHSIG = 1
+BEAT_SECONDS = 1.0
+"""Between two signs of life."""
 
 
 def die_with_parent(parent: int, how: signal.Signals) -> None:
@@ -90,8 +92,17 @@ async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
         await task
 
 
-def run_child(name: str, parent: int, log: LogConfig, main: Callable[[], Awaitable[None]]) -> int:
-    """The life of a child, from right after the fork to its exit code."""
+async def _beat(beat: Callable[[], None]) -> None:
+    while True:
+        beat()
+        await asyncio.sleep(BEAT_SECONDS)
+
+
+def run_child(
+    name: str, parent: int, log: LogConfig, main: Callable[[], Awaitable[None]], beat: Callable[[], None] | None = None
+) -> int:
+    """The life of a child, from right after the fork to its exit code. `beat` is called once a second, for as long as
+    the child does not hang."""
     for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -101,7 +112,12 @@ def run_child(name: str, parent: int, log: LogConfig, main: Callable[[], Awaitab
     gc.enable()
 
     async def body() -> None:
-        await main()
+        beating = asyncio.ensure_future(_beat(beat)) if beat is not None else None
+        try:
+            await main()
+        finally:
+            if beating is not None:
+                beating.cancel()
 
     try:
         uvloop.run(body())

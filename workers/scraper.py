@@ -254,8 +254,8 @@ class Scraper:
         health.polled(ok=False)
         now = self._clock()
         after = health.state(now)
-        if after is not before:
-            log.warning("a pod is not ready", pod=watched.pod.name, address=watched.pod.address, why=why)
+        if after is not before or (not health.seen and health.failed_polls == health.failures):
+            log.warning("a pod is not ready", pod=watched.pod.name, address=watched.pod.metrics_address, why=why)
         watched.row[COLUMN["failed_polls"]] = health.failed_polls
         self._write(watched, now)
         self._pace.polled(watched.slot, now, busy=after is not Health.FAILED, ok=False)

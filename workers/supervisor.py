@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 
 import structlog
@@ -46,6 +47,11 @@ STEADY_SECONDS = 10.0
 """A child that lived this long was all right: its successor starts at once."""
 READY_SECONDS = 60.0
 """For a replacement to become ready, before it is killed and the rolling restart ends."""
+LOOK_SECONDS = 2.0
+"""Between two looks at whether the children's hearts beat, which they do once a second."""
+HUNG_LOOKS, KILL_LOOKS = 5, 15
+"""Without a beat, before a child is taken to hang, and before it is killed to be replaced. Looks are counted and not
+seconds: when everything was frozen for a while, nobody hangs."""
 KILL_AFTER_SECONDS = 5.0
 """Beyond the drain time, before a child that was told to end is killed."""
 
@@ -72,6 +78,8 @@ class Child:
     ready_fd: int
     phase: Phase = Phase.STARTING
     kill_at: float | None = None
+    beats: int = -1
+    silent_looks: int = 0
 
 
 @dataclass(eq=False)
@@ -120,6 +128,7 @@ class Supervisor:
         """When the rolling restart goes on, where it has to wait."""
         self._reservations: list[Reservation] = []
         self._stopping = False
+        self._look_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -155,6 +164,7 @@ class Supervisor:
             now = time.monotonic()
             self._restart_due(now)
             self._kill_due(now)
+            self._look(now)
             self._roll()
             if self._stopping:
                 self._end_services()
@@ -184,7 +194,7 @@ class Supervisor:
         due = [seat.start_at for seat in self._seats if seat.start_at is not None]
         due += [child.kill_at for child in self._children.values() if child.kill_at is not None]
         due += [self._roll_at] if self._roll_at is not None else []
-        timeout = max(0.0, min(due) - now) if due else None
+        timeout = max(0.0, min([*due, self._look_at]) - now)
         for key, _ in self._selector.select(timeout):
             if key.fd == self._wake_read:
                 for number in os.read(self._wake_read, 4096):
@@ -319,7 +329,7 @@ class Supervisor:
             else:
                 await run_admin(config, tables, ready)
 
-        return run_child(seat.name, parent, config.log, main)
+        return run_child(seat.name, parent, config.log, main, partial(tables.roster.beat, writer))
 
     def _on_ready(self, child: Child) -> None:
         """A child spoke (it is ready) or its pipe closed (it died before)."""
@@ -367,6 +377,38 @@ class Supervisor:
                 log.warning(f"killing a child that {what}", child=child.seat.name, child_pid=child.pid)
                 child.kill_at = None
                 self._signal(child, signal.SIGKILL)
+
+    def _look(self, now: float) -> None:
+        """Look after the children that should be at work."""
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        for child in self._children.values():
+            if child.phase not in (Phase.READY, Phase.HUNG):
+                continue
+            beats = self._tables.roster.beats(child.writer)
+            if beats != child.beats:
+                child.beats, child.silent_looks = beats, 0
+                self._set_hung(child, hung=False)
+                continue
+            child.silent_looks += 1
+            if child.silent_looks >= HUNG_LOOKS:
+                self._set_hung(child, hung=True)
+            if child.silent_looks == KILL_LOOKS:
+                log.error("killing a child that hangs", child=child.seat.name, child_pid=child.pid)
+                self._signal(child, signal.SIGKILL)
+
+    def _set_hung(self, child: Child, *, hung: bool) -> None:
+        phase = Phase.HUNG if hung else Phase.READY
+        if child.phase is phase:
+            return
+        child.phase = phase
+        self._record(child)
+        if hung:
+            seconds = round(child.silent_looks * LOOK_SECONDS)
+            log.warning("a child hangs", child=child.seat.name, child_pid=child.pid, seconds=seconds)
+        else:
+            log.info("a child that hung goes on", child=child.seat.name, child_pid=child.pid)
 
     def _reap(self) -> None:
         while self._children:

@@ -5,6 +5,6 @@ One file per API, one table here. Beside `orjson.loads`, which is most of it, re
 """
 
 from router.bodies.base import Body
-from router.bodies.by_path import FORMS, READERS, read_body, read_request, strip_query, upstream_path
+from router.bodies.by_path import FORMS, READERS, read_body, read_request, strip_query, takes_body, upstream_path
 
-__all__ = ["FORMS", "READERS", "Body", "read_body", "read_request", "strip_query", "upstream_path"]
+__all__ = ["FORMS", "READERS", "Body", "read_body", "read_request", "strip_query", "takes_body", "upstream_path"]

@@ -40,6 +40,14 @@ def read_request(path: bytes, content_type: bytes, body: bytes) -> Body:
     return read_body(strip_query(path.decode("utf-8", "replace")), content_type.decode("latin-1"), body)
 
 
+def takes_body(path: bytes) -> bool:
+    """Whether a request to this path, as it came, means nothing without a body."""
+    if path in _BY_WIRE:
+        return True
+    text = strip_query(path.decode("utf-8", "replace"))
+    return text in READERS or text in FORMS
+
+
 def strip_query(path: str) -> str:
     """The path without `?query`."""
     at = path.find("?")

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import openai
@@ -58,6 +59,7 @@ def test_the_openai_client_works(lab: Lab) -> None:
         )
         assert len(list(stream)) >= 2
         assert [model.id for model in client.models.list()] == [lab.model]
+        assert client.models.retrieve(lab.model).id == lab.model
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model="unheard-of", messages=[{"role": "user", "content": "hi"}])
         assert refused.value.code == "model_not_found"
@@ -95,13 +97,17 @@ async def test_unknown_paths_models_and_bodies_are_answered_in_openais_shape(
 async def test_a_body_beyond_the_limit_is_refused_and_one_of_5_mb_passes(
     lab: Lab, session: aiohttp.ClientSession
 ) -> None:
-    async def padded(size: int) -> int:
+    async def padded(size: int) -> tuple[int, dict[str, Any]]:
         body = io.BytesIO(json.dumps(chat(lab.model, padding="x" * size)).encode())
         async with session.post(lab.envoy_url + "/v1/chat/completions", data=body) as answer:
-            return answer.status
+            return answer.status, await answer.json()
 
-    assert await padded(5_000_000) == 200
-    assert await padded(lab.config.envoy.body_limit_bytes + 1) == 413
+    assert (await padded(5_000_000))[0] == 200
+    status, answer = await padded(lab.config.envoy.body_limit_bytes + 1)
+    assert status == 413
+    assert answer["error"] == {
+        "message": "request body is too large", "type": "api_error", "code": None, "param": None,
+    }  # fmt: skip
 
 
 async def test_in_flight_counts_follow_the_requests(lab: Lab, session: aiohttp.ClientSession) -> None:

@@ -171,6 +171,16 @@ async def test_an_error_of_envoys_own_has_the_shape_of_all_others(ground: Ground
     await released(ground)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+async def test_what_should_have_a_body_and_has_none_is_refused(ground: Ground, method: str) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, ground.lab.envoy_url + "/v1/chat/completions?x=1") as answer,
+    ):
+        assert answer.status == 400
+        assert "takes a POST request with a body" in (await answer.json())["error"]["message"]
+
+
 async def test_a_get_passes_without_a_pod(ground: Ground) -> None:
     async with (
         aiohttp.ClientSession() as session,

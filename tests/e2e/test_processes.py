@@ -136,6 +136,20 @@ async def test_sigterm_during_a_streamed_answer_loses_nothing(lab: Lab, accounti
         assert rest.count(b'"content"') > 50
 
 
+async def test_while_no_router_answers_requests_are_refused_in_openais_shape(lab: Lab) -> None:
+    with lab:
+        await asyncio.to_thread(lab.stop_process, lab.router)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(lab.envoy_url + "/v1/chat/completions", json=chat(lab.model)) as answer,
+        ):
+            assert answer.status == 503
+            error = (await answer.json())["error"]
+        assert error == {
+            "message": "no router answers", "type": "overloaded_error", "code": "service_unavailable", "param": None,
+        }  # fmt: skip
+
+
 async def test_the_children_die_with_a_killed_supervisor(lab: Lab) -> None:
     lab.with_envoy = False
     with lab:

@@ -29,3 +29,12 @@ def test_a_row_that_is_half_written_is_passed_over() -> None:
     tables = make_tables()
     tables.roster._rows[2] = [int(Kind.WORKER), 1, 0, 0, 0]
     assert tables.roster.processes() == []
+
+
+def test_every_process_has_a_heartbeat_of_its_own() -> None:
+    tables = make_tables()
+    tables.roster.put(2, Process(Kind.WORKER, 0, 7, Phase.READY, 0))
+    for row in (0, 2, 2, SMALL.writers - 1):
+        tables.roster.beat(row)
+    assert [tables.roster.beats(row) for row in range(SMALL.writers)] == [1, 0, 2, *[0] * (SMALL.writers - 4), 1]
+    assert tables.roster.processes() == [Process(Kind.WORKER, 0, 7, Phase.READY, 0)]

@@ -94,6 +94,18 @@ async def test_models(site: Site) -> None:
     }
 
 
+async def test_one_model(site: Site) -> None:
+    site.tables.catalog.publish(CatalogDocument((make_record(0, models=("org/a",)),)))
+    assert await site.get("/v1/models/org/a") == (
+        200,
+        {"id": "org/a", "object": "model", "created": 0, "owned_by": "aibrix"},
+    )
+    status, body = await site.get("/v1/models/b")
+    assert (status, body["error"]["code"]) == (404, "model_not_found")  # type: ignore[index]
+    async with site.client.delete("/v1/models/org/a") as response:
+        assert response.status == 405
+
+
 async def test_metrics(site: Site) -> None:
     site.tables.series(4).add(1.0, "decisions", "m", "p", "random")
     async with site.client.get("/metrics") as response:
@@ -120,6 +132,7 @@ async def test_debug_pods_says_what_the_router_believes(site: Site) -> None:
     assert first["engine_metrics"]["running"] == 3.0
     assert first["sample_age_seconds"] is not None
     assert (second["health"], second["sample_age_seconds"], second["engine_metrics"]) == ("unseen", None, {})
+    assert (first["failed_polls"], second["failed_polls"]) == (0, 0)
     assert body["catalog_version"] == 1
 
 

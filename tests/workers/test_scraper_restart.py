@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import structlog
 from fleet import end_of, in_child, make_tables
 
 from state.pods import COLUMN, Health
@@ -95,6 +96,17 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def test_a_pod_that_never_answers_is_told_of_once(tmp_path: Path, engines: list[Engine]) -> None:
+    tables = make_tables(writer=SCRAPER)
+    engines[1].answers = 500
+    with structlog.testing.capture_logs() as logs:
+        async with running(configuration(tmp_path, engines), tables):
+            await until(lambda: tables.pods.snapshot()[1][1][COLUMN["failed_polls"]] >= 5)
+        assert states(tables) == [Health.READY, Health.UNSEEN]
+    told = [entry for entry in logs if entry["event"] == "a pod is not ready"]
+    assert [(entry["address"], entry["why"]) for entry in told] == [(engines[1].address, "status 500")]
 
 
 async def test_pods_become_ready_fail_and_come_back(tmp_path: Path, engines: list[Engine]) -> None:

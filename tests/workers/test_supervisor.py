@@ -21,6 +21,7 @@ import pytest
 import yaml
 from fleet import end_of, in_child
 
+import workers.process
 import workers.supervisor
 from bench.lab import Lab, free_ports, get
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
@@ -311,3 +312,35 @@ def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(
     router.hang_up()  # the seat stays, and whoever has it has nothing to do
     until(lambda: router.children().get("replicator", before) != before)
     until(router.ready)
+
+
+@pytest.fixture
+def _fast_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers.process, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(workers.supervisor, "LOOK_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("_fast_looks")
+def test_a_child_that_hangs_is_told_of_and_one_that_goes_on_is_left_alone(running: Callable[..., Running]) -> None:
+    one = running(workers=2)
+    before = one.children()
+    os.kill(before["worker 1"], signal.SIGSTOP)
+    until(lambda: one.missing() == ["worker 1 hangs"])
+    os.kill(before["worker 1"], signal.SIGCONT)
+    until(one.ready)
+    until(lambda: one.says("a child that hung goes on"))
+    assert one.children() == before
+
+
+@pytest.mark.usefixtures("_fast_looks")
+@pytest.mark.parametrize("name", ["worker 0", "scraper"])
+def test_a_child_that_hangs_for_long_is_replaced(running: Callable[..., Running], name: str) -> None:
+    one = running(workers=2)
+    before = one.children()
+    os.kill(before[name], signal.SIGSTOP)
+    until(lambda: one.children().get(name, before[name]) != before[name])
+    until(one.ready)
+    assert one.says("killing a child that hangs")
+    assert {each: pid for each, pid in one.children().items() if each != name} == {
+        each: pid for each, pid in before.items() if each != name
+    }
