@@ -197,6 +197,10 @@ class Fleet:
         for model in self.models.values():
             model.candidates = None
 
+    def pod_names(self) -> set[str]:
+        """Of all pods in the catalog."""
+        return {pod.name for model in self.models.values() for pod in model.pods}
+
     def by_address(self, address: str) -> Pod | None:
         """The pod with this address. Looked up by going through all of them: for what happens rarely."""
         self.refresh()

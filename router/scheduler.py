@@ -95,6 +95,7 @@ class Scheduler:
             self._endpoints.clear()
             self._decision_cells.clear()
             self._rules.clear()
+            self.series.reclaim(self.fleet.pod_names())
         if candidates is None:
             raise unknown_model(model)
         if model in self._rules:

@@ -5,14 +5,15 @@ dict look-up and one store; only a label set seen for the first time writes a ne
 predecessor's rows back, so counters never go down when a worker is replaced.
 
 The number of rows is fixed. A writer that has used all but the last few adds to its metric's row with the overflow
-label instead, which the last few are kept for: the totals stay right, whatever is thrown at it. Labels that are
-longer together than a row has room for are cut, the longest first.
+label instead, which the last few are kept for: the totals stay right, whatever is thrown at it. Before it comes to
+that the rows of pods that are gone are given back (`reclaim`). Labels that are longer together than a row has room for
+are cut, the longest first.
 
     per writer:  8 bytes rows in use, 56 spare; then rows of LABEL_BYTES + 8
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from typing import Final
 
 LABEL_BYTES: Final = 248
@@ -20,6 +21,10 @@ _ROW: Final = LABEL_BYTES + 8
 _HEADER: Final = 64
 SEPARATOR: Final = "\x1f"
 OVERFLOW: Final = "overflow"
+POD_PLACE: Final[Mapping[str, int]] = {
+    "decisions": 2, "finished": 1, "retried": 1, "polls": 1, "ejections": 1, "settled": 1,
+}  # fmt: skip
+"""Which label of a metric is a pod's name."""
 OVERFLOW_ROWS: Final = 16
 """Kept for the overflow rows of as many metrics, or a quarter of all rows where there are few."""
 
@@ -39,8 +44,13 @@ class Series:
         self._open = self._capacity - min(OVERFLOW_ROWS, self._capacity // 4)
         self._values: memoryview[float] = region[_HEADER : _HEADER + self._capacity * _ROW].cast("d")
         self._index: dict[tuple[str, ...], int] = {}
+        self._free: list[int] = []
+        """Rows that were given back: their first byte is 0."""
         for row in range(self._used[0]):
-            self._index[self._labels(row)] = self._cell(row)
+            if self._is_free(row):
+                self._free.append(row)
+            else:
+                self._index[self._labels(row)] = self._cell(row)
 
     @staticmethod
     def size(rows: int) -> int:
@@ -50,6 +60,9 @@ class Series:
     @staticmethod
     def _cell(row: int) -> int:
         return (row * _ROW + LABEL_BYTES) // 8
+
+    def _is_free(self, row: int) -> bool:
+        return self._region[_HEADER + row * _ROW] == 0
 
     def _labels(self, row: int) -> tuple[str, ...]:
         start = _HEADER + row * _ROW
@@ -61,18 +74,36 @@ class Series:
         found = self._index.get(labels)
         if found is not None:
             return found
-        row = self._used[0]
+        row = self._free.pop() if self._free else self._used[0]
         if row >= self._open and labels != (labels[0], OVERFLOW):
             return self.cell(labels[0], OVERFLOW)
         if row >= self._capacity:
             return self._cell(self._capacity - 1)
-        encoded = _fitted(labels)
+        encoded = _fitted(labels).ljust(LABEL_BYTES, b"\0")
         start = _HEADER + row * _ROW
         self._values[self._cell(row)] = 0.0
-        self._region[start : start + LABEL_BYTES] = encoded.ljust(LABEL_BYTES, b"\0")
-        self._used[0] = row + 1
+        # A reader passes over what begins with 0, so the first byte comes last.
+        self._region[start + 1 : start + LABEL_BYTES] = encoded[1:]
+        self._region[start : start + 1] = encoded[:1]
+        self._used[0] = max(self._used[0], row + 1)
         self._index[labels] = self._cell(row)
         return self._index[labels]
+
+    def reclaim(self, pods: Set[str]) -> int:
+        """Where more than half of the rows are in use, give back those of pods that are not among these. Returns how
+        many that were; nobody may use their cells any more."""
+        if (self._used[0] - len(self._free)) * 2 <= self._open:
+            return 0
+        gone = []
+        for labels in self._index:
+            place = POD_PLACE.get(labels[0], 0)
+            if 0 < place < len(labels) and labels[place] not in pods and labels[1:] != (OVERFLOW,):
+                gone.append(labels)
+        for labels in gone:
+            row = (self._index.pop(labels) * 8 - LABEL_BYTES) // _ROW
+            self._region[_HEADER + row * _ROW : _HEADER + row * _ROW + 1] = b"\0"
+            self._free.append(row)
+        return len(gone)
 
     @property
     def values(self) -> "memoryview[float]":
@@ -91,7 +122,8 @@ class Series:
     def items(self) -> Iterator[tuple[tuple[str, ...], float]]:
         """(labels, value) of every series."""
         for row in range(self._used[0]):
-            yield self._labels(row), self._values[self._cell(row)]
+            if not self._is_free(row):
+                yield self._labels(row), self._values[self._cell(row)]
 
 
 def _fitted(labels: tuple[str, ...]) -> bytes:

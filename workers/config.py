@@ -170,6 +170,11 @@ class EnvoyConfig(_Section):
     accounting: Literal["access-log", "stream"] = "access-log"
     body_limit_bytes: int = Field(32 << 20, ge=1024)
     """By default less where `max_message_bytes` leaves less."""
+    heap_bytes: int | None = Field(None, ge=64 << 20)
+    """Near it Envoy refuses new requests; none: it takes what it gets."""
+    upload_seconds: float = Field(120.0, gt=0)
+    """For a client to send all of a request."""
+    max_connections: int = Field(65536, ge=1)
     router_ca: OptionalPath = None
     """Where `tls` is set: what Envoy checks the workers' certificate against; none: it is not checked."""
     client_certificate: OptionalPath = None

@@ -41,6 +41,7 @@ def bootstrap(config: Config) -> Json:
     """The bootstrap as a mapping, to be written as YAML or JSON. Raises ConfigError where the settings do not fit."""
     return {
         "admin": {"address": _address(config.envoy.admin, config)},
+        "overload_manager": _overload_manager(config),
         "layered_runtime": {
             "layers": [
                 {
@@ -54,6 +55,34 @@ def bootstrap(config: Config) -> Json:
             "clusters": [_router_cluster(config), _pod_cluster(config), _admin_cluster(config)],
         },
     }
+
+
+def _overload_manager(config: Config) -> Json:
+    """Bounds what clients can make Envoy hold: connections and, where `envoy.heap_bytes` says how much there is,
+    bodies, since near it new requests are refused. Those under way go on."""
+    monitors = [
+        {
+            "name": "envoy.resource_monitors.global_downstream_max_connections",
+            "typed_config": _typed(
+                "extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                max_active_downstream_connections=config.envoy.max_connections,
+            ),
+        }
+    ]
+    manager: Json = {"refresh_interval": "0.25s", "resource_monitors": monitors}
+    if config.envoy.heap_bytes is not None:
+        heap = "envoy.resource_monitors.fixed_heap"
+        kind = "extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig"
+        size = config.envoy.heap_bytes
+        monitors.append({"name": heap, "typed_config": _typed(kind, max_heap_size_bytes=size)})
+        manager["actions"] = [
+            {
+                "name": f"envoy.overload_actions.{action}",
+                "triggers": [{"name": heap, "threshold": {"value": share}}],
+            }
+            for action, share in (("shrink_heap", 0.8), ("stop_accepting_requests", 0.95))
+        ]
+    return manager
 
 
 def _typed(kind: str, **values: Any) -> Json:
@@ -82,7 +111,7 @@ def _listener(config: Config) -> Json:
         stat_prefix="llm",
         codec_type="AUTO",
         stream_idle_timeout="3600s",
-        request_timeout="0s",
+        request_timeout=f"{config.envoy.upload_seconds:g}s",
         early_header_mutation_extensions=[
             {
                 "name": "remove-destinations",
@@ -106,6 +135,8 @@ def _listener(config: Config) -> Json:
         manager["local_reply_config"] = {
             "mappers": [
                 _unflagged("response.code_details == 'request_payload_too_large'", 413, "request body is too large"),
+                _unflagged("response.code_details == 'request_overall_timeout'", 408, "request came too slowly"),
+                _unflagged("response.code_details == 'overload'", 503, "overloaded"),
                 _unflagged("response.code_details.startsWith('ext_proc_error')", 503, "no router answers"),
                 _own_errors(503),
                 _own_errors(None),

@@ -139,6 +139,7 @@ class Scraper:
             log.warning("there are no pods, every request will be refused", cure=cure)
         self._without = complete and not found
         if added or leaving:
+            self._series.reclaim({pod.name for pod in pods.values()})
             log.info("pods changed", added=len(added), leaving=len(leaving), pods=len(pods))
 
     # -- loops

@@ -229,3 +229,17 @@ def test_speeds_are_learnt_before_the_next_request() -> None:
     assert Delays in candidates.derived
     decide(by, "marginal-delay")
     assert by.fleet.candidates(MODEL) is candidates
+
+
+def test_counts_of_pods_that_are_gone_make_room_for_those_of_new_ones() -> None:
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    decide(by)
+    for number in range(600):
+        by.series.add(1.0, "finished", f"gone-{number}", "200")
+    decide(by)
+    assert len(counted(by, "finished")) > 90  # nothing has changed
+    tables.catalog.publish(CatalogDocument(tuple(make_record(slot) for slot in range(2))))
+    decision = decide(by)
+    assert set(counted(by, "finished")) <= {("overflow",)}
+    assert counted(by, "decisions")[MODEL, decision.pod.name, "least-request"] >= 1

@@ -129,3 +129,39 @@ def test_merge_adds_up_over_all_writers() -> None:
         tables.series(writer).add(writer + 1.0, "a", "x")
         tables.series(writer).add(1.0, "b", str(writer))
     assert merge(tables.all_series()) == {("a", "x"): 6.0, ("b", "0"): 1.0, ("b", "1"): 1.0, ("b", "2"): 1.0}
+
+
+def test_rows_of_pods_that_are_gone_are_given_back_when_they_are_needed() -> None:
+    series, region = make_series(64)
+    series.add(3.0, "refused", "400", "none")
+    for generation in range(100):
+        pods = {f"pod-{generation}-{number}" for number in range(3)}
+        series.reclaim(pods)
+        for pod in pods:
+            series.add(1.0, "finished", pod, "200")
+            series.add(1.0, "decisions", "m", pod, "random")
+    found = dict(series.items())
+    assert all(found["finished", pod, "200"] == found["decisions", "m", pod, "random"] == 1.0 for pod in pods)
+    assert ("finished", OVERFLOW) not in found
+    assert found["refused", "400", "none"] == 3.0
+    successor = Series(region)
+    assert dict(successor.items()) == found
+    successor.add(1.0, "finished", "another", "200")
+    assert dict(successor.items()) == {**found, ("finished", "another", "200"): 1.0}
+
+
+def test_while_there_is_room_nothing_is_given_back() -> None:
+    series, _ = make_series(64)
+    for pod in ("a", "b"):
+        series.add(1.0, "finished", pod, "200")
+    assert series.reclaim(set()) == 0
+    assert len(dict(series.items())) == 2
+
+
+def test_totals_beyond_the_last_row_are_never_given_back() -> None:
+    series, _ = make_series(64)
+    for number in range(100):
+        series.add(1.0, "finished", str(number), "200")
+    before = dict(series.items())["finished", OVERFLOW]
+    assert series.reclaim(set()) > 0
+    assert dict(series.items()) == {("finished", OVERFLOW): before}
