@@ -132,16 +132,7 @@ def _listener(config: Config) -> Json:
     )
     if config.envoy.accounting == "access-log":
         manager["access_log"] = [_access_log()]
-        manager["local_reply_config"] = {
-            "mappers": [
-                _unflagged("response.code_details == 'request_payload_too_large'", 413, "request body is too large"),
-                _unflagged("response.code_details == 'request_overall_timeout'", 408, "request came too slowly"),
-                _unflagged("response.code_details == 'overload'", 503, "overloaded"),
-                _unflagged("response.code_details.startsWith('ext_proc_error')", 503, "no router answers"),
-                _own_errors(503),
-                _own_errors(None),
-            ]
-        }
+    manager["local_reply_config"] = {"mappers": _error_shapes(config)}
     return {
         "name": "llm",
         "address": _address(config.envoy.listen, config),
@@ -293,6 +284,24 @@ def _access_log() -> Json:
             },
         ),
     }
+
+
+def _error_shapes(config: Config) -> list[Json]:
+    """What Envoy answers by itself in the shape of all other errors, the first that fits. By stream the router sees
+    responses, Envoy's own included, and does that, but for those that no router is asked about."""
+    unseen = [
+        _unflagged("response.code_details.startsWith('ext_proc_error')", 503, "no router answers"),
+        _unflagged("response.code_details == 'overload'", 503, "overloaded"),
+    ]
+    if config.envoy.accounting == "stream":
+        return unseen
+    return [
+        *unseen,
+        _unflagged("response.code_details == 'request_payload_too_large'", 413, "request body is too large"),
+        _unflagged("response.code_details == 'request_overall_timeout'", 408, "request came too slowly"),
+        _own_errors(503),
+        _own_errors(None),
+    ]
 
 
 def _unflagged(details: str, status: int, message: str) -> Json:

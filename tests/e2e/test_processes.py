@@ -136,7 +136,9 @@ async def test_sigterm_during_a_streamed_answer_loses_nothing(lab: Lab, accounti
         assert rest.count(b'"content"') > 50
 
 
-async def test_while_no_router_answers_requests_are_refused_in_openais_shape(lab: Lab) -> None:
+@pytest.mark.parametrize("accounting", ["access-log", "stream"])
+async def test_while_no_router_answers_requests_are_refused_in_openais_shape(lab: Lab, accounting: str) -> None:
+    lab.accounting = accounting
     with lab:
         await asyncio.to_thread(lab.stop_process, lab.router)
         async with (
