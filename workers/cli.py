@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -120,9 +119,11 @@ def check_config(path: Path | None) -> None:
     """Check the configuration and the files it names, as `serve` does, and print what is in force."""
     import yaml
 
+    from workers.redis_link import without_password
+
     shown = load_or_exit(path, serving=True).model_dump(mode="json")
     if shown["redis"]:
-        shown["redis"] = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", shown["redis"])
+        shown["redis"] = without_password(shown["redis"])
     click.echo(yaml.safe_dump(shown, sort_keys=False), nl=False)
 
 
