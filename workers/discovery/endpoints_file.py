@@ -39,8 +39,7 @@ class EndpointsError(Exception):
 def _tcp(value: str) -> str:
     if ":" not in value and "/" not in value:
         value = f"{value}:{DEFAULT_PORT}"
-    if parse_address(value).kind != "tcp":
-        raise ValueError(f"{value!r} is no pod address: write host:port")
+    parse_address(value, of_pod=True)
     return value
 
 
