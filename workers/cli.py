@@ -98,12 +98,14 @@ def serve(
         given["log"] = {"format": log_format}
     config = load_or_exit(path, given, serving=True)
     from workers.checks import load_checked
+    from workers.ports import AddressError
     from workers.supervisor import serve as run
 
     try:
         code = run(config, lambda: load_checked(path, given, serving=True))
     except ConfigError as error:
-        click.echo(f"pointsman: {error}", err=True)
+        where = f"{config.where(error.address)}: " if isinstance(error, AddressError) else ""
+        click.echo(f"pointsman: {where}{error}", err=True)
         sys.exit(_CONFIG_ERROR)
     sys.exit(code)
 

@@ -20,13 +20,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from router.rules import CONFIG
 from workers.address import parse_address
 from workers.discovery.model_config import ModelConfig, first_problem
 from workers.documents import NotYaml, read_yaml
-from workers.problems import problems_of
+from workers.problems import numbers_only, problems_of
 
 DEFAULT_PORT = 8000
 """Of a pod that is given without one."""
@@ -63,6 +72,11 @@ Labels = Annotated[Mapping[str, str], AfterValidator(_annotated)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return numbers_only(cls, value, info)
 
 
 class Endpoint(_Strict):
