@@ -150,7 +150,7 @@ class Pod:
             for index, prompt in enumerate(prompts)
             for i in range(n)
         ]
-        answer_id = api.id_prefix + (request.headers.get("x-request-id") or os.urandom(16).hex())
+        answer_id = api.id_prefix + _request_id(request)
         adapters = self._adapters if model != self._models[0] else None
         if adapters is not None:
             adapters.add(model, 1)
@@ -223,6 +223,8 @@ class Pod:
         n: int,
     ) -> web.StreamResponse:
         options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise bad_request("stream_options: an object is required", "stream_options")
         with_usage, continuous = options.get("include_usage"), options.get("continuous_usage_stats")
         chunks = Chunks(api, answer_id, int(time.time()), model)
         if request.version < HttpVersion11:
@@ -264,7 +266,7 @@ class Pod:
             raise bad_request(f"dimensions must be between 1 and 4096, got {dimensions}.", "dimensions")
         texts = _prompts(body.get("input"), "input")
         inputs = [(xxhash.xxh3_64_intdigest(text), pod_text.count_tokens(text)) for text in texts]
-        answer_id = "embd-" + (request.headers.get("x-request-id") or os.urandom(16).hex())
+        answer_id = "embd-" + _request_id(request)
         as_base64 = body.get("encoding_format") == "base64"
         return _json(pod_wire.embeddings(answer_id, int(time.time()), model, inputs, dimensions, as_base64))
 
@@ -327,6 +329,12 @@ class Pod:
         return str(model)
 
 
+def _request_id(request: web.Request) -> str:
+    """The client's, whatever bytes it is made of, or one of ours."""
+    given = request.headers.get("x-request-id")
+    return given.encode("utf-8", "surrogateescape").decode("latin-1") if given else os.urandom(16).hex()
+
+
 def _json(body: bytes, status: int = 200) -> web.Response:
     return web.Response(body=body, status=status, content_type="application/json")
 
@@ -364,7 +372,14 @@ async def serve(pods: list[Pod], host: str, port: int, ready: Callable[[str], No
     runners = []
     try:
         for i, pod in enumerate(pods):
-            runner = web.AppRunner(pod.application(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+            # A vLLM takes no notice of content-encoding: a packed body is no JSON to it.
+            runner = web.AppRunner(
+                pod.application(),
+                access_log=None,
+                handler_cancellation=True,
+                shutdown_timeout=1.0,
+                auto_decompress=False,
+            )
             runners.append(runner)
             await runner.setup()
             site = web.TCPSite(runner, host, port + i if port else 0, backlog=1024)

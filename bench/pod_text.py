@@ -44,9 +44,9 @@ def from_token_ids(ids: Iterable[int]) -> bytes:
 def render_chat(messages: list[Any], tools: Any = None) -> bytes:
     """What a chat template would make of the messages, up to where the assistant begins.
 
-    ValueError if a message has no role, or content that is neither text nor parts.
+    ValueError if a message has no role, content that is neither text nor parts, or anything is nested too deep.
     """
-    parts = [] if not tools else ["<|tools|>\n", orjson.dumps(tools).decode(), "<|end|>\n"]
+    parts = [] if not tools else ["<|tools|>\n", _written(tools), "<|end|>\n"]
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError("each message is an object with a role")
@@ -57,14 +57,21 @@ def render_chat(messages: list[Any], tools: Any = None) -> bytes:
         elif isinstance(content, list):
             for part in content:
                 text = part.get("text") if isinstance(part, dict) else part
-                parts.append(text if isinstance(text, str) else orjson.dumps(part).decode())
+                parts.append(text if isinstance(text, str) else _written(part))
         elif content is not None:
             raise ValueError("the content of a message is a string, a list of parts, or null")
         if message.get("tool_calls"):
-            parts.append(orjson.dumps(message["tool_calls"]).decode())
+            parts.append(_written(message["tool_calls"]))
         parts.append("<|end|>\n")
     parts.append("<|assistant|>\n")
     return "".join(parts).encode("utf-8", "surrogatepass")
+
+
+def _written(document: Any) -> str:
+    try:
+        return orjson.dumps(document).decode()
+    except orjson.JSONEncodeError as error:  # it reads what is nested deeper than what it writes
+        raise ValueError(f"cannot be written as JSON: {error}") from None
 
 
 def block_hashes(text: bytes, block_tokens: int, model: str) -> list[int]:

@@ -1,16 +1,20 @@
 """What is deployed is what the code can run: configurations load, ports are those of the workers, names match."""
 
+import http.client
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from fleet import make_tables
 
+from bench.lab import Lab
 from workers.config import Config, load
 from workers.discovery.endpoints_file import read_endpoints
 from workers.envoy import ROUTER_CLUSTER, bootstrap
@@ -117,12 +121,62 @@ def test_envoys_manifest_fits_the_bootstrap_it_is_given(config: Config) -> None:
     name = pod["volumes"][0]["configMap"]["name"]
     for text in ((DEPLOY / "README.md").read_text(), (DEPLOY / "kubernetes" / "envoy.yaml").read_text()):
         assert f"kubectl create configmap {name} --from-file={path.name} " in text
-    assert pod["terminationGracePeriodSeconds"] > int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    *_, pre_stop = container["lifecycle"]["preStop"]["exec"]["command"]
+    (seconds,) = re.findall(r"sleep (\d+)$", pre_stop)
+    assert pod["terminationGracePeriodSeconds"] > int(seconds)
+    admin = document["admin"]["address"]["socket_address"]
+    assert f"/dev/tcp/{admin['address']}/{admin['port_value']};" in pre_stop
 
 
 @pytest.mark.envoy
 def test_envoy_takes_the_bootstrap_of_the_manifest(config: Config) -> None:
     validated(envoy_path(), bootstrap(config))
+
+
+@pytest.mark.envoy
+def test_an_envoy_that_leaves_has_its_clients_leave() -> None:
+    """By what its manifest does before it stops."""
+    *shell, pre_stop = pod_of(manifest("envoy"))["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    with Lab(pods=1, workers=1) as lab:
+        where = urlsplit(lab.envoy_url)
+        admin = lab.config.envoy.admin.replace(":", "/")
+        client = http.client.HTTPConnection(where.hostname or "", where.port, timeout=10)
+
+        def closes() -> bool:
+            client.request("GET", "/v1/models")
+            response = client.getresponse()
+            assert response.status == 200 and response.read()
+            return response.getheader("connection") == "close"
+
+        assert not closes()
+        done = subprocess.run(
+            [*shell, pre_stop.replace("127.0.0.1/9901", admin).replace("sleep 60", "echo slept")],
+            capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
+        assert (done.stdout, done.stderr) == ("slept\n", "")
+        assert closes()
+    client.close()
+    # Where the port is another it sleeps all the same.
+    done = subprocess.run(
+        [*shell, pre_stop.replace("127.0.0.1/9901", admin).replace("sleep 60", "echo slept")],
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert done.stdout == "slept\n"
+
+
+def test_what_the_manifests_ask_for_is_what_the_page_says() -> None:
+    page = (DEPLOY / "README.md").read_text()
+    total = most = 0
+    for name, called in (("pointsman", "router"), ("envoy", "Envoy")):
+        spec = manifest(name)["Deployment"]["spec"]
+        requests = spec["template"]["spec"]["containers"][0]["resources"]["requests"]
+        cpus, memory = int(requests["cpu"]), int(requests["memory"].removesuffix("Mi"))
+        replicas, surge = spec["replicas"], spec["replicas"] + spec["strategy"]["rollingUpdate"]["maxSurge"]
+        cells = [f"{cpus * count} CPUs, {memory * count}Mi" for count in (1, replicas, surge)]
+        assert f"| {called}, {replicas} replicas | {' | '.join(cells)} |" in page
+        total += cpus * replicas
+        most += cpus * surge
+    assert f"Together that is {total} CPUs, and up to {most} while" in page
 
 
 def test_only_envoy_and_prometheus_reach_the_router() -> None:
@@ -132,7 +186,12 @@ def test_only_envoy_and_prometheus_reach_the_router() -> None:
     from_envoy, from_prometheus = spec["ingress"]
     assert spec["podSelector"] == labels["r"]
     assert from_envoy["from"] == [{"podSelector": labels["e"]}]
-    assert {port["port"] for port in from_envoy["ports"]} == set(ports_of(router).values())
+    first, last = next((port["port"], port["endPort"]) for port in from_envoy["ports"] if "endPort" in port)
+    ports = ports_of(router)
+    workers = {ports.pop(name) for name in list(ports) if name.startswith("worker-")}
+    assert min(workers) == first and max(workers) <= last
+    assert {port["port"] for port in from_envoy["ports"]} == {first, *ports.values()}
+    assert f"{first}-{last}" in (DEPLOY / "Dockerfile").read_text()
     assert [port["port"] for port in from_prometheus["ports"]] == [ports_of(router)["admin"]]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -99,12 +98,14 @@ def serve(
         given["log"] = {"format": log_format}
     config = load_or_exit(path, given, serving=True)
     from workers.checks import load_checked
+    from workers.ports import AddressError
     from workers.supervisor import serve as run
 
     try:
         code = run(config, lambda: load_checked(path, given, serving=True))
     except ConfigError as error:
-        click.echo(f"pointsman: {error}", err=True)
+        where = f"{config.where(error.address)}: " if isinstance(error, AddressError) else ""
+        click.echo(f"pointsman: {where}{error}", err=True)
         sys.exit(_CONFIG_ERROR)
     sys.exit(code)
 
@@ -120,9 +121,11 @@ def check_config(path: Path | None) -> None:
     """Check the configuration and the files it names, as `serve` does, and print what is in force."""
     import yaml
 
+    from workers.redis_link import without_password
+
     shown = load_or_exit(path, serving=True).model_dump(mode="json")
     if shown["redis"]:
-        shown["redis"] = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", shown["redis"])
+        shown["redis"] = without_password(shown["redis"])
     click.echo(yaml.safe_dump(shown, sort_keys=False), nl=False)
 
 

@@ -18,8 +18,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
@@ -28,7 +31,7 @@ from state.tables import FIRST_WORKER, Capacity
 from workers.address import Parsed, parse_address
 from workers.documents import NotYaml, read_yaml
 from workers.origins import Origins, unknown_variable
-from workers.problems import check_strategy, kinds_of, problems_of
+from workers.problems import Misfit, check_strategy, kinds_of, numbers_only, problems_of
 from workers.redis_link import parse_redis_url
 
 NO_STRATEGY = "none"
@@ -57,6 +60,11 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return numbers_only(cls, value, info)
+
 
 class ScrapeConfig(_Section):
     """How pods are polled."""
@@ -74,7 +82,11 @@ class ScrapeConfig(_Section):
     @model_validator(mode="after")
     def _ordered(self) -> "ScrapeConfig":
         if self.interval_max_seconds < self.interval_min_seconds:
-            raise ValueError("interval_max_seconds must not be below interval_min_seconds")
+            raise Misfit(
+                "interval_max_seconds must not be below interval_min_seconds",
+                "interval_max_seconds",
+                "interval_min_seconds",
+            )
         return self
 
 
@@ -184,7 +196,11 @@ class EnvoyConfig(_Section):
     @model_validator(mode="after")
     def _pair(self) -> "EnvoyConfig":
         if (self.client_certificate is None) != (self.client_key is None):
-            raise ValueError("client_certificate and client_key: one needs the other; set both or neither")
+            raise Misfit(
+                "client_certificate and client_key: one needs the other; set both or neither",
+                "client_certificate",
+                "client_key",
+            )
         return self
 
 
@@ -228,6 +244,7 @@ class Config(BaseSettings):
     log: LogConfig = LogConfig()
     envoy: EnvoyConfig = EnvoyConfig()
 
+    _origins: Origins | None = PrivateAttr(None)
     _file: ClassVar[Mapping[str, Any]] = {}
     _aibrix: ClassVar[Mapping[str, Any]] = {}
 
@@ -248,43 +265,71 @@ class Config(BaseSettings):
             _Lower(settings_cls, cls._file),
         )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return numbers_only(cls, value, info)
+
     @model_validator(mode="after")
     def _whole(self) -> "Config":
         if self.strategy != NO_STRATEGY:
             try:
                 check_strategy(self.strategy)
             except ValueError as error:
-                raise ValueError(f"strategy: {error}") from None
+                raise Misfit(f"strategy: {error}", "strategy") from None
         self._check_users()
         limit = self.envoy.body_limit_bytes
         if "body_limit_bytes" in self.envoy.model_fields_set and limit > self.max_message_bytes - ENVELOPE_BYTES:
-            raise ValueError(
+            raise Misfit(
                 f"max_message_bytes: {self.max_message_bytes} has no room for a body of envoy.body_limit_bytes, "
-                f"{limit}, and its envelope; set at least {limit + ENVELOPE_BYTES}"
+                f"{limit}, and its envelope; set at least {limit + ENVELOPE_BYTES}",
+                "max_message_bytes",
+                "envoy.body_limit_bytes",
             )
         if self.tls is not None and self.transport != "h2":
-            raise ValueError("tls: only transport h2 serves TLS")
+            raise Misfit("tls: only transport h2 serves TLS", "tls", "transport")
         if parse_address(self.listen).kind == "unix" and self.workers > 1:
-            raise ValueError("listen: a unix path serves one worker; with more give a port, or use worker_listen alone")
+            raise Misfit(
+                "listen: a unix path serves one worker; with more give a port, or use worker_listen alone",
+                "listen",
+                "workers",
+            )
         most = self.max_workers
         if most < self.workers:
-            raise ValueError(f"capacity.workers: {most} is fewer than the {self.workers} workers to start")
+            raise Misfit(
+                f"capacity.workers: {most} is fewer than the {self.workers} workers to start",
+                "capacity.workers",
+                "workers",
+            )
         kind, place, port = parse_address(self.worker_listen)
         if kind == "unix" and most > 1 and "{i}" not in place:
-            raise ValueError("worker_listen: a unix path needs {i} for the worker's number")
+            raise Misfit("worker_listen: a unix path needs {i} for the worker's number", "worker_listen")
         if kind == "tcp" and port + most - 1 > 65535:
-            raise ValueError(f"worker_listen: port {port} leaves no room for {most} workers")
+            raise Misfit(
+                f"worker_listen: port {port} leaves no room for {most} workers",
+                "worker_listen",
+                "workers",
+                "capacity.workers",
+            )
         listen, admin = parse_address(self.listen), parse_address(self.admin)
         if _collide(listen, admin):
-            raise ValueError(f"listen: {self.listen} and admin, {self.admin}, are in each other's way; change one")
+            raise Misfit(
+                f"listen: {self.listen} and admin, {self.admin}, are in each other's way; change one", "listen", "admin"
+            )
         for name, other in (("listen", listen), ("admin", admin)):
             if kind == other.kind == "tcp" and port <= other.port < port + most and _overlap(place, other.place):
-                raise ValueError(
+                raise Misfit(
                     f"worker_listen: the ports {port} to {port + most - 1} of {most} workers include that of {name}, "
-                    f"{other.port}"
+                    f"{other.port}",
+                    "worker_listen",
+                    name,
+                    "workers",
+                    "capacity.workers",
                 )
             if kind == "unix" and any(_collide(parse_address(self.worker_address(i)), other) for i in range(most)):
-                raise ValueError(f"worker_listen: {self.worker_listen} is also that of {name}; change one")
+                raise Misfit(
+                    f"worker_listen: {self.worker_listen} is also that of {name}; change one", "worker_listen", name
+                )
         return self
 
     def _check_users(self) -> None:
@@ -292,11 +337,25 @@ class Config(BaseSettings):
             try:
                 parse_redis_url(self.redis)
             except ValueError as error:
-                raise ValueError(f"redis: {error}") from None
+                raise Misfit(f"redis: {error}", "redis") from None
             if self.limits.users_file is not None:
-                raise ValueError("limits.users_file: where `redis` is set, users are kept there; leave one of them out")
+                raise Misfit(
+                    "limits.users_file: where `redis` is set, users are kept there; leave one of them out",
+                    "limits.users_file",
+                    "redis",
+                )
         elif self.limits.require_key and self.limits.users_file is None:
-            raise ValueError("limits.require_key: there are no users to have keys; set limits.users_file or redis")
+            raise Misfit(
+                "limits.require_key: there are no users to have keys; set limits.users_file or redis",
+                "limits.require_key",
+            )
+
+    def where(self, address: str) -> str:
+        """The place and the key of an address to listen on, for people."""
+        keys = {self.worker_address(number): "worker_listen" for number in range(self.max_workers)}
+        keys |= {self.listen: "listen", self.admin: "admin"}
+        key = keys[address]
+        return f"{self._origins.of_key(key)}: {key}" if self._origins else key
 
     @property
     def default_strategy(self) -> str:
@@ -427,6 +486,7 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
         raise ConfigError(
             f"POINTSMAN_{section}: is no JSON of a mapping; write nested keys as POINTSMAN_{section}__<KEY>"
         ) from None
+    config._origins = origins
     room = config.max_message_bytes - ENVELOPE_BYTES
     if config.envoy.body_limit_bytes > room:
         config = config.model_copy(update={"envoy": config.envoy.model_copy(update={"body_limit_bytes": room})})

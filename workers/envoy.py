@@ -345,7 +345,7 @@ def _router_cluster(config: Config) -> Json:
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _typed(
                 "extensions.upstreams.http.v3.HttpProtocolOptions",
                 explicit_http_config={
-                    "http2_protocol_options": {"connection_keepalive": {"interval": "5s", "timeout": "2s"}}
+                    "http2_protocol_options": {"connection_keepalive": {"interval": "10s", "timeout": "10s"}}
                 },
             )
         },

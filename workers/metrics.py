@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from state.ledger import Entry
 from state.pods import COLUMN, Health
-from state.roster import Kind, Phase
+from state.roster import Kind, Phase, Process
 from state.series import DECISION_BUCKETS, OVERFLOW, merge
 from state.tables import REPLICATOR, Tables
 from workers.compiled import is_compiled
@@ -73,10 +73,7 @@ class TablesCollector(Collector):
     def _zeros(self) -> dict[tuple[str, ...], float]:
         """Counters whose first event matters: increase() only sees it if they were there before."""
         _, document = self._tables.catalog.read()
-        names = {
-            f"worker {process.number}" if process.kind is Kind.WORKER else process.kind.name.lower()
-            for process in self._tables.roster.processes()
-        }
+        names = {_name(process) for process in self._tables.roster.processes()}
         return {
             ("foreign",): 0.0,
             ("page_cpu_seconds",): 0.0,
@@ -153,14 +150,20 @@ class TablesCollector(Collector):
                 "hot_path": "compiled" if is_compiled() else "interpreted",
             },
         )
-        up = GaugeMetricFamily("pointsman_process_up", "1 for a process that is ready", labels=("process", "number"))
-        ready: dict[tuple[str, str], float] = {}
+        up = GaugeMetricFamily("pointsman_process_up", "1 for a process that is ready", labels=("process",))
+        ready: dict[str, float] = {}
         for process in self._tables.roster.processes():  # a worker and its successor are one
-            key = process.kind.name.lower(), str(process.number)
-            ready[key] = max(ready.get(key, 0.0), 1.0 if process.phase is Phase.READY else 0.0)
-        for key, value in ready.items():
-            up.add_metric(key, value)
+            name = _name(process)
+            ready[name] = max(ready.get(name, 0.0), 1.0 if process.phase is Phase.READY else 0.0)
+        for name, value in ready.items():
+            up.add_metric((name,), value)
         yield up
+
+
+def _name(process: Process) -> str:
+    """As the supervisor calls it where it counts restarts, and the log."""
+    kind = process.kind.name.lower()
+    return f"{kind} {process.number}" if process.kind is Kind.WORKER else kind
 
 
 def _counters(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:

@@ -59,12 +59,15 @@ class Origins:
         return "; ".join(f"{origin}: " + "; ".join(map(str, group)) for origin, group in groups)
 
     def _of(self, problem: Problem) -> str:
-        if problem.place:
-            found = self._at(problem.place) or self._at(problem.place[:-1])  # the latter for what is missing
-        else:  # of several keys together, which the text names
-            words = set(re.findall(r"[a-z_.]*[a-z_]", problem.text))
-            found = [path for path in self._known if words & {".".join(map(str, path)), ".".join(map(str, path[:1]))}]
-        return " and ".join(dict.fromkeys(self._known[path] for path in found)) or self._file
+        if problem.culprits:
+            found = {path for culprit in problem.culprits for path in self._at(culprit)}
+        else:
+            found = set(self._at(problem.place) or self._at(problem.place[:-1]))  # the latter for what is missing
+        return " and ".join(dict.fromkeys(name for path, name in self._known.items() if path in found)) or self._file
+
+    def of_key(self, key: str) -> str:
+        """Who set it; the file, or what stands for it, where nobody did."""
+        return self._of(Problem(tuple(key.split(".")), ""))
 
     def _at(self, place: Path) -> list[Path]:
         return [path for path in self._known if place and path[: len(place)] == place[: len(path)]]

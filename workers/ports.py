@@ -12,9 +12,23 @@ from pathlib import Path
 from workers.address import parse_address
 from workers.config import ConfigError
 
+_IN_USE = "cannot listen: is in use by another process; stop that one, or write another address"
+_CURES = {
+    errno.EACCES: "only root may have ports below 1024; write a higher one",
+    errno.EADDRNOTAVAIL: "write an address of this machine, or 0.0.0.0 for all of them",
+}
+
+
+class AddressError(ConfigError):
+    """An address cannot be had."""
+
+    def __init__(self, address: str, why: str) -> None:
+        super().__init__(f"{address}: {why}")
+        self.address = address
+
 
 class Reservation:
-    """A bound socket on an address, until `release`. Raises ConfigError when the address cannot be had."""
+    """A bound socket on an address, until `release`. Raises AddressError."""
 
     def __init__(self, address: str, *, shared: bool) -> None:
         self.address = address
@@ -22,7 +36,7 @@ class Reservation:
         kind, host, port = parse_address(address)
         if kind == "unix":
             if not Path(host).parent.is_dir():
-                raise ConfigError(f"{address}: the directory {Path(host).parent} does not exist")
+                raise AddressError(address, f"the directory {Path(host).parent} does not exist; make it")
             return
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -38,8 +52,7 @@ class Reservation:
             held.bind(place)
         except OSError as error:
             self.release()
-            why = "is in use by another process" if error.errno == errno.EADDRINUSE else error.strerror
-            raise ConfigError(f"{address}: cannot listen: {why}") from None
+            raise AddressError(address, _why(error)) from None
 
     def release(self) -> None:
         """Give the address up."""
@@ -48,14 +61,21 @@ class Reservation:
             self._socket = None
 
 
+def _why(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return _IN_USE
+    cure = _CURES.get(error.errno or 0, "write another address")
+    return f"cannot listen: {error.strerror}; {cure}"
+
+
 def clear_stale_socket(address: str) -> None:
-    """Remove the file of a unix socket on which nobody listens anymore. Raises ConfigError when somebody does, or when
-    the file is anything else."""
+    """Remove the file of a unix socket on which nobody listens anymore. Raises AddressError when somebody does, or
+    when the file is anything else."""
     kind, path, _ = parse_address(address)
     if kind != "unix" or not Path(path).exists():
         return
     if not Path(path).is_socket():
-        raise ConfigError(f"{address}: cannot listen: there is a file of that name that is no socket")
+        raise AddressError(address, "cannot listen: there is a file of that name that is no socket; write another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
@@ -63,5 +83,5 @@ def clear_stale_socket(address: str) -> None:
             Path(path).unlink()
             return
         except OSError as error:
-            raise ConfigError(f"{address}: cannot be used: {error.strerror}") from None
-    raise ConfigError(f"{address}: cannot listen: is in use by another process")
+            raise AddressError(address, f"cannot be used: {error.strerror}; write another path") from None
+    raise AddressError(address, _IN_USE)

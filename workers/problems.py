@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo
 
 from router.errors import RequestError
 from router.strategies import STRATEGIES, Scoring
@@ -20,6 +20,15 @@ _SHAPES = {
 """For what pydantic says in terms of Python."""
 
 
+class Misfit(ValueError):
+    """What is wrong with several keys together, or with one that only the whole can judge. `keys` are these, dotted, as
+    seen from where it is raised."""
+
+    def __init__(self, text: str, *keys: str) -> None:
+        super().__init__(text)
+        self.keys = keys
+
+
 class Problem(NamedTuple):
     """`place` is the way to it, empty for the whole document."""
 
@@ -27,6 +36,8 @@ class Problem(NamedTuple):
     text: str
     placed: bool = False
     """Whether the text names the place."""
+    culprits: tuple[tuple[int | str, ...], ...] = ()
+    """The ways to the values that make it, where they are others than `place`."""
 
     def __str__(self) -> str:
         return self.text if self.placed or not self.place else f"{'.'.join(map(str, self.place))}: {self.text}"
@@ -74,7 +85,17 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[Prob
         value = found.get("input")
         if isinstance(value, str | int | float) and repr(value) not in text:
             text += f" (got {value!r})"
-        yield Problem(place, text)
+        cause = found.get("ctx", {}).get("error")
+        keys = cause.keys if isinstance(cause, Misfit) else ()
+        yield Problem(place, text, culprits=tuple((*place, *key.split(".")) for key in keys))
+
+
+def numbers_only(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """For a validator of all fields: true and false are no 1 and 0 here, as they are to Python."""
+    kinds = list(kinds_of(model.model_fields[info.field_name or ""].annotation))
+    if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+        raise ValueError("must be a number")
+    return value
 
 
 def _keys(kind: Any, place: tuple[int | str, ...]) -> list[str]:

@@ -44,10 +44,13 @@ class _Lossy:
 
 
 def set_up_logging(config: LogConfig, name: str) -> None:
-    """Structured lines on standard error: readable on a terminal, JSON elsewhere."""
-    as_json = config.format == "json" or (config.format == "auto" and not sys.stderr.isatty())
+    """Structured lines on standard error: readable on a terminal, JSON elsewhere. Colours are for terminals alone."""
+    terminal = sys.stderr.isatty()
+    as_json = config.format == "json" or (config.format == "auto" and not terminal)
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(pad_event_to=0)
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(pad_event_to=0, colors=terminal)
     )
     levels = {"debug": 10, "info": 20, "warning": 30, "error": 40}
     structlog.configure(

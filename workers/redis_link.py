@@ -29,9 +29,11 @@ from collections import deque
 from collections.abc import Callable
 from hashlib import sha1
 from typing import Any, Final, NamedTuple, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import structlog
+
+from workers.address import join_address
 
 log = structlog.get_logger()
 
@@ -94,21 +96,45 @@ class RedisAddress(NamedTuple):
     password: str
     database: int
 
+    @property
+    def place(self) -> str:
+        """Where it is, without user and password."""
+        if self.path:
+            return f"unix://{self.path}"
+        return f"redis{'s' if self.tls else ''}://{join_address(self.host, self.port)}/{self.database}"
+
+
+def without_password(url: str) -> str:
+    """A URL that `parse_redis_url` takes, to be shown."""
+    parts = urlsplit(url)
+    who, _, host = parts.netloc.rpartition("@")
+    name, colon, _ = who.partition(":")
+    return urlunsplit(parts._replace(netloc=f"{name}:***@{host}")) if colon else url
+
 
 def parse_redis_url(url: str) -> RedisAddress:
     """Raises ValueError that says what is wrong, without the password."""
-    try:
+    parts = None
+    with contextlib.suppress(ValueError):  # its text may have the password
         parts = urlsplit(url)
-        port = parts.port or 6379
-    except ValueError as error:
-        raise ValueError(f"no Redis URL: {error}") from None
-    if parts.scheme not in ("redis", "rediss", "unix"):
+    if parts is None or parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError("no Redis URL: write redis://host:port/0, rediss://... for TLS, or unix:///path")
+    if parts.scheme != "unix" and "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("no Redis URL: in user and password write / as %2F, ? as %3F and # as %23")
+    if parts.query or parts.fragment:
+        raise ValueError(
+            "no Redis URL: nothing may come after the database's number; user and password stand before the host, "
+            "redis://user:password@host:port/0"
+        )
     username, password = unquote(parts.username or ""), unquote(parts.password or "")
     if parts.scheme == "unix":
-        if not parts.path:
-            raise ValueError("no Redis URL: a unix socket needs its path, such as unix:///run/redis.sock")
+        if not parts.path or parts.netloc.rpartition("@")[2]:
+            raise ValueError("no Redis URL: a unix socket needs its whole path, such as unix:///run/redis.sock")
         return RedisAddress("", 0, unquote(parts.path), False, username, password, 0)
+    try:
+        port = parts.port or 6379
+    except ValueError:
+        raise ValueError("no Redis URL: the port must be a number up to 65535") from None
     database = parts.path.strip("/") or "0"
     if not database.isascii() or not database.isdigit():
         raise ValueError(f"no Redis URL: the path must be a database's number, not {database!r}")
@@ -308,7 +334,7 @@ class RedisLink:
                     pause, told = FIRST_PAUSE_SECONDS, False
             self._tried.set()
             if not told:
-                log.warning("Redis cannot be reached", reason=reason)
+                log.warning("Redis cannot be reached", address=self._address.place, reason=reason)
                 told = True
             await asyncio.sleep(pause * random.uniform(0.75, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
@@ -346,7 +372,7 @@ class RedisLink:
             return None, (str(error) or "timed out") if isinstance(error, OSError) else repr(error)
         if refusal is not None:
             connection.end("could not be made")
-            return None, refusal.text
+            return None, connection.lost.result() if refusal is LOST else refusal.text
         connection.use_timeout(self._timeout)
         connection.on_error = self._complain
         return connection, ""

@@ -135,7 +135,7 @@ class Scraper:
                     self._watch(slot, pod)
                 watched.pod = pod
         if complete and not found and not self._without:
-            cure = "set `endpoints`" if self._source is None else f"list some in {self._source.path}"
+            cure = "set `endpoints`" if self._source is None else self._source.cure()
             log.warning("there are no pods, every request will be refused", cure=cure)
         self._without = complete and not found
         if added or leaving:
@@ -158,8 +158,10 @@ class Scraper:
             elif source is not None and source.loaded and source.news:
                 self._take_over(*source.listed())
             for slot in self._registry.sweep(now):
+                gone = self._pods.get(slot)
                 self._unwatch(slot)
-                log.info("a pod is gone", slot=slot)
+                if gone is not None:
+                    log.info("a pod is gone", pod=gone.pod.name, address=gone.pod.address)
 
     async def _judge_forever(self) -> None:
         while True:

@@ -22,8 +22,7 @@ class RedisUsers:
     """See `workers.users.UserStore`. For the command line: blocking."""
 
     def __init__(self, url: str) -> None:
-        address = parse_redis_url(url)
-        self.place = address.path or f"redis://{address.host}:{address.port}/{address.database}"
+        self.place = parse_redis_url(url).place
         self._redis: Any = redis.Redis.from_url(
             url, socket_timeout=_TIMEOUT_SECONDS, socket_connect_timeout=_TIMEOUT_SECONDS
         )

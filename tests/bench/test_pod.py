@@ -1,6 +1,7 @@
 """Simulated pods as real processes, driven as clients drive vLLM."""
 
 import asyncio
+import gzip
 import json
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from bench.pod import simulate_pod
 ROOT = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
 SPEED = 20
+NESTED = json.loads("[" * 300 + "]" * 300)
 
 
 @contextmanager
@@ -223,6 +225,11 @@ async def test_health_and_version(pod: str) -> None:
         ("/v1/embeddings", {"model": "llama", "input": "x", "dimensions": 0}, 400, "BadRequestError", "dimensions"),
         ("/tokenize", {"model": "other", "prompt": "x"}, 404, "NotFoundError", "`other`"),
         ("/tokenize", {"model": "llama"}, 400, "BadRequestError", "prompt"),
+        (CHAT, chat("x", messages=[{"role": "user", "content": NESTED}]), 400, "BadRequestError", "Recursion limit"),
+        (CHAT, chat("x", messages=[{"role": "user", "tool_calls": NESTED}]), 400, "BadRequestError", "Recursion limit"),
+        (CHAT, chat("x", tools=NESTED), 400, "BadRequestError", "Recursion limit"),
+        ("/tokenize", chat("x", tools=NESTED), 400, "BadRequestError", "Recursion limit"),
+        (CHAT, chat("x", stream=True, stream_options="all"), 400, "BadRequestError", "stream_options: an object"),
     ],
 )
 async def test_errors_have_vllms_shape(pod: str, path: str, body: Any, status: int, kind: str, said: str) -> None:
@@ -231,6 +238,27 @@ async def test_errors_have_vllms_shape(pod: str, path: str, body: Any, status: i
     assert (got, error["code"], error["type"]) == (status, status, kind)
     assert said in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+async def test_headers_that_a_vllm_takes_no_notice_of(pod: str) -> None:
+    """None of them is a reason for a 500, of which three in a row have a pod left out."""
+    plain = json.dumps(chat("Hi")).encode()
+    packed = gzip.compress(plain)
+    async with aiohttp.ClientSession() as session:
+        for encoding in ("gzip", "deflate", "br", "zstd", "nonsense"):
+            for body, status in ((plain, 200), (packed, 400)):
+                headers = {"content-encoding": encoding}
+                async with session.post(f"http://{pod}{CHAT}", data=body, headers=headers) as response:
+                    answer = await response.json()
+                    assert response.status == status
+                    assert status == 200 or "not JSON" in answer["error"]["message"]
+    host, port = pod.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = b"POST %b HTTP/1.1\r\nhost: pod\r\nconnection: close\r\nx-request-id: \xff\r\ncontent-length: %d\r\n\r\n"
+    writer.write(head % (CHAT.encode(), len(plain)) + plain)
+    answer_text = (await reader.read()).decode()
+    writer.close()
+    assert "200 OK" in answer_text and '"id":"chatcmpl-ÿ"' in answer_text
 
 
 async def test_unknown_paths_and_methods(pod: str) -> None:

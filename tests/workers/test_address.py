@@ -33,6 +33,31 @@ def test_what_is_no_address_says_so_and_shows_one(text: str) -> None:
         parse_address(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("http://vllm:8000", "http://"),
+        ("https://vllm", "https://"),
+        ("http://[::1]:8000/v1", "http:// and /v1"),
+        ("vllm:8000/v1/models?x=1", "/v1/models?x=1"),
+        ("vllm/v1", "/v1"),
+        ("vllm:8000/", "/"),
+    ],
+)
+def test_a_url_is_told_to_be_one(text: str, without: str) -> None:
+    for of_pod in (False, True):
+        with pytest.raises(ValueError, match="is no address") as raised:
+            parse_address(text, of_pod=of_pod)
+        assert str(raised.value) == f"{text!r} is no address: write host:port alone, without {without}"
+
+
+def test_a_pod_is_not_told_of_unix_paths() -> None:
+    for text in ("vllm:x", "unix:/run/x", "unix:x", "/run/x"):
+        with pytest.raises(ValueError, match="write host:port") as raised:
+            parse_address(text, of_pod=True)
+        assert "unix:/path" not in str(raised.value)
+
+
 @given(st.one_of(st.ip_addresses().map(str), st.from_regex(r"\A[a-z][a-z0-9.-]{0,20}\Z")), st.integers(1, 65535))
 def test_joining_and_parsing(host: str, port: int) -> None:
     assert parse_address(join_address(host, port)) == ("tcp", host, port)

@@ -46,6 +46,24 @@ def test_check_config_prints_what_is_in_force(config: Path, monkeypatch: pytest.
     assert printed["endpoints"] == str(config.parent / "endpoints.yaml")
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://u:se:cret@h:6379/0", "redis://u:***@h:6379/0"),
+        ("rediss://:se@cret@h", "rediss://:***@h"),
+        ("unix://u:secret@/run/a@b:c.sock", "unix://u:***@/run/a@b:c.sock"),
+        ("redis://u@h/1", "redis://u@h/1"),
+        ("redis://[::1]:6379/1", "redis://[::1]:6379/1"),
+        ("unix:///run/a@b:c.sock", "unix:///run/a@b:c.sock"),
+    ],
+)
+def test_check_config_shows_no_password(config: Path, monkeypatch: pytest.MonkeyPatch, url: str, shown: str) -> None:
+    monkeypatch.setenv("POINTSMAN_REDIS", url)
+    result = run("check-config", "--config", config)
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.stdout)["redis"] == shown
+
+
 def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path) -> None:
     first = run("check-config", "--config", config).stdout
     (tmp_path / "again.yaml").write_text(first)
@@ -123,7 +141,8 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(config: Path, reuse: bool) ->
         address = f"127.0.0.1:{sock.getsockname()[1]}"
         done = serve("--config", str(config), "--listen", address, "--worker-listen", "127.0.0.1:21950")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"pointsman: {address}: cannot listen: is in use by another process"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"pointsman: --listen: listen: {address}: cannot listen: is in use by another process; stop")
     assert done.stdout == ""
 
 

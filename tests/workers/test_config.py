@@ -177,6 +177,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("worker_listen: 'unix:/run/{i}'\nadmin: unix:/run/3\nworkers: 2", "unix:/run/{i} is also that of admin"),
         ("workers: 0", "workers: Input should be greater than or equal to 1 (got 0)"),
         ("workers: many", "workers: Input should be a valid integer"),
+        ("workers: true", "workers: must be a number (got True)"),
+        ("drain_seconds: on", "drain_seconds: must be a number (got True)"),
+        ("scrape: {failures: yes}", "scrape.failures: must be a number (got True)"),
+        ("prefix: {seed: false}", "prefix.seed: must be a number (got False)"),
+        ("redis: 'redis://h/0?password=secret'", "redis: no Redis URL: nothing may come after the database's number"),
         ("capacity: {workers: 1}\nworkers: 2", "capacity.workers: 1 is fewer than the 2 workers to start"),
         ("transport: http", "transport: Input should be 'h2' or 'grpcio'"),
         ("scrape: {interval_min_seconds: 9}", "interval_max_seconds must not be below interval_min_seconds"),
@@ -290,6 +295,38 @@ def test_mistakes_of_several_sources_are_said_of_each(tmp_path: Path, monkeypatc
     assert [part in message for part in ("POINTSMAN_WORKERS: workers: ", "--transport: transport: ")] == [True, True]
     assert "--log-format: log.format: " in message
     assert refused(write(tmp_path, "workers: 4"), {"workers": 0}).startswith("--workers: workers: ")
+
+
+def test_only_those_who_set_the_key_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other keys the message speaks of: strategies have names like theirs."""
+    flags = {"strategy": "foo", "prefix": {"blocks": 4096, "seed": 5}}
+    assert refused(None, flags).startswith("--strategy: strategy: no strategy 'foo'")
+    monkeypatch.setenv("POINTSMAN_PREFIX__SEED", "5")
+    path = write(tmp_path, "strategy: foo")
+    assert refused(path).startswith(f"{path}: strategy: no strategy 'foo'")
+    monkeypatch.setenv("POINTSMAN_SCRAPE__INTERVAL_MAX_SECONDS", "0.1")
+    path = write(tmp_path, "scrape: {failures: 5}")
+    assert refused(path).startswith("POINTSMAN_SCRAPE__INTERVAL_MAX_SECONDS: scrape: interval_max_seconds must not")
+
+
+def test_all_who_set_keys_that_do_not_fit_each_other_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "worker_listen: '0.0.0.0:65530'\nstrategy: random")
+    monkeypatch.setenv("POINTSMAN_WORKERS", "9")
+    assert refused(path).startswith(f"{path} and POINTSMAN_WORKERS: worker_listen: port 65530 leaves no room")
+    path = write(tmp_path, "envoy: {body_limit_bytes: 5000, listen: '0.0.0.0:1'}")
+    message = refused(path, {"max_message_bytes": 5000})
+    assert message.startswith(f"{path} and --max-message-bytes: max_message_bytes: 5000 has no room")
+
+
+def test_it_is_known_who_set_an_address_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "listen: '127.0.0.1:1'")
+    monkeypatch.setenv("POINTSMAN_WORKER_LISTEN", "127.0.0.1:20000")
+    config = load(path, {"admin": "127.0.0.1:2"}).model_copy(update={"workers": 3})
+    assert config.where("127.0.0.1:1") == f"{path}: listen"
+    assert config.where("127.0.0.1:2") == "--admin: admin"
+    assert config.where("127.0.0.1:20002") == "POINTSMAN_WORKER_LISTEN: worker_listen"
+    assert load(None).where("0.0.0.0:8080") == "configuration: admin"
+    assert Config().where("0.0.0.0:8080") == "admin"
 
 
 @pytest.mark.parametrize(

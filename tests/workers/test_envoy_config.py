@@ -102,6 +102,16 @@ def test_there_is_one_endpoint_for_each_worker() -> None:
     assert cluster(document, ROUTER_CLUSTER)["lb_policy"] == "LEAST_REQUEST"
 
 
+def test_a_full_connection_to_a_worker_is_given_time_to_answer_a_ping() -> None:
+    """A PING waits behind bodies; the health checks find dead workers sooner."""
+    router = cluster(bootstrap(make_config(None)), ROUTER_CLUSTER)
+    (options,) = router["typed_extension_protocol_options"].values()
+    keepalive = options["explicit_http_config"]["http2_protocol_options"]["connection_keepalive"]
+    assert keepalive == {"interval": "10s", "timeout": "10s"}
+    (check,) = router["health_checks"]
+    assert int(check["interval"].removesuffix("s")) * check["unhealthy_threshold"] < 10
+
+
 def test_unix_sockets_become_pipes() -> None:
     document = bootstrap(make_config(None, worker_listen="unix:/run/w{i}.sock", admin="unix:/run/admin.sock"))
     assert endpoint_addresses(document, ROUTER_CLUSTER) == [{"pipe": {"path": f"/run/w{n}.sock"}} for n in range(3)]

@@ -400,6 +400,26 @@ async def test_a_server_that_becomes_a_replica_is_left_for_the_one_that_takes_wr
             await asyncio.gather(*filter(None, forwarders))
     assert [entry["event"] for entry in logs] == ["Redis cannot be reached", "Redis is back"]
     assert "READONLY" in logs[0]["reason"]
+    assert logs[0]["address"].startswith("redis://")
+
+
+async def test_it_is_said_which_redis_cannot_be_reached_and_why() -> None:
+    """Here one that hangs up."""
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with capture_logs() as logs:
+        link = RedisLink(f"redis://user:secret@127.0.0.1:{port}/0", 1.0, ())
+        await link.start()
+        await link.close()
+    server.close()
+    await server.wait_closed()
+    assert logs[0]["address"] == f"redis://127.0.0.1:{port}/0"
+    assert "LOST" not in logs[0]["reason"] and logs[0]["reason"]
+    assert "secret" not in str(logs)
 
 
 @pytest.mark.parametrize(
@@ -522,7 +542,16 @@ async def test_over_a_unix_socket(tmp_path: Any) -> None:
         ("http://localhost", "redis://host:port/0"),
         ("redis://localhost:port", "no Redis URL"),
         ("redis://:secret@localhost/zero", "a database's number, not 'zero'"),
-        ("unix://", "needs its path"),
+        ("redis://:secret", "the port must be a number"),
+        ("redis://:se/cret:secret@localhost", "write / as %2F"),
+        ("redis://:secret?secret@localhost", "write / as %2F"),
+        ("redis://:a@b/secret@localhost", "write / as %2F"),
+        ("redis://:secret\N{CARE OF}@localhost", "redis://host:port/0"),
+        ("redis://localhost/0?password=secret", "user and password stand before the host"),
+        ("redis://localhost/0#secret", "user and password stand before the host"),
+        ("unix://", "needs its whole path"),
+        ("unix://run/redis.sock", "needs its whole path, such as unix:///run"),
+        ("unix://:se/secret@/run/redis.sock", "needs its whole path"),
         ("redis://:secret@redis..svc:6379", "'redis..svc' can be no host's name"),
         (f"redis://{'x' * 64}.svc", "can be no host's name"),
     ],
@@ -531,6 +560,18 @@ def test_urls_that_are_none(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         parse_redis_url(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("redis://u:secret@h", "redis://h:6379/0"),
+        ("rediss://[::1]:1/2", "rediss://[::1]:1/2"),
+        ("unix://u:secret@/run/a.sock", "unix:///run/a.sock"),
+    ],
+)
+def test_a_place_is_told_without_user_and_password(url: str, place: str) -> None:
+    assert parse_redis_url(url).place == place
 
 
 def test_what_a_lost_call_looks_like() -> None:

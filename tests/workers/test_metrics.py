@@ -126,9 +126,10 @@ def test_processes() -> None:
     tables.roster.put(1, Process(Kind.SCRAPER, 0, 10, Phase.READY, 0))
     tables.roster.put(3, Process(Kind.WORKER, 0, 11, Phase.DOWN, 1))
     assert values(tables, "pointsman_process_up") == {
-        (("number", "0"), ("process", "scraper")): 1.0,
-        (("number", "0"), ("process", "worker")): 0.0,
+        (("process", "scraper"),): 1.0,
+        (("process", "worker 0"),): 0.0,
     }
+    assert values(tables, "pointsman_restarts").keys() == values(tables, "pointsman_process_up").keys()
 
 
 def test_a_worker_and_its_successor_are_one_sample() -> None:
@@ -137,7 +138,7 @@ def test_a_worker_and_its_successor_are_one_sample() -> None:
     tables.roster.put(3, Process(Kind.WORKER, 0, 11, Phase.READY, 0))
     tables.roster.put(4, Process(Kind.WORKER, 0, 12, Phase.STARTING, 0))
     tables.roster.put(5, Process(Kind.WORKER, 0, 13, Phase.DRAINING, 0))
-    assert values(tables, "pointsman_process_up") == {(("number", "0"), ("process", "worker")): 1.0}
+    assert values(tables, "pointsman_process_up") == {(("process", "worker 0"),): 1.0}
 
 
 def test_a_row_whose_writer_died_half_way_reads_as_unseen() -> None:

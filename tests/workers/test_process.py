@@ -1,5 +1,6 @@
 """What every child does first."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,18 @@ for number in range(3):
     structlog.get_logger().info("line", number=number)
 print("still here")
 """
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_colours_are_for_terminals(terminal: bool) -> None:
+    read, write = os.openpty() if terminal else os.pipe()
+    subprocess.run([sys.executable, "-c", LOG.replace("LogConfig()", "LogConfig(format='console')")],
+                   stdout=subprocess.DEVNULL, stderr=write, timeout=60, check=True)  # fmt: skip
+    said = os.read(read, 65536).decode()
+    for each in (read, write):
+        os.close(each)
+    assert said.count("line") == 3
+    assert ("\x1b[" in said) == terminal
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")

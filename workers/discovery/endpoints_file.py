@@ -20,13 +20,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from router.rules import CONFIG
 from workers.address import parse_address
 from workers.discovery.model_config import ModelConfig, first_problem
 from workers.documents import NotYaml, read_yaml
-from workers.problems import problems_of
+from workers.problems import numbers_only, problems_of
 
 DEFAULT_PORT = 8000
 """Of a pod that is given without one."""
@@ -39,8 +48,7 @@ class EndpointsError(Exception):
 def _tcp(value: str) -> str:
     if ":" not in value and "/" not in value:
         value = f"{value}:{DEFAULT_PORT}"
-    if parse_address(value).kind != "tcp":
-        raise ValueError(f"{value!r} is no pod address: write host:port")
+    parse_address(value, of_pod=True)
     return value
 
 
@@ -64,6 +72,11 @@ Labels = Annotated[Mapping[str, str], AfterValidator(_annotated)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return numbers_only(cls, value, info)
 
 
 class Endpoint(_Strict):

@@ -33,6 +33,8 @@ LOOK_UP_SECONDS = 2.0
 """For one look-up, before its name counts as one that cannot be resolved, until it is answered after all."""
 MOST_LOOK_UPS = 32
 """At the same time; each that hangs takes a thread."""
+_TOLD = 3
+"""Host names in one line of the log."""
 LONGEST_MODEL_IN_NAMES = 50
 """Characters of a model's name in the names of its pods."""
 
@@ -112,6 +114,14 @@ class FileSource:
         """Whether no name is still in its first look-up: until then, pods may be missing from what is listed."""
         first = self._hosts.intersection(self._look_ups).difference(self._addresses)
         return first <= self._late
+
+    def cure(self) -> str:
+        """What to do where the file has come to no pods."""
+        lost = sorted(host for host in self._hosts if not self._addresses.get(host))
+        if not lost:
+            return f"list some in {self.path}"
+        more = f" and {len(lost) - _TOLD} more" if len(lost) > _TOLD else ""
+        return f"see that {', '.join(lost[:_TOLD])}{more} can be resolved here, or correct {self.path}"
 
     async def _look_up(self, host: str) -> None:
         ask = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
