@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError, ValidationInfo
+from pydantic import BaseModel, SecretStr, ValidationError, ValidationInfo
 
 from router.errors import RequestError
 from router.strategies import STRATEGIES, Scoring
@@ -83,7 +83,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[Prob
         if found["type"] == "model_type":
             text = f"must be a mapping with keys such as `{_keys(model, place)[0]}`"
         value = found.get("input")
-        if isinstance(value, str | int | float) and repr(value) not in text:
+        if isinstance(value, str | int | float) and repr(value) not in text and not _is_secret(model, place):
             text += f" (got {value!r})"
         cause = found.get("ctx", {}).get("error")
         keys = cause.keys if isinstance(cause, Misfit) else ()
@@ -98,11 +98,20 @@ def numbers_only(model: type[BaseModel], value: Any, info: ValidationInfo) -> An
     return value
 
 
-def _keys(kind: Any, place: tuple[int | str, ...]) -> list[str]:
-    """The keys that may stand at a place of a document of this kind."""
+def _at(kind: Any, place: tuple[int | str, ...]) -> list[type]:
+    """What may stand at a place of a document of this kind."""
     for part in place:
         kind = next((inner for each in kinds_of(kind) for inner in _inside(each, part)), None)
-    models = [each for each in kinds_of(kind) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return [each for each in kinds_of(kind) if isinstance(each, type)]
+
+
+def _is_secret(kind: Any, place: tuple[int | str, ...]) -> bool:
+    return SecretStr in _at(kind, place)
+
+
+def _keys(kind: Any, place: tuple[int | str, ...]) -> list[str]:
+    """The keys that may stand at a place of a document of this kind."""
+    models = [each for each in _at(kind, place) if issubclass(each, BaseModel)]
     return [field.alias or name for each in models for name, field in each.model_fields.items()]
 
 

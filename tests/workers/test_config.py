@@ -460,3 +460,12 @@ def test_every_key_is_documented_with_its_default() -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(Exception, match="frozen"):
         load(None).workers = 3
+
+
+@pytest.mark.parametrize("secret", [12345, True, ["s3cret"]])
+def test_a_secret_of_the_wrong_kind_is_not_shown(secret: object) -> None:
+    for values in ({"session_secret": secret}, {"limits": {"bearer_token": secret}}):
+        with pytest.raises(ConfigError) as raised:
+            load(None, values)
+        assert "12345" not in str(raised.value)
+        assert "s3cret" not in str(raised.value)
