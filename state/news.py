@@ -6,6 +6,7 @@ by the time when it started, and times are ages in seconds.
     loads     a row of LOADS for each pod: all that a replica has in flight there. Always whole, so that news that got
               lost are made up for by the next
     routed    one after the other, for each prompt: `_ROUTED`, then the hashes of its blocks, as in `state.prefix_log`
+    users     a row of USERS for each cell of the sketch of users' tokens (`state.user_tokens`) that is not 0
 
 Whatever cannot be such news raises NewsError, and nothing of it is believed.
 """
@@ -19,13 +20,19 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from state.user_tokens import CELLS, ROWS
+
 FORMAT: Final = 1
 """Replicas that speak another one keep out of each other's way: it is part of the names in Redis."""
 LOADS: Final = np.dtype([("pod", "<u8"), ("requests", "<i4"), ("tokens", "<i8"), ("promised", "<i8"), ("wait", "<f4")])
 """`promised`: prompt tokens sent and not expected in the pod's cache, for as long as the replica knows the pod.
 `wait`: seconds until the pod will have computed all that it was promised, by anybody."""
+USERS: Final = np.dtype([("cell", "<u2"), ("tokens", "<f4")])
+"""`cell`: row * CELLS + cell."""
 _ROUTED: Final = struct.Struct("<QQfII")
 """Pod, life, age in seconds, bytes in a block, number of hashes."""
+
+_MOST_TOKENS: Final = float(1 << 40)
 
 Loads = npt.NDArray[np.void]
 
@@ -61,6 +68,30 @@ def read_loads(news: bytes) -> Loads:
     if not (np.isfinite(rows["wait"]).all() and (rows["wait"] >= 0).all()):
         raise NewsError("a wait that is no time")
     return rows
+
+
+def write_users(totals: npt.NDArray[np.float64]) -> bytes:
+    """What a replica's users have used: [ROWS][CELLS]."""
+    flat = totals.ravel()
+    cells = flat.nonzero()[0]
+    rows = np.zeros(len(cells), USERS)
+    rows["cell"], rows["tokens"] = cells, np.minimum(flat[cells], _MOST_TOKENS)
+    return rows.tobytes()
+
+
+def read_users(news: bytes) -> npt.NDArray[np.float64]:
+    """The same. Raises NewsError."""
+    if len(news) % USERS.itemsize:
+        raise NewsError(f"{len(news)} bytes are no rows of {USERS.itemsize}")
+    rows = np.frombuffer(news, USERS)
+    cells, tokens = rows["cell"], rows["tokens"].astype(float)
+    if len(np.unique(cells)) != len(cells) or (cells >= ROWS * CELLS).any():
+        raise NewsError("a cell that is none, or twice")
+    if not (np.isfinite(tokens).all() and (tokens >= 0).all()):
+        raise NewsError("tokens that are no number")
+    totals = np.zeros(ROWS * CELLS)
+    totals[cells] = np.minimum(tokens, _MOST_TOKENS)
+    return totals.reshape(ROWS, CELLS)
 
 
 def write_routed(told: Told) -> bytes:

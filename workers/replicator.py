@@ -8,6 +8,7 @@ that does all of it in one step on the server:
     pointsman:replicas:<format>:<seed>:<group>:loads    hash: replica -> time, what it has in flight
     pointsman:replicas:<format>:<seed>:<group>:routed   stream of what was routed, the newest `prefix.ring_bytes` of it
     pointsman:replicas:<format>:<seed>:<group>:bytes    how much that is
+    pointsman:replicas:<format>:<seed>:<group>:users    hash: replica -> time, what its users have used, once a second
     pointsman:replicas:<format>:<seed>:<group>:ended:<replica>
         list: ends of requests that this replica routed, which Envoy's access log told another; fetched by it
 
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+import numpy as np
 import structlog
 from google.protobuf.message import DecodeError
 
@@ -37,9 +39,10 @@ from protos.access_log_pb2 import HTTPAccessLogEntry
 from router.access_log import AccessLog, passed_on
 from router.mirror import Mirror
 from router.scheduler import Scheduler
-from state.news import FORMAT, NewsError
+from state.news import FORMAT, NewsError, read_users, write_users
 from state.prefix_log import LogReader
-from state.tables import Tables
+from state.tables import REPLICATOR, Tables
+from state.user_tokens import CELLS, ROWS
 from workers.config import Config
 from workers.process import Stop, until_stopped
 from workers.redis_link import LOST, RedisLink, ReplyError, Script
@@ -58,6 +61,10 @@ MOST_TOLD_BYTES: Final = 256 << 10
 MOST_HEARD: Final = 64
 """Entries of the stream in one call."""
 MOST_ENDS: Final = 2000
+USERS_SECONDS: Final = 1.0
+"""Between two times that it is told what users have used."""
+USERS_GONE_SECONDS: Final = 60.0
+"""What the users of a replica have used counts for so long after it was last heard of."""
 COMPLAIN_SECONDS: Final = 60.0
 
 EXCHANGE: Final = Script("""
@@ -119,6 +126,27 @@ end
 return {string.format('%.0f', now), others, heard, last, more, ended}
 """)
 
+USERS: Final = Script("""
+local users, replica, used, gone = ARGV[1] .. 'users', ARGV[2], ARGV[3], tonumber(ARGV[4])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('HSET', users, replica, string.format('%.0f ', now) .. used)
+redis.call('PEXPIRE', users, 3600000)
+local others, all = {}, redis.call('HGETALL', users)
+for i = 1, #all, 2 do
+  if all[i] ~= replica then
+    local space = string.find(all[i + 1], ' ', 1, true)
+    local told = space and tonumber(string.sub(all[i + 1], 1, space - 1))
+    if told and now - told <= gone then
+      others[#others + 1] = string.sub(all[i + 1], space + 1)
+    else
+      redis.call('HDEL', users, all[i])
+    end
+  end
+end
+return others
+""")
+
 LEAVE: Final = Script("return redis.call('HDEL', ARGV[1] .. 'loads', ARGV[2])")
 
 
@@ -133,11 +161,12 @@ class Replicator:
         self._ended_log.skip()
         self._access_log = AccessLog(Scheduler(tables, "random", clock))
         self._series = tables.series()
+        self._user_tokens = tables.user_tokens
         self._clock = clock
         self._interval = config.replicas.interval_seconds
         self._room = config.prefix.ring_bytes
         self._names = f"pointsman:replicas:{FORMAT}:{config.prefix.seed}:{config.replicas.group}:".encode()
-        self._link = RedisLink(config.redis, TIMEOUT_SECONDS, (EXCHANGE, LEAVE))
+        self._link = RedisLink(config.redis, TIMEOUT_SECONDS, (EXCHANGE, USERS, LEAVE))
         self._place = tables.place
         self._series.put(0.0, "replicas")
         self._news = b""
@@ -145,6 +174,7 @@ class Replicator:
         self._waits_until: float | None = clock() + PATIENCE_SECONDS
         self._heard_at = clock()
         self._complained_at = -COMPLAIN_SECONDS
+        self._users_at = -USERS_SECONDS
         self._counted: dict[str, int] = {}
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -154,6 +184,9 @@ class Replicator:
         while True:
             began = self._clock()
             more = await self.exchange()
+            if began - self._users_at >= USERS_SECONDS:
+                self._users_at = began
+                await self.exchange_users()
             if not more:
                 interval = self._interval if self._mirror.others else max(self._interval, ALONE_SECONDS)
                 await asyncio.sleep(max(interval - (self._clock() - began), 0.0))
@@ -209,6 +242,24 @@ class Replicator:
         self._series.add(1.0, "exchanges", "ok")
         self._count()
         return bool(more) or mirror.more
+
+    async def exchange_users(self) -> None:
+        """Tell what the users of this replica have used, and hear what those of the others have."""
+        users = self._user_tokens
+        call = self._link.call(
+            USERS,
+            self._names,
+            self._replica.encode(),
+            write_users(users.totals(self._clock(), without=REPLICATOR)),
+            b"%d" % round(USERS_GONE_SECONDS * 1000),
+        )
+        answer = await call if call is not None else LOST
+        if isinstance(answer, ReplyError):
+            return  # what was heard is forgotten with its window
+        heard = []
+        for news in answer:
+            self._take(lambda news: heard.append(read_users(news)), news)
+        users.mirror(np.sum(heard, axis=0) if heard else np.zeros((ROWS, CELLS)), self._clock())
 
     def _ends(self) -> Iterator[bytes]:
         """Replica, entry, replica, entry ...: what Envoy told workers here of others' requests."""

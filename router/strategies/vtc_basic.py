@@ -32,8 +32,9 @@ class VtcBasic(Scoring):
     Weights and bounds are AIBrix's (the tokens' are those of VTC, arXiv 2401.00588). Its first term is
     |i - min(tokens / share, n - 1)| with share = (least + most tokens of the users) / 2, and pods numbered anew in
     random order for each request, which makes it noise; with places that last it would never use more than three pods.
-    AIBrix counts estimates, each replica its own. Here all workers count together: the prompt when it is sent, and what
-    the engine reports when the answer's usage is seen (users with limits, or `usage_metrics`).
+    AIBrix counts estimates, each replica its own. Here all workers count together, and with Redis all replicas: the
+    prompt when it is sent, and what the engine reports when the answer's usage is seen (users with limits, or
+    `usage_metrics`).
     """
 
     name: ClassVar[str] = "vtc-basic"

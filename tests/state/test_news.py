@@ -1,11 +1,25 @@
 """What replicas tell each other: read as it was written, and refused where it cannot be."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.news import LOADS, NewsError, Told, pod_key, read_loads, read_routed, write_routed
+from state.news import (
+    LOADS,
+    USERS,
+    NewsError,
+    Told,
+    pod_key,
+    read_loads,
+    read_routed,
+    read_users,
+    write_routed,
+    write_users,
+)
+from state.user_tokens import CELLS, ROWS
 
 U64 = st.integers(0, 2**64 - 1)
 PROMPTS = st.builds(
@@ -74,3 +88,33 @@ def test_a_wait_that_is_no_time_is_refused() -> None:
 
 def test_pods_are_told_apart_by_their_address() -> None:
     assert pod_key("10.0.0.1:8000") == pod_key("10.0.0.1:8000") != pod_key("10.0.0.1:8001")
+
+
+USED = st.dictionaries(st.integers(0, ROWS * CELLS - 1), st.floats(1, 1e9, width=32), max_size=20)
+
+
+@given(USED)
+def test_what_users_used_is_read_as_it_was_written(used: dict[int, float]) -> None:
+    totals = np.zeros(ROWS * CELLS)
+    for cell, tokens in used.items():
+        totals[cell] = tokens
+    news = write_users(totals.reshape(ROWS, CELLS))
+    assert len(news) == USERS.itemsize * len(used)
+    assert (read_users(news).ravel() == totals).all()
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_what_users_used_or_refused(news: bytes) -> None:
+    with contextlib.suppress(NewsError):
+        assert np.isfinite(read_users(news)).all()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[(0, -1.0)], [(0, float("nan"))], [(0, float("inf"))], [(ROWS * CELLS, 1.0)], [(7, 1.0), (7, 2.0)]],
+)
+def test_what_nobody_can_have_used_is_refused(rows: list[tuple[int, float]]) -> None:
+    with pytest.raises(NewsError):
+        read_users(np.array(rows, USERS).tobytes())
+    with pytest.raises(NewsError):
+        read_users(np.array(rows, USERS).tobytes()[:-1])

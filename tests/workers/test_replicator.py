@@ -24,6 +24,7 @@ from router.scheduler import Scheduler
 from state.catalog import CatalogDocument
 from state.ledger import Entry
 from state.tables import REPLICATOR, Tables
+from state.user_tokens import cells_of
 from workers import replicator
 from workers.config import Config, load
 from workers.redis_link import LOST, ReplyError
@@ -141,6 +142,42 @@ async def test_loads_and_prompts_of_one_replica_count_at_the_others(make: Make) 
         await settled(one, two, three)
         assert loads(one.tables) == [0] * 16
         assert (one.count("prompts", "told"), two.count("prompts", "heard")) == (1, 1)
+
+
+async def test_what_users_have_used_counts_at_all_replicas(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicator, "USERS_SECONDS", 0.02)
+    one, two, three = make(), make(), make()
+    first, second = cells_of("ann")
+
+    def used(replica: Replica) -> float:
+        totals = replica.tables.user_tokens.totals(time.monotonic())
+        return float(min(totals[0, first], totals[1, second]))
+
+    async with one.running(), two.running(), three.running():
+        one.tables.user_tokens.add("ann", 100.0, time.monotonic())
+        two.tables.user_tokens.add("ann", 20.0, time.monotonic())
+        await until(lambda: used(one) == used(two) == used(three) == 120)
+        one.tables.user_tokens.add("ann", 3.0, time.monotonic())
+        await until(lambda: used(one) == used(two) == used(three) == 123)
+
+
+async def test_users_of_a_replica_that_is_gone_and_news_that_are_none_count_for_nobody(
+    make: Make, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicator, "USERS_GONE_SECONDS", 0.3)
+    one, two = make(), make()
+    one.tables.user_tokens.add("ann", 100.0, time.monotonic())
+    await one.exchange()
+    await two.exchange()
+    await one.replicator.exchange_users()
+    await two.replicator.exchange_users()
+    assert two.tables.user_tokens.totals(time.monotonic()).max() == 100
+    await asyncio.sleep(0.4)
+    client.hset(f"{PREFIX}:users", "deadbeef", f"{time.time() * 1000:.0f} xyz")
+    await two.replicator.exchange_users()
+    assert two.tables.user_tokens.totals(time.monotonic()).max() == 0
+    assert two.count("exchanges", "not-understood") == 1
+    assert set(client.hkeys(f"{PREFIX}:users")) == {two.tables.replica.encode(), b"deadbeef"}
 
 
 async def test_a_replica_that_ends_says_so(make: Make) -> None:
