@@ -23,12 +23,12 @@ anything since the last time, 3 µs per record when somebody has.
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from math import exp, inf
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 
 from router.prefix_hash import NOMINAL_BYTES_PER_TOKEN, Chain
-from state.pods import COLUMN, Floats, Ints
+from state.pods import COLUMN, PodTable
 from state.prefix_log import ROUTED, LogReader, PrefixLog, pod_tag
 
 _INCARNATION: Final = COLUMN["incarnation"]
@@ -46,18 +46,6 @@ TAIL: Final = 0.5
 """Of the time that runs stay in a cache: a run used again after more of it is used in the tail."""
 FORGIVEN: Final = 0.5
 """Of a token written for each: the view takes pods to hold more than they do, so some of the tail is gone anyway."""
-
-
-class PodRows(Protocol):
-    """What the view needs of `state.pods.PodTable`."""
-
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def generation(self) -> Ints: ...
-
-    def snapshot(self) -> tuple[int, Floats]: ...
 
 
 class Run:
@@ -194,7 +182,7 @@ class PrefixIndex:
     def __init__(
         self,
         log: PrefixLog,
-        pods: PodRows,
+        pods: PodTable,
         *,
         max_blocks: int = 1 << 20,
         ttl_seconds: float = 1200.0,

@@ -147,6 +147,8 @@ class LogReader:
         self._before, self._after = log.heads[:at], log.heads[at + 1 :]
         """The heads of everybody else."""
         self._seen: bytes | None = None
+        self._latest: bytes | None = None
+        """The heads as `news` saw them last."""
         self._first = 0
         """The ring to begin with: another after each time that something was left."""
         self.lost_bytes = 0
@@ -158,7 +160,8 @@ class LogReader:
 
     def news(self) -> bool:
         """Whether somebody else has written since the last complete `read`."""
-        return self._before.tobytes() + self._after.tobytes() != self._seen
+        self._latest = self._before.tobytes() + self._after.tobytes()
+        return self._latest != self._seen
 
     def read(self, limit: int = 1 << 30) -> list[Routed]:
         """The next records, those of one writer in order. After `limit` records no further segment is begun."""
@@ -166,7 +169,9 @@ class LogReader:
 
     def records(self, limit: int = 1 << 30) -> list[Record]:
         """The same without names."""
-        seen = self._before.tobytes() + self._after.tobytes()
+        seen, self._latest = self._latest, None
+        if seen is None:
+            seen = self._before.tobytes() + self._after.tobytes()
         out: list[Record] = []
         done = True
         places = self._places
