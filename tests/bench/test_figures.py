@@ -137,7 +137,7 @@ def test_the_modes_differ_in_how_much_of_a_response_the_router_sees() -> None:
     with Rig(seconds=0.1, rounds=1) as bench_rig:
         pods = bench_rig.pods(1, "-chunks", 10, "-gap", "20ms")
         limits = {"users_file": str(bench_rig.users(accounting.COUNTED_USER))}
-        lab = bench_rig.router(pods, workers=1, limits=limits)
+        lab = bench_rig.router(pods, workers=1, more={"limits": limits})
         for mode in accounting.MODES:
             config = accounting.envoy_of(lab.config, mode)
             document = bootstrap(config)
