@@ -46,14 +46,28 @@ class Pod:
 class Candidates:
     """The pods that may take a request: parallel arrays of length n, in the order of `pods`."""
 
-    __slots__ = ("_rows", "_slots", "_tables", "_values", "derived", "epoch", "ledger", "pods", "slots", "span")
+    __slots__ = (
+        "_rows",
+        "_slots",
+        "_tables",
+        "_values",
+        "derived",
+        "epoch",
+        "ledger",
+        "pods",
+        "slots",
+        "span",
+        "whole",
+    )
 
-    def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int) -> None:
+    def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int, *, whole: bool = False) -> None:
         self._tables = tables
         self._values = values
         self.pods = pods
         self.slots: Ints = np.array([pod.slot for pod in pods], np.int64)
         self.epoch = epoch
+        self.whole = whole
+        """Whether these are all candidates of their model, and not those that some requests are for."""
         self.derived: dict[Any, Any] = {}
         """What strategies have worked out from this epoch's pods and metrics, so that they do it once per epoch."""
         n = len(pods)
@@ -236,4 +250,4 @@ class Fleet:
                 ready.append(pod)
             elif health == _UNSEEN:
                 unseen.append(pod)
-        return Candidates(tables, ready or unseen, values, self._epoch)
+        return Candidates(tables, ready or unseen, values, self._epoch, whole=True)

@@ -129,8 +129,9 @@ class RequestPhase:
         modes = self._modes
         if over:
             # Nothing to route: it passes as it is, but without a destination of the client's choosing.
-            if takes_body((self._headers or {}).get(":path", b"")):
-                raise no_body()
+            headers = self._headers or {}
+            if takes_body(headers.get(":path", b"")) and "access-control-request-method" not in headers:
+                raise no_body()  # but a browser may ask whether it may ask
             self._request_done = True
             self.idle = True
             self.finished = self._peer.by_log and not modes.duplex_response

@@ -72,7 +72,7 @@ class Scheduler:
         self.passes_on = False
         """Whether somebody brings log entries on other replicas' requests to them."""
         self._recent: dict[str, Strategy] = {}
-        """By model, the strategy that decided last, since the last `catch_up`."""
+        """By model, the strategy that decided last among all of its pods, since the last `catch_up`."""
         self._latency = Histogram(self.series, "decision_seconds")
         self._decision_cells: dict[tuple[str, int, int, str], int] = {}
         self._replies: dict[tuple[int, int, str, Destination, bool, bool, int], RoutedReplies] = {}
@@ -138,7 +138,9 @@ class Scheduler:
             started = self.clock()
         if candidates is None:
             candidates, _ = self.serving(request.model)
-        strategy = self._recent[request.model] = self._strategies.get(strategy_name)
+        strategy = self._strategies.get(strategy_name)
+        if candidates.whole:
+            self._recent[request.model] = strategy
         index = strategy.pick(request, candidates, started)
         label = strategy.name
         if strategy.fallbacks:

@@ -32,6 +32,7 @@ REQUEST: Final = (
     "x-aibrix-session-key",
     "traceparent",
     "x-pointsman-explain",
+    "access-control-request-method",
 )
 """Request headers that anybody here reads."""
 

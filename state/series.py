@@ -74,7 +74,7 @@ class Series:
         found = self._index.get(labels)
         if found is not None:
             return found
-        row = self._free.pop() if self._free else self._used[0]
+        row = self._free_row()
         if row >= self._open and labels != (labels[0], OVERFLOW):
             return self.cell(labels[0], OVERFLOW)
         if row >= self._capacity:
@@ -89,16 +89,19 @@ class Series:
         self._index[labels] = self._cell(row)
         return self._index[labels]
 
+    def _free_row(self) -> int:
+        while self._free:
+            row = self._free.pop()
+            if self._is_free(row):  # else another object for the same region was faster
+                return row
+        return self._used[0]
+
     def reclaim(self, pods: Set[str]) -> int:
         """Where more than half of the rows are in use, give back those of pods that are not among these. Returns how
         many that were; nobody may use their cells any more."""
         if (self._used[0] - len(self._free)) * 2 <= self._open:
             return 0
-        gone = []
-        for labels in self._index:
-            place = POD_PLACE.get(labels[0], 0)
-            if 0 < place < len(labels) and labels[place] not in pods and labels[1:] != (OVERFLOW,):
-                gone.append(labels)
+        gone = [labels for labels in self._index if (pod := pod_of(labels)) and pod not in pods]
         for labels in gone:
             row = (self._index.pop(labels) * 8 - LABEL_BYTES) // _ROW
             self._region[_HEADER + row * _ROW : _HEADER + row * _ROW + 1] = b"\0"
@@ -124,6 +127,14 @@ class Series:
         for row in range(self._used[0]):
             if not self._is_free(row):
                 yield self._labels(row), self._values[self._cell(row)]
+
+
+def pod_of(labels: tuple[str, ...]) -> str:
+    """The pod that a series is about; empty where it is about none, about many, or its name may have been cut."""
+    place = POD_PLACE.get(labels[0], 0)
+    if not 0 < place < len(labels) or labels[1:] == (OVERFLOW,) or len(_fitted(labels)) == LABEL_BYTES:
+        return ""
+    return labels[place]
 
 
 def _fitted(labels: tuple[str, ...]) -> bytes:

@@ -184,7 +184,7 @@ class EnvoyConfig(_Section):
     """By default less where `max_message_bytes` leaves less."""
     heap_bytes: int | None = Field(None, ge=64 << 20)
     """Near it Envoy refuses new requests; none: it takes what it gets."""
-    upload_seconds: float = Field(120.0, gt=0)
+    upload_seconds: float = Field(120.0, ge=0.001, le=86400)
     """For a client to send all of a request."""
     max_connections: int = Field(65536, ge=1)
     router_ca: OptionalPath = None

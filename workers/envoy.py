@@ -111,7 +111,7 @@ def _listener(config: Config) -> Json:
         stat_prefix="llm",
         codec_type="AUTO",
         stream_idle_timeout="3600s",
-        request_timeout=f"{config.envoy.upload_seconds:g}s",
+        request_timeout=f"{config.envoy.upload_seconds:.3f}s",
         early_header_mutation_extensions=[
             {
                 "name": "remove-destinations",
@@ -289,8 +289,10 @@ def _access_log() -> Json:
 def _error_shapes(config: Config) -> list[Json]:
     """What Envoy answers by itself in the shape of all other errors, the first that fits. By stream the router sees
     responses, Envoy's own included, and does that, but for those that no router is asked about."""
+    no_router = "response.code_details.startsWith('ext_proc_error')"
     unseen = [
-        _unflagged("response.code_details.startsWith('ext_proc_error')", 503, "no router answers"),
+        _unflagged(f"{no_router} && response.code == 504", 504, "the router does not answer in time"),
+        _unflagged(no_router, 503, "no router answers"),
         _unflagged("response.code_details == 'overload'", 503, "overloaded"),
     ]
     if config.envoy.accounting == "stream":
@@ -298,7 +300,9 @@ def _error_shapes(config: Config) -> list[Json]:
     return [
         *unseen,
         _unflagged("response.code_details == 'request_payload_too_large'", 413, "request body is too large"),
-        _unflagged("response.code_details == 'request_overall_timeout'", 408, "request came too slowly"),
+        _unflagged(
+            "response.code_details == 'request_overall_timeout' && response.code == 408", 408, "request came too slowly"
+        ),
         _own_errors(503),
         _own_errors(None),
     ]

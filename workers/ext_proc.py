@@ -83,7 +83,7 @@ async def run_worker(
     waker = Waker()
     scheduler.wake = waker.ask
     scheduler.passes_on = config.has_replicas
-    async with open_gate(config, tables, last_users) as gate:
+    async with open_gate(config, tables, scheduler.series, last_users) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
         server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)
         context = tls_context(config.tls)
@@ -113,8 +113,9 @@ async def _catch_up(scheduler: Scheduler) -> None:
         try:
             scheduler.catch_up()
         except Exception:
-            scheduler.fleet.ahead = False
+            scheduler.fleet.ahead = False  # then requests do it
             log.exception("what the last polls say could not be taken in")
+            await asyncio.sleep(COPY_SECONDS)
 
 
 async def _copy_counters(meter: Meter, scheduler: Scheduler) -> None:

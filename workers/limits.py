@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 from router.limits import Counters, Gate, SharedCounters
+from state.series import Series
 from state.tables import Tables
 from workers.config import Config
 from workers.last_users import LastUsers
@@ -14,7 +15,9 @@ from workers.users import UserBook
 
 
 @contextlib.asynccontextmanager
-async def open_gate(config: Config, tables: Tables, last_users: LastUsers | None = None) -> AsyncIterator[Gate]:
+async def open_gate(
+    config: Config, tables: Tables, series: Series, last_users: LastUsers | None = None
+) -> AsyncIterator[Gate]:
     """Also follows the users file, or stays connected to Redis, as long as it is open. Raises UsersError where neither
     the users file nor `last_users` can be used."""
     limits = config.limits
@@ -33,7 +36,7 @@ async def open_gate(config: Config, tables: Tables, last_users: LastUsers | None
             counters = SharedCounters(tables.user_minutes, tables.model_seconds, book, time.monotonic)
         yield Gate(
             counters,
-            tables.series(),
+            series,
             static_token=limits.bearer_token.get_secret_value(),
             require_key=limits.require_key,
             on_outage=limits.on_outage,

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from state.ledger import Entry
 from state.pods import COLUMN, Health
 from state.roster import Kind, Phase, Process
-from state.series import DECISION_BUCKETS, OVERFLOW, merge
+from state.series import DECISION_BUCKETS, OVERFLOW, merge, pod_of
 from state.tables import REPLICATOR, Tables
 from workers.compiled import is_compiled
 
@@ -64,6 +64,11 @@ class TablesCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Called by prometheus_client for each scrape of ours."""
         merged = merge(self._tables.all_series())
+        version, document = self._tables.catalog.read()
+        if version:
+            # Of pods that are gone nothing is told: their rows are given back by one process after the other.
+            pods = {pod.name for pod in document.pods}
+            merged = {labels: value for labels, value in merged.items() if not (pod := pod_of(labels)) or pod in pods}
         yield from _counters({**self._zeros(), **merged})
         yield from _histogram(merged)
         yield from self._gauges(merged)

@@ -159,8 +159,9 @@ class Replicator:
         self._replica = tables.replica
         self._ended_log = LogReader(tables.ended_log)
         self._ended_log.skip()
-        self._access_log = AccessLog(Scheduler(tables, "random", clock))
-        self._series = tables.series()
+        self._scheduler = Scheduler(tables, "random", clock)
+        self._access_log = AccessLog(self._scheduler)
+        self._series = self._scheduler.series
         self._user_tokens = tables.user_tokens
         self._clock = clock
         self._interval = config.replicas.interval_seconds
@@ -295,7 +296,11 @@ class Replicator:
         self._count()
 
     def _count(self) -> None:
-        series, mirror = self._series, self._mirror
+        series, mirror, fleet = self._series, self._mirror, self._scheduler.fleet
+        before = fleet.version
+        fleet.refresh()
+        if fleet.version != before:
+            series.reclaim(fleet.pod_names())
         series.put(float(len(mirror.others)), "replicas")
         for name, total in (("told", mirror.told), ("heard", mirror.heard), ("unknown", mirror.unknown)):
             if total != self._counted.get(name, 0):

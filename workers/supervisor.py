@@ -360,8 +360,9 @@ class Supervisor:
         """Tell a child to drain and end."""
         if child.phase is Phase.DRAINING:
             return
+        patience = 0.0 if child.phase is Phase.HUNG else child.plan.config.drain_seconds
         child.phase = Phase.DRAINING
-        child.kill_at = time.monotonic() + child.plan.config.drain_seconds + KILL_AFTER_SECONDS
+        child.kill_at = time.monotonic() + patience + KILL_AFTER_SECONDS
         self._record(child)
         self._signal(child, signal.SIGTERM)
 
@@ -384,7 +385,7 @@ class Supervisor:
             return
         self._look_at = now + LOOK_SECONDS
         for child in self._children.values():
-            if child.phase not in (Phase.READY, Phase.HUNG):
+            if child.phase is Phase.DRAINING:
                 continue
             beats = self._tables.roster.beats(child.writer)
             if beats != child.beats:
@@ -400,7 +401,7 @@ class Supervisor:
 
     def _set_hung(self, child: Child, *, hung: bool) -> None:
         phase = Phase.HUNG if hung else Phase.READY
-        if child.phase is phase:
+        if child.phase in (phase, Phase.STARTING):
             return
         child.phase = phase
         self._record(child)

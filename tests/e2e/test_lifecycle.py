@@ -181,6 +181,16 @@ async def test_what_should_have_a_body_and_has_none_is_refused(ground: Ground, m
         assert "takes a POST request with a body" in (await answer.json())["error"]["message"]
 
 
+async def test_a_browser_that_asks_whether_it_may_ask_is_let_through(ground: Ground) -> None:
+    headers = {"access-control-request-method": "POST", "origin": "http://chat.example"}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.options(ground.lab.envoy_url + "/v1/chat/completions", headers=headers) as answer,
+    ):
+        assert answer.status == 503  # no pod was chosen; another Envoy may have a filter that answers
+        assert "x-pod" not in answer.headers
+
+
 async def test_a_get_passes_without_a_pod(ground: Ground) -> None:
     async with (
         aiohttp.ClientSession() as session,

@@ -243,3 +243,17 @@ def test_counts_of_pods_that_are_gone_make_room_for_those_of_new_ones() -> None:
     decision = decide(by)
     assert set(counted(by, "finished")) <= {("overflow",)}
     assert counted(by, "decisions")[MODEL, decision.pod.name, "least-request"] >= 1
+
+
+def test_what_is_decided_among_some_pods_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "prepared", Prepared)
+    monkeypatch.setattr(Prepared, "seen", [])
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    candidates, _ = by.serving(MODEL)
+    request = RoutingRequest(MODEL, prompt_tokens=100)
+    by.decide(request, "prepared", Destination.HEADER, held=True, duplex=False, candidates=candidates.subset([1]))
+    tables.pods.announce()
+    by.catch_up()
+    assert Prepared.seen == []
+    assert not by.fleet.ahead

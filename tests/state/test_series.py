@@ -165,3 +165,28 @@ def test_totals_beyond_the_last_row_are_never_given_back() -> None:
     before = dict(series.items())["finished", OVERFLOW]
     assert series.reclaim(set()) > 0
     assert dict(series.items()) == {("finished", OVERFLOW): before}
+
+
+def test_two_objects_for_one_region_never_give_out_the_same_row() -> None:
+    first, region = make_series(64)
+    for number in range(40):
+        first.add(1.0, "finished", f"gone-{number}", "200")
+    assert first.reclaim(set()) == 40
+    one, other = Series(region), Series(region)
+    one.add(40.0, "finished", "pod-1", "200")
+    other.add(1.0, "limits_outage", "open")
+    one.add(2.0, "finished", "pod-1", "200")
+    assert dict(Series(region).items()) == {("finished", "pod-1", "200"): 42.0, ("limits_outage", "open"): 1.0}
+
+
+def test_what_is_about_no_pod_or_one_whose_name_was_cut_is_kept() -> None:
+    series, region = make_series(64)
+    long = "pod-" + "x" * LABEL_BYTES
+    for number in range(40):
+        series.add(1.0, "finished", f"gone-{number}", "200")
+    series.add(2.0, "finished", "", "200")
+    series.add(3.0, "decisions", "m" * 200, long, "random")
+    series.add(4.0, "refused", "400", "none")
+    successor = Series(region)
+    assert successor.reclaim({long}) == 40
+    assert sorted(value for _, value in successor.items()) == [2.0, 3.0, 4.0]

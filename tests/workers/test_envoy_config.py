@@ -77,7 +77,8 @@ def test_envoy_accepts_every_variant(endpoints: Path, destination: str, accounti
         {"worker_listen": "[::]:20052", "admin": "[::1]:8080", "envoy": {"router_host": "::1", "listen": "[::]:10080"}},
         {"envoy": {"router_host": "pointsman.svc.cluster.local"}},
         {"worker_listen": "worker.svc:20052", "admin": "admin.svc:8080"},
-        {"envoy": {"heap_bytes": 1 << 30, "max_connections": 100, "upload_seconds": 0.5}},
+        {"envoy": {"heap_bytes": 1 << 30, "max_connections": 100, "upload_seconds": 0.001}},
+        {"envoy": {"upload_seconds": 86400}},
         {"workers": 40, "max_message_bytes": 1 << 30, "envoy": {"body_limit_bytes": 1 << 29}},
     ],
 )

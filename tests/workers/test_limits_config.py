@@ -36,7 +36,7 @@ async def test_the_same_users_in_a_file_and_in_redis(place: str, tmp_path: Path,
         flags["limits"]["users_file"] = tmp_path / "users.yaml"
     store = RedisUsers(valkey_url) if place == "redis" else UsersFile(tmp_path / "users.yaml")
     store.add(UserRecord("alice", 1000, 10))
-    async with open_gate(load(None, flags), tables()) as gate:
+    async with open_gate(load(None, flags), made := tables(), made.series()) as gate:
         grant = await admitted(gate, "alice", "Bearer t", "m", 5)
         assert (grant.user, grant.limited, grant.model) == ("alice", True, "m")
         totals = await used(gate, "alice", 10)
@@ -52,7 +52,7 @@ async def test_the_same_users_in_a_file_and_in_redis(place: str, tmp_path: Path,
 
 
 async def test_without_users_models_are_limited_all_the_same() -> None:
-    async with open_gate(load(None), tables()) as gate:
+    async with open_gate(load(None), made := tables(), made.series()) as gate:
         assert await admitted(gate, "anybody") == Grant("anybody")
         with pytest.raises(RequestError, match="model: m has exceeded RPS: 1"):
             for _ in range(100):  # in how many seconds soever that is done

@@ -165,3 +165,22 @@ def test_the_page_says_what_runs() -> None:
     assert value == 1.0
     assert dict(labels)["version"]
     assert dict(labels)["hot_path"] in ("compiled", "interpreted")
+
+
+def test_counters_of_pods_that_are_gone_are_not_shown() -> None:
+    tables = make_fleet(1)
+    series = tables.series()
+    for pod in ("pod-0", "gone", ""):
+        series.add(1.0, "finished", pod, "200")
+        series.add(1.0, "decisions", "m", pod, "random")
+    series.add(1.0, "refused", "400", "none")
+    shown = {
+        (sample.name, sample.labels.get("pod"))
+        for family in TablesCollector(tables).collect()
+        for sample in family.samples
+        if sample.name in ("pointsman_finished_total", "pointsman_decisions_total", "pointsman_refused_total")
+    }
+    assert shown == {
+        *((f"pointsman_{name}_total", pod) for name in ("finished", "decisions") for pod in ("pod-0", "")),
+        ("pointsman_refused_total", None),
+    }

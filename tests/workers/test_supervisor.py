@@ -344,3 +344,39 @@ def test_a_child_that_hangs_for_long_is_replaced(running: Callable[..., Running]
     assert {each: pid for each, pid in one.children().items() if each != name} == {
         each: pid for each, pid in before.items() if each != name
     }
+
+
+@pytest.mark.usefixtures("_fast_looks")
+def test_a_child_that_hangs_is_not_waited_for_when_it_is_to_be_replaced(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.supervisor, "KILL_LOOKS", 1_000_000)
+    monkeypatch.setattr(workers.supervisor, "KILL_AFTER_SECONDS", 0.1)
+    one = running(workers=1, drain_seconds=600)
+    before = one.children()
+    os.kill(before["worker 0"], signal.SIGSTOP)
+    until(lambda: one.says("a child hangs"))
+    one.hang_up()
+    until(lambda: one.children().get("worker 0", before["worker 0"]) != before["worker 0"])
+    until(one.ready)
+
+
+@pytest.mark.usefixtures("_fast_looks")
+def test_a_child_that_hangs_before_it_is_ready_is_replaced(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_worker = workers.supervisor.run_worker
+
+    async def run(*given: Any) -> None:
+        try:
+            (tmp_path / "hung").touch(exist_ok=False)
+        except FileExistsError:
+            await run_worker(*given)
+        else:
+            time.sleep(1000)
+
+    monkeypatch.setattr(workers.supervisor, "run_worker", run)
+    one = running(workers=1)
+    until(lambda: one.says("killing a child that hangs"))
+    until(one.ready)
+    assert not one.says("a child hangs")
