@@ -17,7 +17,9 @@ REAL = Path(__file__).parents[1] / "fixtures" / "envoy-1.40" / "access-log.bin"
 Read = tuple[bytes, bytes, int, bool] | None
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=130)
 # Fields that nobody reads: number and wire type 0 (varint), 1 (8 bytes), 2 (length and bytes) or 5 (4 bytes).
-OTHERS = st.tuples(st.sampled_from([18, 19, 20, 24, 26, 29, 40]), st.sampled_from([0, 1, 2, 5]), st.binary(min_size=8, max_size=200))
+OTHERS = st.tuples(
+    st.sampled_from([18, 19, 20, 24, 26, 29, 40]), st.sampled_from([0, 1, 2, 5]), st.binary(min_size=8, max_size=200)
+)
 
 
 def field(number: int, wire_type: int, payload: bytes) -> bytes:
