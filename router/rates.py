@@ -25,8 +25,9 @@ after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches
 It does not take more: with rates wrong by a factor of 2 (prefill) or 3 (decode) `marginal-delay` decides almost
 as well.
 
-Cost: 0.3 ms per poll of any of 64 pods, paid by the next decision; nothing per request (`bench.decision_cost`, `poll`,
-counts what else such a decision finds changed too: 0.6 ms).
+Cost: 0.3 ms per poll of any of 64 pods, between requests (`Scheduler.catch_up`) or, where nobody calls that, in the
+next decision; nothing per request (`bench.decision_cost`, `poll`, counts what else such a decision finds changed too:
+0.6 ms).
 """
 
 from dataclasses import dataclass
