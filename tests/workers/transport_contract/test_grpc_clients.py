@@ -168,8 +168,12 @@ def test_pushed_messages(channel: grpc.Channel, served: Any) -> None:
     served.loop.call_soon_threadsafe(watching.push, b"news")
     assert next(call) == b"news"
     assert watching.closed == 0
-    watching.finished = True
-    served.loop.call_soon_threadsafe(watching.push, b"last")
+
+    def say_goodbye() -> None:
+        watching.finished = True
+        watching.push(b"last")
+
+    served.loop.call_soon_threadsafe(say_goodbye)
     assert list(call) == [b"last"]
     assert call.code() is grpc.StatusCode.OK
 
