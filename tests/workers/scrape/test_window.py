@@ -1,4 +1,5 @@
 import random
+from bisect import bisect_right
 from dataclasses import replace
 from math import inf, isclose, isnan
 from pathlib import Path
@@ -212,17 +213,20 @@ def test_busy_time_is_near_the_truth_where_polls_follow_the_load(
     for begin, finish in starts:
         busy_time += max(min(finish, end) - max(begin, latest), 0.0) if begin < end else 0.0
         latest = max(latest, finish)
+    begins = [begin for begin, _ in starts]
+    ends = sorted((finish, finish - begin) for begin, finish in starts)
+    counts, total, ended = [0.0] * len(BOUNDS), 0.0, 0
     while next_poll < end:
         now = next_poll
-        running = sum(begin <= now < finish for begin, finish in starts)
-        ended = [finish - begin for begin, finish in starts if finish <= now]
-        state = window.add(
-            now,
-            sample(
-                tokens=float(len(ended)), running=float(running), inference=histogram(*ended), ttft=histogram(*ended)
-            ),
-        )
-        first = min((begin for begin, _ in starts if begin > now), default=end)
+        while ended < len(ends) and ends[ended][0] <= now:
+            took = ends[ended][1]
+            counts = [count + (took <= bound) for count, bound in zip(counts, BOUNDS, strict=True)]
+            total, ended = total + took, ended + 1
+        begun = bisect_right(begins, now)
+        running = begun - ended
+        times = Histogram(BOUNDS, counts, total, float(ended))
+        state = window.add(now, sample(tokens=float(ended), running=float(running), inference=times, ttft=times))
+        first = begins[begun] if begun < len(begins) else end
         next_poll = now + 0.5 if running else min(now + 5.0, max(now + 0.5, first + random_.uniform(0.0, 0.1)))
     assert state.busy_ratio == pytest.approx(busy_time / end, rel=off)
 
