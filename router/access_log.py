@@ -62,6 +62,8 @@ class AccessLog:
         ticket = ended.ticket
         if not ended.had_pod or not ended.code or not ticket.startswith(self._own):
             return False
+        if scheduler.tables.abandoned.lately(scheduler.clock()):
+            return False
         charge = _charge(ticket[len(self._own) :])
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
             return False
@@ -87,7 +89,7 @@ class AccessLog:
         charge = _charge(ticket.encode())
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
             return
-        if not common.upstream_remote_address.socket_address.address and "request-id" in fields:  # no pod had it
+        if "request-id" in fields and scheduler.tables.abandoned.lately(scheduler.clock()):
             request_id = fields["request-id"].string_value.encode()
             if request_id in scheduler.tables.abandoned:
                 return  # given back already

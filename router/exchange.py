@@ -113,6 +113,7 @@ class Exchange(RequestPhase):
 
     def half_close(self) -> Reply:
         """Envoy will send nothing more."""
+        self._left()
         return None
 
     def close(self) -> None:
@@ -121,19 +122,27 @@ class Exchange(RequestPhase):
         if self._over or self._served is None:
             return
         response = self._response
+        if response is not None:
+            response.cut()
         if response is not None and response.complete_if_cut:
             self._end(response.status)
         else:
             self._end(0 if self._policy.draining else 499)
 
     def late(self, message: bytes | None) -> None:
-        """The stream was ended with the decision, and only now Envoy ends its half. It would have reset the stream if
-        it had taken the reply: the client left before, so there will be no log entry to give the charge back. (Or Envoy
-        answered by itself at once: `state.abandoned`.)"""
+        """Envoy has reset the stream, or ended its half of one that was ended here with the decision: had it taken the
+        reply, it would have reset that one."""
+        if message is None:
+            self._left()
+
+    def _left(self) -> None:
+        """Envoy is done with the stream. If it has shown no response to a decision, the client has left, and Envoy may
+        not have taken the decision: no log entry will give the charge back. (Should one come: `state.abandoned`.)"""
         decision = self._decision
-        if message is None and self.finished and self._response is None and decision is not None:
+        if decision is not None and not decision.held and self._response is None and not self._over:
             self._scheduler.abandon(decision, self._request_id)
             self._decision = None
+            self._over = True
 
     # -- phases, in the order in which Envoy goes through them
 

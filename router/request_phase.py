@@ -12,12 +12,13 @@ from typing import Final, TypeVar
 
 from router import replies
 from router.bodies import Body, read_request, strip_query, takes_body, upstream_path
-from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, no_body
+from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, no_body, unknown_path
 from router.fleet import Candidates
 from router.limits import Grant
 from router.modes import UNKNOWN_MODES, Peer
 from router.policy import NO_POLICY, Policy
 from router.profiles import effective_strategy
+from router.replies import Destination
 from router.request import RoutingRequest
 from router.response import Response, Served
 from router.rules import Rules
@@ -129,9 +130,7 @@ class RequestPhase:
         modes = self._modes
         if over:
             # Nothing to route: it passes as it is, but without a destination of the client's choosing.
-            headers = self._headers or {}
-            if takes_body(headers.get(":path", b"")) and "access-control-request-method" not in headers:
-                raise no_body()  # but a browser may ask whether it may ask
+            self._check_bodyless()
             self._request_done = True
             self.idle = True
             self.finished = self._peer.by_log and not modes.duplex_response
@@ -139,9 +138,20 @@ class RequestPhase:
         if modes.duplex_request and not self._request_done:
             self._held_back = True
             return None
-        if self._grant is not None and self._watches and modes.buffered:
+        if self._watches and modes.buffered:
             return replies.REQUEST_HEADERS_WATCH
         return modes.ask_for_body or replies.REQUEST_HEADERS
+
+    def _check_bodyless(self) -> None:
+        """Raises RequestError for a request without a body on a path that takes one, and on any where Envoy would send
+        what has no destination to a pod of its own choice."""
+        assert self._headers is not None
+        if "access-control-request-method" in self._headers:
+            return  # a browser may ask whether it may ask
+        if takes_body(self._headers.get(":path", b"")):
+            raise no_body()
+        if self._peer.destination is Destination.OVERRIDE_HOST:
+            raise unknown_path()
 
     @property
     def _watches(self) -> bool:
@@ -175,6 +185,8 @@ class RequestPhase:
         body = self._body
         if body is None or not self._modes.duplex_request:
             # Either nothing to route by, or a body that was streamed to the pod already.
+            if body is None and self._peer.destination is Destination.OVERRIDE_HOST:
+                self._check_bodyless()
             self._request_done = True
             self._body = None
             self.idle = True

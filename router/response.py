@@ -75,6 +75,7 @@ class Response:
     __slots__ = (
         "_answered",
         "_decision",
+        "_events",
         "_expects_body",
         "_held",
         "_in_one",
@@ -117,6 +118,8 @@ class Response:
         self._status = b""
         self._held: bytearray | None = None
         self._sse: SseUsage | None = None
+        self._events = 0
+        """Of the stream that has ended."""
         self._json: bytearray | None = None
         self._large = False
         self._length = -1
@@ -168,6 +171,8 @@ class Response:
             return reply
         if not self._passes and found.get("content-encoding", b"identity") != b"identity":
             self._passes = True
+            if code < 400 and served is not None and served.tells_usage and self._usage_is_wanted(served):
+                self._count(None)
         length = found.get("content-length", b"")
         self._length = int(length) if length.isdigit() and len(length) < 16 else -1
         if not self._passes:
@@ -316,7 +321,7 @@ class Response:
             sse.finish()
         elif self._modes.duplex_response or not self._usage_is_complete(sse):
             return self._pass(piece, over)
-        self._sse = None
+        self._sse, self._events = None, sse.events
         return self._used(sse.usage, piece, over, wait=not self._modes.known)
 
     def _usage_is_complete(self, sse: SseUsage) -> bool:
@@ -376,11 +381,27 @@ class Response:
             pairs = (("x-update-rpm", b"%d" % totals.requests), ("x-update-tpm", b"%d" % totals.tokens), *pairs)
         return replies.response_body(pairs)
 
+    def cut(self) -> None:
+        """The stream is over before the response: the client has left, say. What was used till then is counted."""
+        if not self.over and (self._sse is not None or self._json is not None):
+            self._count(self._sse.usage if self._sse is not None else None)
+
+    def _estimated(self) -> Usage:
+        """What an answer used that does not say so: the prompt as it was charged to the pod, and the events so far."""
+        prompt = self._decision.tokens if self._decision is not None else 0
+        output = self._sse.events if self._sse is not None else self._events
+        return Usage(prompt, output, prompt + output)
+
     def _count(self, usage: Usage | None) -> Totals | Awaitable[Totals | None] | None:
+        """Count what was used, where None is said by our own estimate, if it is a limited user's."""
         served = self._served
-        if usage is None or served is None:
+        if served is None:
             return None
-        if self._policy.usage_metrics:
+        if usage is None:
+            if served.grant is None or not served.grant.limited:
+                return None
+            usage = self._estimated()
+        elif self._policy.usage_metrics:
             series = self._scheduler.series
             series.add(usage.prompt_tokens, "used_tokens", served.model, "prompt")
             series.add(usage.completion_tokens, "used_tokens", served.model, "completion")

@@ -215,7 +215,7 @@ class Scheduler:
         """Nobody seems to have taken the decision, so the access log will hardly tell of it."""
         if not decision.held:
             self._ledger.release(decision.charge, held=False)
-            self.tables.abandoned.add(request_id)
+            self.tables.abandoned.add(request_id, self.clock())
             self.finished(decision.pod, 499)
 
     def show_modes(self) -> None:

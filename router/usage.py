@@ -50,7 +50,18 @@ class Usage:
 class SseUsage:
     """The usage of one event stream. `feed` it every chunk, `finish` it at the end, read `usage` at any time."""
 
-    __slots__ = ("_limit", "_skipping", "_tail", "complete", "done", "malformed", "overflowed", "said", "usage")
+    __slots__ = (
+        "_limit",
+        "_skipping",
+        "_tail",
+        "complete",
+        "done",
+        "events",
+        "malformed",
+        "overflowed",
+        "said",
+        "usage",
+    )
 
     def __init__(self, limit: int = MOST_EVENT_BYTES) -> None:
         self.usage: Usage | None = None
@@ -65,12 +76,15 @@ class SseUsage:
         """An event that speaks of usage was no JSON."""
         self.overflowed = False
         """An event was too long to be read and had no usage near its end."""
+        self.events = 0
+        """How many have begun: about one for each token of an answer."""
         self._tail = bytearray()
         self._limit = limit
         self._skipping = False
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body."""
+        self.events += chunk.count(b"data:")
         if not self._tail and chunk.endswith(_ENDS) and not self._skipping:
             if (
                 (b'"usage"' in chunk and chunk.count(b'"usage"') != sum(map(chunk.count, _NULL_USAGE)))

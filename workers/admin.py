@@ -41,6 +41,7 @@ class Admin:
                 web.get("/readyz", self.readyz),
                 web.get("/metrics", self.metrics),
                 web.route("*", "/v1/models", self.models),
+                web.route("*", "/v1/models/", self.models),
                 web.route("*", "/v1/models/{model:.+}", self.model),
                 web.get("/debug/pods", self.pods),
             ]

@@ -93,7 +93,8 @@ class LateCall(Call, Protocol):
 
     def late(self, message: bytes | None, /) -> None:
         """Take one message that was under way when the call was closed, or None: the client ended its half before our
-        end reached it, so it may not have read the last reply either. A client that has read all resets the stream."""
+        end reached it, so it may not have read the last reply either (one that has read all resets the stream); or it
+        reset a stream that was still open, and `close` follows."""
 
 
 class Method:

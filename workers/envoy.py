@@ -34,6 +34,8 @@ Json = dict[str, Any]
 _TYPE = "type.googleapis.com/envoy"
 OWN_ERRORS = ("UH", "UF", "UO", "UT", "UC", "URX", "LR", "UR", "UPE", "NC", "NR", "SI", "DT", "UMSDR")
 """Flags of the errors that Envoy answers by itself: no pod, no connection, a breaker, a time-out, a reset."""
+_METHODS = {"name": ":method", "string_match": {"safe_regex": {"regex": "POST|OPTIONS"}}}
+"""Those that pods are asked with: what has no body has nothing to be routed by, but for a browser's preflight."""
 ROUTER_CLUSTER, POD_CLUSTER, ADMIN_CLUSTER = "pointsman", "pods", "pointsman_admin"
 
 
@@ -112,6 +114,7 @@ def _listener(config: Config) -> Json:
         codec_type="AUTO",
         stream_idle_timeout="3600s",
         request_timeout=f"{config.envoy.upload_seconds:.3f}s",
+        normalize_path=True,
         early_header_mutation_extensions=[
             {
                 "name": "remove-destinations",
@@ -147,7 +150,7 @@ def _routes(config: Config) -> list[Json]:
         "envoy.filters.http.ext_proc": _typed("extensions.filters.http.ext_proc.v3.ExtProcPerRoute", disabled=True)
     }
     pods: Json = {
-        "match": {"prefix": "/v1/"},
+        "match": {"prefix": "/v1/", "headers": [_METHODS]},
         "route": {"cluster": POD_CLUSTER, "timeout": "0s", "idle_timeout": "3600s"},
         "request_body_buffer_limit": config.envoy.body_limit_bytes,
     }
@@ -243,11 +246,14 @@ def _ext_proc(config: Config) -> Json:
             "request_body_mode": "BUFFERED",
             "response_header_mode": "SKIP" if by_log else "SEND",
             "response_body_mode": "NONE",
-            "request_trailer_mode": "SKIP",
+            # Trailers alone would pass unseen, and with this destination to a pod that nobody chose.
+            "request_trailer_mode": "SEND" if envoy.destination == "override-host" else "SKIP",
             "response_trailer_mode": "SKIP",
         },
         failure_mode_allow=_may_pass_unrouted(config),
         allow_mode_override=True,
+        # Else Envoy takes no content-length of a body that is exchanged where responses are watched by override alone.
+        allow_content_length_header=True,
         route_cache_action="CLEAR",
         status_on_error={"code": "ServiceUnavailable"},
         message_timeout="60s",

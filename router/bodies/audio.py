@@ -17,6 +17,9 @@ MOST_PARTS: Final = 256
 LONGEST_PART_HEADER: Final = 16 << 10
 LONGEST_BOUNDARY: Final = 256
 LONGEST_FIELD: Final = 4096
+LONGEST_CONTENT_TYPE: Final = 1024
+MOST_FALSE_BOUNDARIES: Final = 1 << 16
+"""Places in a part that look like its end and are not: a form with more is made to take time."""
 
 _PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))\s*')
 _FORM_NAME: Final = re.compile(
@@ -58,6 +61,8 @@ def read_audio(content_type: str, body: bytes) -> AudioBody:
 
 def read_boundary(content_type: str) -> bytes:
     """The boundary of a multipart content type."""
+    if len(content_type) > LONGEST_CONTENT_TYPE:
+        raise bad_multipart("invalid content-type header")
     media_type = content_type.partition(";")[0].strip().lower()
     if not media_type.startswith("multipart/"):
         raise bad_body("audio requests must use multipart/form-data content-type")
@@ -117,9 +122,12 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
 def _end_of_value(body: bytes, closing: bytes, start: int) -> int:
     """Where the next delimiter line begins. A boundary that is only the beginning of a longer word is content."""
     at = start
-    while (at := body.find(closing, at)) >= 0:
+    for _ in range(MOST_FALSE_BOUNDARIES):
+        at = body.find(closing, at)
+        if at < 0:
+            break
         after = at + len(closing)
         if body[after : after + 1] in (b"\r", b"\n", b" ", b"\t", b"-"):
-            return max(at, start)
+            return at
         at += 1
     return -1

@@ -44,7 +44,8 @@ async def send(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
         async with session.post(url + "/v1/chat/completions", json=body) as answer:
             raw = await answer.read()
             whole = raw.rstrip().endswith(b"data: [DONE]") if body.get("stream") else bool(json.loads(raw))
-            return Outcome(answer.status, answer.headers.get("target-pod-ip", ""), whole)
+            error = "" if answer.status == 200 else raw[:300].decode("utf-8", "replace")
+            return Outcome(answer.status, answer.headers.get("target-pod-ip", ""), whole, error)
     except (aiohttp.ClientError, ValueError, TimeoutError) as error:
         return Outcome(0, error=repr(error))
 

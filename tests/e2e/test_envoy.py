@@ -71,7 +71,8 @@ async def test_a_client_cannot_choose_its_pod(lab: Lab, session: aiohttp.ClientS
     async with session.post(lab.envoy_url + "/v1/chat/completions", json=chat(lab.model), headers=forged) as answer:
         assert answer.status == 200
         assert answer.headers["x-pod"] in lab.addresses
-    async with session.get(lab.envoy_url + "/v1/files", headers={header: lab.addresses[0]}) as answer:
+    preflight = {header: lab.addresses[0], "access-control-request-method": "POST"}
+    async with session.options(lab.envoy_url + "/v1/files", headers=preflight) as answer:
         assert answer.status == 503
         assert "x-pod" not in answer.headers
 

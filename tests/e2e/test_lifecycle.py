@@ -15,6 +15,7 @@ import openai
 import pytest
 import yaml
 from scripted_pod import EVENTS, FLAT_ERROR, ScriptedPod
+from yarl import URL
 
 import bench.lab
 from bench.figures.accounting import as_aibrix
@@ -27,7 +28,7 @@ MODES = ("aibrix", "aibrix-overrides", "stream", "access-log")
 SEEING_BODIES = ("aibrix", "aibrix-overrides", "stream")
 USERS = {
     "users": [
-        *({"name": f"ann-{each}", "rpm": 1000, "tpm": 30} for each in ("json", "sse", "large")),
+        *({"name": f"ann-{each}", "rpm": 1000, "tpm": 30} for each in ("json", "sse", "large", "errors")),
         {"name": "bob", "rpm": 2, "tpm": 0},
     ]
 }
@@ -147,6 +148,24 @@ async def test_errors_of_the_pod_come_whole_and_in_one_shape(
     await released(ground)
 
 
+@pytest.mark.parametrize(
+    ("script", "status", "message"),
+    [
+        ("error400", 400, "no such thing"),
+        ("error500", 500, "CUDA out of memory"),
+        ("pieces503", 503, "the engine is full, come back later"),
+        ("vanish", 503, "disconnect/reset before headers"),
+    ],
+)
+async def test_errors_of_limited_users_come_whole_in_every_mode(
+    ground: Ground, script: str, status: int, message: str
+) -> None:
+    found, headers, body = await ground.ask(script, user="ann-errors")
+    assert (found, headers["content-type"]) == (status, "application/json")
+    assert message in json.loads(body)["error"]["message"]
+    await released(ground)
+
+
 async def test_a_compressed_error_is_left_alone(ground: Ground) -> None:
     status, headers, body = await ground.ask("gzip502")
     assert status == 502
@@ -171,7 +190,7 @@ async def test_an_error_of_envoys_own_has_the_shape_of_all_others(ground: Ground
     await released(ground)
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize("method", ["POST", "OPTIONS"])
 async def test_what_should_have_a_body_and_has_none_is_refused(ground: Ground, method: str) -> None:
     async with (
         aiohttp.ClientSession() as session,
@@ -191,12 +210,16 @@ async def test_a_browser_that_asks_whether_it_may_ask_is_let_through(ground: Gro
         assert "x-pod" not in answer.headers
 
 
-async def test_a_get_passes_without_a_pod(ground: Ground) -> None:
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/chat/completions", "/v1/../reset_prefix_cache"])
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_what_pods_are_not_asked_with_reaches_none(ground: Ground, method: str, path: str) -> None:
+    url = URL(ground.lab.envoy_url + path, encoded=True)
     async with (
         aiohttp.ClientSession() as session,
-        session.get(ground.lab.envoy_url + "/v1/files", headers={"target-pod": ground.pod.address}) as answer,
+        session.request(method, url, headers={"target-pod": ground.pod.address}) as answer,
     ):
-        assert answer.status == 503
+        assert answer.status == 404
+        assert (await answer.json())["error"]["message"] == "unknown request path"
         assert "x-pod" not in answer.headers
 
 

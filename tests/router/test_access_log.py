@@ -5,7 +5,7 @@ import itertools
 
 import fleet
 import pytest
-from fleet import chat, loads, read, request_body, request_headers
+from fleet import BUFFERED, NONE, chat, loads, read, request_body, request_headers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from protos.access_log_pb2 import StreamAccessLogsMessage
 from router.access_log import AccessLog
 from router.exchange import Exchange, MessageError
 from router.modes import Peer
+from router.policy import Policy
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.request_ids import RequestIds
 from router.scheduler import Scheduler
@@ -82,6 +83,46 @@ def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() ->
     AccessLog(two).receive(entries((metadata, 503)))
     assert tables.ledger.load(0) == (0, 0)
     AccessLog(two).receive(entries((route(one), 200)))
+    assert tables.ledger.load(0) == (0, 0)
+
+
+def watched(by: Scheduler) -> tuple[Exchange, dict[str, str]]:
+    """A request whose response shall be shown, and what Envoy's log will have of it."""
+    exchange = Exchange(by, Peer("access-log"), RequestIds().new, 10_000, Policy(usage_metrics=True))
+    exchange.receive(request_headers(modes=(BUFFERED, NONE)))
+    (reply,) = read(exchange.receive(request_body(chat())))
+    assert not exchange.finished
+    fields = reply.dynamic_metadata.fields[NAMESPACE].struct_value.fields
+    return exchange, {key: value.string_value for key, value in fields.items()}
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+@pytest.mark.parametrize("code", [0, 200])
+def test_a_watched_request_whose_client_left_before_the_response_is_given_back_once(
+    half_closed: bool, code: int
+) -> None:
+    """Whether Envoy took the decision, and writes a log entry, or not."""
+    tables = fleet.make_fleet(1)
+    by = scheduler(tables)
+    exchange, metadata = watched(by)
+    if half_closed:
+        exchange.half_close()
+    else:
+        exchange.late(None)
+    exchange.close()
+    assert tables.ledger.load(0) == (0, 0)
+    AccessLog(by).receive(entries((metadata, code)))
+    assert tables.ledger.load(0) == (0, 0)
+    assert dict(by.series.items())["finished", "pod-0", "499"] == 1.0
+
+
+def test_a_watched_request_whose_stream_was_lost_is_left_to_the_log() -> None:
+    tables = fleet.make_fleet(1)
+    by = scheduler(tables)
+    exchange, metadata = watched(by)
+    exchange.close()
+    assert tables.ledger.load(0)[0] == 1
+    AccessLog(by).receive(entries((metadata, 200)))
     assert tables.ledger.load(0) == (0, 0)
 
 

@@ -663,3 +663,27 @@ def test_an_envoy_that_does_not_tell_its_modes_is_not_taken_for_one_that_did() -
     stream.exchange.receive(request_body(chat()[:15], eos=False))
     other = Exchange(stream.scheduler, stream.exchange._peer, lambda: REQUEST_ID, 10_000)
     assert other.receive(request_headers())
+
+
+@pytest.mark.parametrize(
+    ("destination", "path", "status"),
+    [
+        ("override-host", "/v1/responses/resp_1", 501),
+        ("override-host", "/v1/chat/completions", 400),
+        ("header", "/v1/chat/completions", 400),
+    ],
+)
+def test_what_has_no_body_reaches_no_pod(destination: str, path: str, status: int) -> None:
+    """With override-host Envoy would choose one by itself."""
+    stream = Stream("access-log", destination)
+    assert stream.one(request_headers(path, eos=True)).immediate_response.status.code == status
+    if destination == "override-host":
+        stream = Stream("access-log", destination)
+        stream.send(request_headers(path, modes=(BUFFERED, NONE)))
+        assert stream.one(trailers("request")).immediate_response.status.code == status
+
+
+def test_a_preflight_passes() -> None:
+    stream = Stream("access-log", "override-host")
+    reply = stream.one(request_headers(eos=True, access_control_request_method="POST"))
+    assert reply.WhichOneof("response") == "request_headers"

@@ -234,6 +234,18 @@ def test_usage_metrics_are_counted_for_everybody() -> None:
     assert contract.counted("used_tokens") == {("llama", "prompt"): 5.0, ("llama", "completion"): 7.0}
 
 
+def test_usage_metrics_are_counted_by_access_log_too() -> None:
+    """Where there are no users, nobody is asked who they are: their responses are watched all the same."""
+    contract = Contract(usage_metrics=True)
+    stream = contract.exchange("access-log")
+    said = stream.send(request_headers(modes=(BUFFERED, NONE)))
+    assert said.message.mode_override.response_header_mode == ProcessingMode.SEND
+    stream.send(request_body(chat()))
+    stream.send(response_with(content_type="application/json", content_length="200"))
+    stream.send(response_body(completion(), eos=True))
+    assert contract.counted("used_tokens") == {("llama", "prompt"): 5.0, ("llama", "completion"): 7.0}
+
+
 # -- usage
 
 
@@ -300,6 +312,50 @@ def test_several_choices_that_finish_one_after_another() -> None:
     )
     body = chat(stream=True, n=2, stream_options={"continuous_usage_stats": True})
     assert used(one + USAGE_CHUNK + DONE, [len(one)], body=body) == 12
+
+
+def charged(contract: Contract) -> int:
+    """Tokens charged to Ann so far."""
+    return contract.tables.user_minutes.add_tokens("ann", next(contract.clock), 0)[1]
+
+
+LONG = chat(text="word " * 400, stream=True)
+LONG_TOKENS = len(LONG) // 4
+
+
+@pytest.mark.parametrize("cut", [[], [10], [100, 101]])
+def test_a_stream_that_does_not_tell_its_usage_is_charged_by_estimate(cut: list[int]) -> None:
+    """The prompt, as it was charged to the pod, and an event for each token."""
+    body = orjson.dumps({"model": "llama", "prompt": "word " * 400, "stream": True})
+    tokens = used(chunk() * 3 + DONE, cut, body=body, path="/v1/completions")
+    assert len(body) // 4 + 3 <= tokens <= len(body) // 4 + 4
+
+
+def test_a_client_that_leaves_before_the_usage_is_charged_by_estimate() -> None:
+    contract = Contract(users=ANN)
+    stream = routed(contract, STREAMED, body=LONG, user="ann")
+    stream.send(response_with(content_type="text/event-stream"))
+    stream.send(response_body(chunk() * 7))
+    for _ in range(2):
+        stream.exchange.close()
+    assert charged(contract) == LONG_TOKENS + 7
+
+
+def test_a_client_that_leaves_after_the_usage_is_charged_that() -> None:
+    contract = Contract(users=ANN)
+    stream = routed(contract, STREAMED, body=LONG, user="ann")
+    stream.send(response_with(content_type="text/event-stream"))
+    stream.send(response_body(USAGE_CHUNK))
+    stream.exchange.close()
+    assert charged(contract) == 12
+
+
+def test_a_compressed_answer_is_charged_by_estimate() -> None:
+    contract = Contract(users=ANN)
+    stream = routed(contract, STREAMED, body=LONG, user="ann")
+    stream.send(response_with(content_type="text/event-stream", content_encoding="gzip"))
+    stream.send(response_body(b"\x1f\x8b", eos=True))
+    assert charged(contract) == LONG_TOKENS
 
 
 def test_a_reply_too_long_to_parse_tells_its_usage_at_its_end() -> None:

@@ -136,6 +136,7 @@ class Control(Dialogue):
             self.counters.streams_reset_by_client += 1
             if not stream.headers_sent:
                 self.spend("streams reset before an answer")
+            self.unheard(stream)
         self.forget(stream)
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:

@@ -219,7 +219,7 @@ class Dialogue(Outbound):
         stream.quick = False
         if stream.call is None:
             if stream.ended_local:
-                self._unheard(stream)
+                self.unheard(stream)
                 self.forget(stream)
         elif stream.cutter is not None and not stream.cutter.empty:
             self.fail(stream, CallError(Status.INTERNAL, "the stream ended within a message"))
@@ -268,7 +268,7 @@ class Dialogue(Outbound):
     def local_end(self, stream: Stream) -> None:
         stream.ended_local = True
         if stream.ended_remote:
-            self._unheard(stream)
+            self.unheard(stream)
             self.forget(stream)
         else:
             stream.since = self.clock()
@@ -295,7 +295,7 @@ class Dialogue(Outbound):
         self.lingering.pop(stream.id, None)
         self._close_call(stream)
         if stream.pending is not None:
-            self._unheard(stream)
+            self.unheard(stream)
         stream.late = None
         self._drop_cutter(stream)
         self.drop_pending(stream)
@@ -327,8 +327,8 @@ class Dialogue(Outbound):
             self.counters.buffered_bytes -= stream.cutter.held
             stream.cutter = None
 
-    def _unheard(self, stream: Stream) -> None:
-        """The client went before it had everything that we said."""
+    def unheard(self, stream: Stream) -> None:
+        """The client went before it had everything that we said, or might have said."""
         late = stream.late
         if late is not None:
             stream.late = None

@@ -414,6 +414,19 @@ def test_a_client_that_resets_a_stream_has_read_its_end() -> None:
     assert not peer.connection.streams
 
 
+def test_a_call_hears_that_its_client_resets_it() -> None:
+    peer = Peer()
+    peer.send(peer.open(1, path="/test/Late"), peer.say(1, b"one"), frame(RST_STREAM, 0, 1, CANCEL.to_bytes(4, "big")))
+    assert (peer.call.heard_late, peer.call.closed) == ([None], 1)
+
+
+def test_a_call_does_not_hear_so_of_a_lost_connection() -> None:
+    peer = Peer()
+    peer.send(peer.open(1, path="/test/Late"), peer.say(1, b"one"))
+    peer.connection.lost()
+    assert (peer.call.heard_late, peer.call.closed) == ([], 1)
+
+
 @pytest.mark.parametrize("end", [frame(DATA, END_STREAM, 1), frame(RST_STREAM, 0, 1, CANCEL.to_bytes(4, "big"))])
 def test_a_reply_that_never_left_was_not_read(end: bytes) -> None:
     peer = finished_late(window=1)
