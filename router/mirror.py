@@ -82,6 +82,7 @@ class Mirror:
         self._reader = LogReader(tables.prefix_log, own=REPLICATOR)
         self._reader.skip()
         self._untold: list[Routed] = []
+        self._last_told: list[Routed] = []
         self._others: dict[str, _Other] = {}
         self._version = self._epoch = -1
         self._rows = b""
@@ -142,6 +143,7 @@ class Mirror:
         no more than the prefix log holds, comes next time."""
         self._follow(now)
         out: list[bytes] = []
+        self._last_told = []
         size = 0
         while size < most_bytes:
             if not self._untold:
@@ -157,10 +159,17 @@ class Mirror:
             age = max(now - record.at, 0.0)
             told = Told(pod_key(life.pod.address), life.start, age, record.block_bytes, record.hashes)
             out.append(write_routed(told))
+            self._last_told.append(record)
             size += len(out[-1])
         self.told += len(out)
         self.more = size >= most_bytes
         return b"".join(out)
+
+    def take_back(self) -> None:
+        """It is not known whether what `routed` gave last has arrived: it comes again next time."""
+        self._untold += reversed(self._last_told)
+        self.told -= len(self._last_told)
+        self._last_told = []
 
     # -- what is heard
 

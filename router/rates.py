@@ -132,10 +132,11 @@ class Speeds:
 
 
 class _Pod:
-    __slots__ = ("seen", "sent", "sums")
+    __slots__ = ("polled", "seen", "sent", "sums")
 
     def __init__(self, now: float) -> None:
         self.seen = now
+        self.polled = 0.0
         self.sent = Sent()
         self.sums = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         """Of d*d, d*p, p*p, d, p and 1 over the samples, d and p being the decode and prefill seconds by the prior,
@@ -181,12 +182,11 @@ class Rates:
         sampled = candidates.metric("sampled_at")
         out.polled = np.flatnonzero(sampled > fleet.sampled_at).tolist()
         if out.polled:
-            passed = sampled - fleet.sampled_at
             fleet.sampled_at = sampled
             columns = [candidates.metric(name) for name in _USED]
             for i in out.polled if self._learns else ():
                 row = {name: float(column[i]) for name, column in zip(_USED, columns, strict=True)}
-                fleet.observe(i, row, prior, float(passed[i]))
+                fleet.observe(i, row, prior, float(sampled[i]))
             lengths = columns[_GENERATED]
             lengths = lengths[lengths > 0]
             fleet.measure_room(out.polled, candidates)
@@ -288,10 +288,11 @@ class _Fleet:
         self._chance: Floats = np.zeros(len(pods))
         self._watched = 0.0
 
-    def observe(self, i: int, row: dict[str, float], prior: Prior, passed: float) -> None:
-        """Take a sample of one pod in, so many seconds after its last."""
+    def observe(self, i: int, row: dict[str, float], prior: Prior, sampled: float) -> None:
+        """Take a sample of one pod in. Another fleet may have seen it already: time passes once for the pod."""
         pod = self._pods[i]
-        pod.sent.fade(passed)
+        pod.sent.fade(max(sampled - pod.polled, 0.0))
+        pod.polled = max(sampled, pod.polled)
         _observe(pod, prior, row, self.attention)
         self._sums[:, i] = pod.sums
         self._prefill = None

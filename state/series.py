@@ -21,6 +21,8 @@ _ROW: Final = LABEL_BYTES + 8
 _HEADER: Final = 64
 SEPARATOR: Final = "\x1f"
 OVERFLOW: Final = "overflow"
+LEVELS: Final = frozenset(("transport_level", "mode", "replicas"))
+"""The metrics that are gauges: with the process that set them they are over."""
 POD_PLACE: Final[Mapping[str, int]] = {
     "decisions": 2, "finished": 1, "retried": 1, "polls": 1, "ejections": 1, "settled": 1,
 }  # fmt: skip
@@ -121,6 +123,12 @@ class Series:
     def put(self, value: float, *labels: str) -> None:
         """Set a series, for gauges."""
         self._values[self.cell(*labels)] = value
+
+    def clear_levels(self) -> None:
+        """The process is no more: what it counted stays, its gauges do not."""
+        for labels, cell in self._index.items():
+            if labels[0] in LEVELS:
+                self._values[cell] = 0.0
 
     def items(self) -> Iterator[tuple[tuple[str, ...], float]]:
         """(labels, value) of every series."""

@@ -56,6 +56,11 @@ class Place:
         milliseconds, _, number = place.partition(b"-")
         self._numbers[0], self._numbers[1] = int(milliseconds), int(number)
 
+    def beyond(self, newest: bytes) -> bool:
+        """Whether it lies behind the newest entry of the stream, which is empty where there is none."""
+        milliseconds, _, number = newest.partition(b"-")
+        return (self._numbers[0], self._numbers[1]) > (int(milliseconds or 0), int(number or 0))
+
     def clear(self) -> None:
         """From the begin."""
         self._numbers[0] = self._numbers[1] = 0

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import select
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -29,14 +30,22 @@ def die_with_parent(parent: int, how: signal.Signals) -> None:
 
 
 class _Lossy:
-    """A file that loses what cannot be written: a full disk, or a log collector that died, ends no request."""
+    """A file that loses what cannot be written: a full disk, or a log collector that died or reads no more, ends no
+    request and stops no process."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
+        self._room: select.poll | None = select.poll()
+        try:
+            self._room.register(file.fileno(), select.POLLOUT)
+        except (OSError, ValueError):  # no file
+            self._room = None
 
     def write(self, text: str) -> None:
+        # A pipe is ready when it takes 4096 bytes at once. What is not written now would be waited for.
         with contextlib.suppress(OSError, ValueError):
-            self._file.write(text)
+            if self._room is None or self._room.poll(0):
+                self._file.write(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -123,7 +123,8 @@ if most > 0 then
     if i == most or (size > 524288 and i < #entries) then more = 1 break end
   end
 end
-return {string.format('%.0f', now), others, heard, last, more, ended}
+local newest = redis.call('XREVRANGE', routed, '+', '-', 'COUNT', 1)[1]
+return {string.format('%.0f', now), others, heard, last, more, ended, newest and newest[1] or ''}
 """)
 
 USERS: Final = Script("""
@@ -170,8 +171,6 @@ class Replicator:
         self._link = RedisLink(config.redis, TIMEOUT_SECONDS, (EXCHANGE, USERS, LEAVE))
         self._place = tables.place
         self._series.put(0.0, "replicas")
-        self._news = b""
-        """Told, and not known to have arrived."""
         self._waits_until: float | None = clock() + PATIENCE_SECONDS
         self._heard_at = clock()
         self._complained_at = -COMPLAIN_SECONDS
@@ -202,14 +201,12 @@ class Replicator:
         if self._waits_until is not None and (now >= self._waits_until or mirror.ready(now)):
             self._waits_until = None
         most = MOST_HEARD if self._waits_until is None else 0
-        if not self._news:
-            self._news = mirror.routed(now, MOST_TOLD_BYTES)
         call = self._link.call(
             EXCHANGE,
             self._names,
             self._replica.encode(),
             mirror.loads(now),
-            self._news,
+            mirror.routed(now, MOST_TOLD_BYTES),
             self._place.following(),
             b"%d" % most,
             b"%d" % self._room,
@@ -218,10 +215,10 @@ class Replicator:
         )
         answer = await call if call is not None else LOST
         if isinstance(answer, ReplyError):
+            mirror.take_back()  # it is older when it is told again
             self._miss()
             return False
-        time_ms, others, heard, last, more, ended = answer
-        self._news = b""
+        time_ms, others, heard, last, more, ended, newest = answer
         now = self._heard_at = self._clock()
         gone = set(mirror.others)
         for name, news in others:
@@ -236,8 +233,8 @@ class Replicator:
             self._take(mirror.hear_routed, news, max(int(time_ms) - int(told_ms), 0) / 1000, now)
         if last:
             self._place.put(last)
-        elif self._place.milliseconds > int(time_ms) + round(GONE_SECONDS * 1000):
-            self._place.clear()  # another server, or its clock was put back
+        elif self._place.beyond(newest):
+            self._place.clear()  # another stream: the server has lost that one, or is another
         for entry in ended:
             self._end(entry)
         self._series.add(1.0, "exchanges", "ok")

@@ -66,6 +66,8 @@ class _Watched:
     incarnation: int = 0
     told_incarnation: int = 0
     restarts: float = 0.0
+    started: float = math.nan
+    """When the engine started, by a predecessor's last poll."""
     good: int = 0
     bad: int = 0
     disbelieved: tuple[str, ...] = ()
@@ -124,6 +126,10 @@ class Scraper:
         except RegistryFull as error:
             log.error("pods not taken over, the others stay as they are", error=str(error))
             return
+        if self._registry.waiting:
+            log.warning(
+                "pods wait for the rows of those that drain: raise capacity.pods", waiting=self._registry.waiting
+            )
         pods = self._registry.pods
         for slot in added:
             self._watch(slot, pods[slot])
@@ -149,15 +155,17 @@ class Scraper:
         await self.discover()
         ready()
         source = self._source
+        freed: list[int] = []
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = self._clock()
             if now - resolved >= RESOLVE_SECONDS or (source is not None and source.changed()):
                 resolved = now
                 await self.discover()
-            elif source is not None and source.loaded and source.news:
+            elif source is not None and source.loaded and (source.news or (freed and self._registry.waiting)):
                 self._take_over(*source.listed())
-            for slot in self._registry.sweep(now):
+            freed = self._registry.sweep(now)
+            for slot in freed:
                 gone = self._pods.get(slot)
                 self._unwatch(slot)
                 if gone is not None:
@@ -211,6 +219,7 @@ class Scraper:
             ),
             row,
             incarnation=int(row[COLUMN["incarnation"]]),
+            started=float(row[COLUMN["start_time_seconds"]]),
         )
         watched.told_incarnation = watched.incarnation
         watched.good, watched.bad = self._answers(slot)
@@ -270,7 +279,9 @@ class Scraper:
         before = health.state(now)
         health.polled(ok=True, asleep=sample.awake == 0.0)
         state = watched.window.add(now, sample)
-        if state.restarts > watched.restarts:
+        started, starts = watched.started, sample.start_time_seconds
+        watched.started = math.nan  # from now on the window sees it
+        if state.restarts > watched.restarts or (started == started and starts == starts and started != starts):
             watched.restarts = state.restarts
             watched.incarnation += 1
             log.info("an engine has restarted", pod=watched.pod.name)
@@ -298,6 +309,9 @@ class Scraper:
             # Tokens go with requests, in the same proportion.
             ledger.settle(slot, correction, -my_tokens if mine <= 0 else round(my_tokens * correction / mine))
             self._series.add(abs(correction), "settled", watched.pod.name)
+            own, tokens = ledger.load(slot)
+        elif stray := watched.excess.leftover(mine, my_tokens):
+            ledger.settle(slot, 0, stray)
             own, tokens = ledger.load(slot)
         row[COLUMN["own_requests_at_sample"]] = own
         row[COLUMN["own_tokens_at_sample"]] = tokens

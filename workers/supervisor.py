@@ -430,6 +430,7 @@ class Supervisor:
             self._selector.unregister(child.ready_fd)
             os.close(child.ready_fd)
         given_back = self._tables.ledger.forfeit(child.writer)
+        self._tables.series(child.writer).clear_levels()
         if child in seat.retiring:
             seat.retiring.remove(child)
             self._free(child.writer)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from state.segment import Segment
 from state.series import DECISION_BUCKETS, LABEL_BYTES, OVERFLOW, OVERFLOW_ROWS, Histogram, Series, merge
+from state.tables import FIRST_WORKER
 
 
 def make_series(rows: int = 40) -> tuple[Series, memoryview]:
@@ -190,3 +191,11 @@ def test_what_is_about_no_pod_or_one_whose_name_was_cut_is_kept() -> None:
     successor = Series(region)
     assert successor.reclaim({long}) == 40
     assert sorted(value for _, value in successor.items()) == [2.0, 3.0, 4.0]
+
+
+def test_gauges_end_with_their_process() -> None:
+    tables = make_tables()
+    tables.series().put(3.0, "transport_level", "connections_open")
+    tables.series().add(2.0, "transport", "frames")
+    tables.series(FIRST_WORKER).clear_levels()
+    assert dict(tables.series().items()) == {("transport_level", "connections_open"): 0.0, ("transport", "frames"): 2.0}

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from workers.process import _Lossy
 
 LOG = """
 import structlog
@@ -43,3 +46,14 @@ def test_nor_does_one_that_nobody_reads() -> None:
         process.stderr.close()
         assert process.stdout.read() == b"still here\n"
         assert process.wait(60) == 0
+
+
+def test_a_log_that_nobody_reads_stops_nobody() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w", buffering=1) as file:
+        lossy = _Lossy(file)
+        began = time.monotonic()
+        for _ in range(2000):
+            lossy.write("x" * 200 + "\n")
+        assert time.monotonic() - began < 5.0
+        os.close(read)

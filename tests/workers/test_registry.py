@@ -164,10 +164,20 @@ def test_more_pods_than_rows_change_nothing() -> None:
     world.update(pods(1, 2, 3))
     before = (world.tables.catalog.read(), world.tables.pods.generation.tolist(), world.registry.pods)
     with pytest.raises(RegistryFull, match=r"raise capacity\.pods"):
-        world.update(pods(4, 5))
+        world.update(pods(4, 5, 6, 7, 8))
     assert (world.tables.catalog.read(), world.tables.pods.generation.tolist(), world.registry.pods) == before
     assert world.registry.draining == set()
     assert world.update(pods(1, 2, 3, 4)) == ([3], [])
+
+
+def test_pods_that_replace_others_get_their_rows_as_these_drain() -> None:
+    world = World(FOUR)
+    world.update(pods(1, 2, 3))
+    assert world.update(pods(4, 5, 6), 1.0) == ([3], [0, 1, 2])
+    assert world.registry.waiting == 2
+    assert sorted(world.registry.sweep(2.0)) == [0, 1, 2]
+    added, leaving = world.update(pods(4, 5, 6), 3.0)
+    assert (len(added), leaving, world.registry.waiting) == (2, [], 0)
 
 
 def test_a_description_that_does_not_fit_changes_nothing() -> None:

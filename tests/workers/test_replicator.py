@@ -23,6 +23,8 @@ from router.replies import NAMESPACE
 from router.scheduler import Scheduler
 from state.catalog import CatalogDocument
 from state.ledger import Entry
+from state.news import Told, pod_key, write_routed
+from state.prefix_log import LogReader
 from state.tables import REPLICATOR, Tables
 from state.user_tokens import cells_of
 from workers import replicator
@@ -519,3 +521,46 @@ async def test_the_history_is_read_when_there_are_pods_to_believe_it_of(make: Ma
     two.tables.catalog.publish(document)
     await two.exchange()
     assert two.holds(0)
+
+
+async def test_entries_of_a_clock_that_was_ahead_are_heard_once(valkey_server: ValkeyServer) -> None:
+    with valkey_server.client() as client:
+        client.flushall()
+        url = f"redis://127.0.0.1:{valkey_server.port}/0"
+        one, two = Replica(url), Replica(url)
+        for each in (one, two):
+            await each.exchange()
+        news = write_routed(Told(pod_key("10.0.0.1:8000"), 0, 0.0, 256, bytes(64)))
+        ahead = int(time.time() * 1000) + 3_600_000
+        client.xadd(f"{PREFIX}:routed", {"replica": "ffffffff", "news": news}, id=f"{ahead}-0")
+        client.set(f"{PREFIX}:bytes", len(news))
+        for _ in range(10):
+            await two.exchange()
+        assert two.replicator._mirror.heard == 1
+        client.delete(f"{PREFIX}:routed", f"{PREFIX}:bytes")  # another server
+        one.send(0)
+        await one.exchange()
+        await two.exchange()
+        await two.exchange()
+        assert two.replicator._mirror.heard == 2
+        for each in (one, two):
+            await each.close()
+
+
+async def test_what_is_told_after_an_outage_is_as_old_as_it_is(valkey_server: ValkeyServer) -> None:
+    with valkey_server.client() as client:
+        client.flushall()
+    url = f"redis://127.0.0.1:{valkey_server.port}/0"
+    one, two = Replica(url), Replica(url)
+    await two.exchange()
+    heard = LogReader(two.tables.prefix_log)
+    heard.skip()
+    one.tables.prefix_log.append(0, 1 << 32, time.monotonic(), 256, bytes(64))
+    await one.replicator.exchange()  # without a connection
+    await asyncio.sleep(1.0)
+    await one.exchange()
+    await two.exchange()
+    (record,) = heard.read()
+    assert time.monotonic() - record.at > 1.0
+    for each in (one, two):
+        await each.close()

@@ -57,3 +57,16 @@ def test_a_correction_never_goes_past_zero_or_below_what_the_engine_has(pairs: l
         if change:
             assert own + change >= (0 if own < 0 else int(engine))
             assert own + change <= max(own, 0)
+
+
+def test_tokens_of_a_charge_that_is_being_made_are_left() -> None:
+    excess = Excess()
+    assert excess.leftover(0, 500) == 0
+    assert excess.leftover(1, 500) == 0
+    assert excess.leftover(0, 500) == 0
+    assert excess.leftover(0, 700) == -500
+    assert excess.leftover(0, 200) == -200
+    assert excess.leftover(0, 0) == 0
+    assert excess.leftover(3, -900) == 0
+    assert excess.leftover(3, -800) == 800
+    assert excess.leftover(3, 100) == 0

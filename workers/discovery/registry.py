@@ -65,6 +65,8 @@ class Registry:
         self._rows: dict[str, _Row] = {}
         self._resting: dict[int, float] = {}
         self._settings: Mapping[str, Mapping[str, Any]] = {}
+        self.waiting = 0
+        """Pods that are listed and will get their rows from those that drain."""
         self._adopt(now)
 
     def _adopt(self, now: float) -> None:
@@ -113,18 +115,23 @@ class Registry:
         complete: bool = True,
     ) -> tuple[list[int], list[int]]:
         """Make the tables say what `found` says. Returns the slots that are new and those that began to drain. Unless
-        `found` is complete, pods that are missing there stay as they are.
+        `found` is complete, pods that are missing there stay as they are. Where those that drain have still the rows of
+        some of the new ones, these are `waiting`: they get them with a later call.
 
         Raises RegistryFull, and changes nothing, when there are more pods than rows or they take more room to
         describe than the catalog has.
         """
         wanted = {pod.address: pod for pod in found}
-        staying = sum(1 for address in self._rows if address not in wanted)
-        if len(wanted) + staying > self._tables.capacity.pods:
+        room = self._tables.capacity.pods
+        if len(wanted) > room:
             raise RegistryFull(
-                f"{len(wanted)} pods (and {staying} that drain) are more than the tables hold, which is "
-                f"{self._tables.capacity.pods}: raise capacity.pods"
+                f"{len(wanted)} pods are more than the tables hold, which is {room}: raise capacity.pods"
             )
+        # Those that are gone must begin to drain, or the others would never have room.
+        new = [address for address in wanted if address not in self._rows]
+        late = new[max(room - len(self._rows), 0) :]
+        for address in late:
+            del wanted[address]
         rows: dict[str, _Row] = {}
         added: list[int] = []
         leaving: list[int] = []
@@ -147,6 +154,7 @@ class Registry:
                 rows[address] = _Row(pod, next(free), generation)
                 added.append(rows[address].slot)
         if rows == self._rows and settings == self._settings and self._tables.catalog.version > 0:
+            self.waiting = len(late)
             return [], []
         document = _document(rows, settings)
         try:
@@ -157,6 +165,7 @@ class Registry:
             if address not in self._rows:
                 self._claim(row)
         self._rows, self._settings = rows, settings
+        self.waiting = len(late)
         self._tables.catalog.publish(document)
         return added, leaving
 
