@@ -121,7 +121,7 @@ def parse_profiles(source: str | bytes | Mapping[str, Any]) -> Profiles:
         except orjson.JSONDecodeError as error:
             raise ProfileError(f"parse model config: {error}") from None
     if not isinstance(source, Mapping):
-        raise ProfileError("model config is no object")
+        raise ProfileError("model config is not an object")
     locked = _field(source, "lockedRoutingStrategy", str, "")
     default = _field(source, "defaultProfile", str, "") or DEFAULT_PROFILE
     entries = source.get("profiles")

@@ -114,7 +114,7 @@ async def _catch_up(scheduler: Scheduler) -> None:
             scheduler.catch_up()
         except Exception:
             scheduler.fleet.ahead = False  # then requests do it
-            log.exception("what the last polls say could not be taken in")
+            log.exception("the latest polls could not be processed")
             await asyncio.sleep(COPY_SECONDS)
 
 

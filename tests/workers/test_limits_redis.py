@@ -540,7 +540,7 @@ async def test_over_a_unix_socket(tmp_path: Any) -> None:
     [
         ("localhost:6379", "redis://host:port/0"),
         ("http://localhost", "redis://host:port/0"),
-        ("redis://localhost:port", "no Redis URL"),
+        ("redis://localhost:port", "not a Redis URL"),
         ("redis://:secret@localhost/zero", "a database's number, not 'zero'"),
         ("redis://:secret", "the port must be a number"),
         ("redis://:se/cret:secret@localhost", "write / as %2F"),
@@ -552,8 +552,8 @@ async def test_over_a_unix_socket(tmp_path: Any) -> None:
         ("unix://", "needs its whole path"),
         ("unix://run/redis.sock", "needs its whole path, such as unix:///run"),
         ("unix://:se/secret@/run/redis.sock", "needs its whole path"),
-        ("redis://:secret@redis..svc:6379", "'redis..svc' can be no host's name"),
-        (f"redis://{'x' * 64}.svc", "can be no host's name"),
+        ("redis://:secret@redis..svc:6379", "'redis..svc' is not a valid host name"),
+        (f"redis://{'x' * 64}.svc", "is not a valid host name"),
     ],
 )
 def test_urls_that_are_none(url: str, message: str) -> None:

@@ -328,7 +328,7 @@ def test_a_child_that_hangs_is_told_of_and_one_that_goes_on_is_left_alone(runnin
     until(lambda: one.missing() == ["worker 1 hangs"])
     os.kill(before["worker 1"], signal.SIGCONT)
     until(one.ready)
-    until(lambda: one.says("a child that hung goes on"))
+    until(lambda: one.says("a hung child has recovered"))
     assert one.children() == before
 
 
