@@ -129,7 +129,7 @@ def test_files_are_found_beside_the_file_that_names_them(tmp_path: Path, monkeyp
     assert load(path).endpoints == Path("here.yaml")
 
 
-def test_so_is_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_path_in_the_file_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from the folder itself, and for Envoy, which is started elsewhere."""
     named = {
         "endpoints": "e", "limits": {"users_file": "u"}, "tls": {"certificate": "c", "key": "k", "client_ca": "a"},

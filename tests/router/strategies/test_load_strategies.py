@@ -181,7 +181,7 @@ def test_between_two_polls_requests_do_not_pile_up_on_one_pod(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["least-busy-time", "least-latency", "throughput"])
-def test_nor_when_one_pod_looks_better(name: str) -> None:
+def test_a_burst_does_not_pile_up_on_the_best_pod(name: str) -> None:
     better = {key: value * 0.5 for key, value in EQUAL[name].items()}
     counts = router(name, better, *[EQUAL[name]] * 9).burst()
     assert counts[0] == max(counts)
