@@ -8,7 +8,7 @@ milliseconds and shares the memory of the code. What a child does is in `ext_pro
     SIGHUP            read the configuration again and replace every worker, one after the other: the successor
                       listens before its predecessor is told to drain. The configuration is on trial until the first
                       of them is ready; should it end before, or take too long, the one before stays in force
-    SIGTTIN, SIGTTOU  one worker more, one less
+    SIGTTIN, SIGTTOU  add a worker, remove one
 """
 
 import contextlib
