@@ -20,7 +20,6 @@ X_ERROR_NO_INCLUDE_USAGE: Final = "x-error-no-stream-options-include-usage"
 X_ERROR_MULTIPART_PARSING: Final = "x-error-multipart-parsing"
 X_ERROR_NO_MODEL_BACKENDS: Final = "x-error-no-model-backends"
 X_ERROR_ROUTING: Final = "x-error-routing"
-X_ERROR_STREAMING: Final = "x-error-streaming"
 X_ERROR_RESPONSE_UNKNOWN: Final = "x-error-response-unknown"
 RETRY_AFTER: Final = "Retry-After"
 

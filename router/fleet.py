@@ -52,7 +52,6 @@ class Candidates:
         "_tables",
         "_values",
         "derived",
-        "epoch",
         "ledger",
         "pods",
         "slots",
@@ -60,12 +59,11 @@ class Candidates:
         "whole",
     )
 
-    def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, epoch: int, *, whole: bool = False) -> None:
+    def __init__(self, tables: Tables, pods: Sequence[Pod], values: Floats, *, whole: bool = False) -> None:
         self._tables = tables
         self._values = values
         self.pods = pods
         self.slots: Ints = np.array([pod.slot for pod in pods], np.int64)
-        self.epoch = epoch
         self.whole = whole
         """Whether these are all candidates of their model, and not those that some requests are for."""
         self.derived: dict[Any, Any] = {}
@@ -85,7 +83,7 @@ class Candidates:
         return totals if self._rows is None else totals[self._rows]
 
     def requests(self) -> Ints:
-        """Requests in flight now, by this replica's own account."""
+        """Requests in flight now by the ledger: this replica's, and with Redis the other replicas'."""
         return self._of(_REQUESTS)
 
     def requests_now(self, now: float) -> list[int]:
@@ -136,7 +134,7 @@ class Candidates:
 
     def subset(self, indices: Sequence[int]) -> "Candidates":
         """The same view of fewer pods."""
-        return Candidates(self._tables, [self.pods[i] for i in indices], self._values, self.epoch)
+        return Candidates(self._tables, [self.pods[i] for i in indices], self._values)
 
 
 class Model:
@@ -250,4 +248,4 @@ class Fleet:
                 ready.append(pod)
             elif health == _UNSEEN:
                 unseen.append(pod)
-        return Candidates(tables, ready or unseen, values, self._epoch, whole=True)
+        return Candidates(tables, ready or unseen, values, whole=True)

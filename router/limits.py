@@ -99,8 +99,8 @@ class Ask(NamedTuple):
     user: str
     key: str
     """Digest of the API key."""
-    model: str
-    model_rps: int
+    model: str = ""
+    model_rps: int = 0
     """Requests per second of the model, 0 for no limit."""
 
 
@@ -271,20 +271,20 @@ class Gate:
         self.needed = bool(token) or require_key or counters.has_users
         """False where no request without a model's limit can be refused: then nobody need be asked."""
 
-    def admit(self, user: bytes, authorization: bytes, model: str = "", model_rps: int = 0) -> Grant | Awaitable[Grant]:
-        """Check and count a request by its `user` and `authorization` headers (empty where it has none), and by its
-        model where that is known already. Raises RequestError, at once or when awaited."""
+    def admit(self, user: bytes, authorization: bytes) -> Grant | Awaitable[Grant]:
+        """Check and count a request by its `user` and `authorization` headers (empty where it has none). Raises
+        RequestError, at once or when awaited."""
         key = ""
         if authorization or self._token or self._require_key:
             key = self._key(authorization)
-        if not user and not key and model_rps <= 0:
+        if not user and not key:
             return NOBODY
         name = user.decode("utf-8", "replace")
-        if not self._counters.has_users and model_rps <= 0:
+        if not self._counters.has_users:
             return Grant(name)
-        if len(name) > LONGEST_USER and self._counters.has_users:
+        if len(name) > LONGEST_USER:
             raise unknown_user(name)
-        ask = Ask(name, key, model, model_rps)
+        ask = Ask(name, key)
         answer = self._counters.ask(ask)
         return self._settle(ask, answer) if isinstance(answer, Answer) else self._later(ask, answer)
 

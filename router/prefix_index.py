@@ -220,8 +220,6 @@ class PrefixIndex:
         """Distinct blocks in the view."""
         self.pairs = 0
         """(pod, run) pairs in the view."""
-        self.foreign = 0
-        """Records that named a pod which is no longer there."""
 
     @property
     def runs(self) -> int:
@@ -237,10 +235,6 @@ class PrefixIndex:
         """Bytes of text that the view believes to be in the cache of the pod in row `slot`."""
         return self._used[slot] if slot < len(self._used) else 0
 
-    def room_bytes(self, slot: int) -> float:
-        """How much text the pod's KV cache holds."""
-        return self._room[slot] * self._bytes_per_token if slot < len(self._room) else 0.0
-
     def held_tokens(self, slot: int) -> float:
         """The same in tokens."""
         return self.held_bytes(slot) / self._bytes_per_token
@@ -251,14 +245,8 @@ class PrefixIndex:
 
     @property
     def bytes_per_token(self) -> float:
-        """Text bytes in a token, as learnt so far."""
+        """What the view takes for the text bytes in a token."""
         return self._bytes_per_token
-
-    def learn_bytes_per_token(self, text_bytes: int, prompt_tokens: int) -> None:
-        """An engine has said how many tokens a text was: follow slowly what one token's text is."""
-        if prompt_tokens > 0 and text_bytes > 0:
-            seen = min(max(text_bytes / prompt_tokens, 0.5), 16.0)
-            self._bytes_per_token += 0.01 * (seen - self._bytes_per_token)
 
     def follow(self, now: float, limit: int = RECORDS_PER_DRAIN) -> None:
         """Take in what changed: pods that went or restarted, and what other processes have routed."""
@@ -276,8 +264,6 @@ class PrefixIndex:
                     if kind == ROUTED:
                         self.heard.append((slot, (len(hashes) >> 3) * block_bytes, new, at))
                         self.heard_count += 1
-                else:
-                    self.foreign += 1
         if now >= self._sweep_at:
             self._sweep(now)
 

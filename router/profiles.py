@@ -63,7 +63,7 @@ class Profile(NamedTuple):
     requests_per_second: int
     """Of the whole model; 0 for no limit."""
     routing_config: Any
-    """Free-form, read by the strategy it is for."""
+    """Free-form; only its hints are read."""
     hints: Hints | None
 
 
@@ -74,9 +74,6 @@ class Resolved(NamedTuple):
     locked_strategy: str
     chosen_by_auto: str
     """The name to return in `x-aibrix-config-profile`; empty when the client did not say `auto` or nothing applies."""
-
-
-NOTHING: Final = Resolved(None, "", "")
 
 
 class Profiles:
@@ -121,7 +118,7 @@ def parse_profiles(source: str | bytes | Mapping[str, Any]) -> Profiles:
         except orjson.JSONDecodeError as error:
             raise ProfileError(f"parse model config: {error}") from None
     if not isinstance(source, Mapping):
-        raise ProfileError("model config is no object")
+        raise ProfileError("model config is not an object")
     locked = _field(source, "lockedRoutingStrategy", str, "")
     default = _field(source, "defaultProfile", str, "") or DEFAULT_PROFILE
     entries = source.get("profiles")

@@ -224,7 +224,8 @@ class Rates:
         return found
 
     def _elsewhere(self, out: Speeds, candidates: Candidates, sampled: Floats, now: float) -> None:
-        """What engines count beyond what this replica had sent them: other gateways', or direct traffic."""
+        """What engines count beyond what the ledger had in flight there (this replica's requests, and with Redis the
+        other replicas'): other gateways', or direct traffic."""
         counted = candidates.metric("running") + candidates.metric("waiting")
         extra = np.maximum(counted - candidates.metric("own_requests_at_sample"), 0.0)
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0

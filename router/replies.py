@@ -261,14 +261,12 @@ def request_body_more(pairs: Iterable[Header], *, duplex: bool = False) -> bytes
     return reply.SerializeToString()
 
 
-def response_body(
-    pairs: Iterable[Header] = (), *, body: bytes | None = None, clear: bool = False, remove: Iterable[str] = ()
-) -> bytes:
+def response_body(pairs: Iterable[Header] = (), *, body: bytes | None = None, clear: bool = False) -> bytes:
     """A reply to a piece of the response's body, that replaces it or takes it away."""
     reply = ProcessingResponse()
     common = reply.response_body.response
     common.SetInParent()
-    _change(common, pairs, remove)
+    _change(common, pairs, ())
     if clear:
         common.body_mutation.clear_body = True
     elif body is not None:

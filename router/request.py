@@ -10,7 +10,6 @@ class RoutingRequest:
     __slots__ = (
         "_read_text",
         "_text",
-        "arrived",
         "max_tokens",
         "model",
         "notes",
@@ -31,7 +30,6 @@ class RoutingRequest:
         text: bytes | None = None,
         user: str = "",
         session_key: str = "",
-        arrived: float = 0.0,
     ) -> None:
         self.model = model
         """The name the client asked for: a base model or an adapter."""
@@ -43,8 +41,6 @@ class RoutingRequest:
         """The client's bound on output tokens, 0 when it gave none."""
         self.user = user
         self.session_key = session_key
-        self.arrived = arrived
-        """Monotonic seconds."""
         self.uncached_tokens = -1
         """Prompt tokens the chosen pod is expected to compute; -1: no strategy knew, all of them."""
         self.prefix: Any = None

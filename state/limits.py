@@ -26,7 +26,7 @@ its own, so that either the marking sees the claim or the claim sees the mark.
     int64[S] keys: 63-bit digests, 0 free, negative marked
     int64[S][2 windows][2 Columns][W writers] cells
 
-Cost: `take` 4 µs with 15 writers (6 workers and their successors), 5 µs with 34, refused 4.5 and 6 µs; `add_tokens`
+Cost: `take` 4 µs with 15 writers, 5 µs with 34, refused 4.5 and 6 µs; `add_tokens`
 the same (`pytest tests/state/test_limits.py --benchmark-enable`). Locking and unlocking alone (fcntl, two system
 calls) are 4.6 µs on that machine, and could block.
 """

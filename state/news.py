@@ -61,12 +61,12 @@ def pod_key(address: str) -> int:
 def read_loads(news: bytes) -> Loads:
     """The rows. Raises NewsError."""
     if len(news) % LOADS.itemsize:
-        raise NewsError(f"{len(news)} bytes are no rows of {LOADS.itemsize}")
+        raise NewsError(f"{len(news)} bytes are not rows of {LOADS.itemsize}")
     rows: Loads = np.frombuffer(news, LOADS)
     if len(np.unique(rows["pod"])) != len(rows):
         raise NewsError("a pod twice")
     if not (np.isfinite(rows["wait"]).all() and (rows["wait"] >= 0).all()):
-        raise NewsError("a wait that is no time")
+        raise NewsError("a wait that is not a time")
     return rows
 
 
@@ -82,13 +82,13 @@ def write_users(totals: npt.NDArray[np.float64]) -> bytes:
 def read_users(news: bytes) -> npt.NDArray[np.float64]:
     """The same. Raises NewsError."""
     if len(news) % USERS.itemsize:
-        raise NewsError(f"{len(news)} bytes are no rows of {USERS.itemsize}")
+        raise NewsError(f"{len(news)} bytes are not rows of {USERS.itemsize}")
     rows = np.frombuffer(news, USERS)
     cells, tokens = rows["cell"], rows["tokens"].astype(float)
     if len(np.unique(cells)) != len(cells) or (cells >= ROWS * CELLS).any():
-        raise NewsError("a cell that is none, or twice")
+        raise NewsError("a cell out of range, or twice")
     if not (np.isfinite(tokens).all() and (tokens >= 0).all()):
-        raise NewsError("tokens that are no number")
+        raise NewsError("tokens that are not a number")
     totals = np.zeros(ROWS * CELLS)
     totals[cells] = np.minimum(tokens, _MOST_TOKENS)
     return totals.reshape(ROWS, CELLS)
@@ -104,12 +104,12 @@ def read_routed(news: bytes) -> Iterator[Told]:
     at = 0
     while at < len(news):
         if len(news) - at < _ROUTED.size:
-            raise NewsError(f"{len(news) - at} bytes are no prompt")
+            raise NewsError(f"{len(news) - at} bytes are not a prompt")
         pod, life, age, block_bytes, count = _ROUTED.unpack_from(news, at)
         at += _ROUTED.size
         if count > (len(news) - at) >> 3:
             raise NewsError(f"{count} hashes in {len(news) - at} bytes")
         if not isfinite(age) or age < 0 or block_bytes < 1 or block_bytes & (block_bytes - 1):
-            raise NewsError("an age or a block size that cannot be")
+            raise NewsError("an impossible age or block size")
         yield Told(pod, life, age, block_bytes, news[at : at + 8 * count])
         at += 8 * count

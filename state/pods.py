@@ -47,14 +47,13 @@ FIELDS: Final = (
     "sampled_at",  # monotonic seconds of the last good poll, 0 before the first
     "incarnation",  # goes up each time the engine was seen to have restarted
     "failed_polls",  # in a row
-    "own_requests_at_sample",  # this replica's in-flight requests when the sample was taken
+    "own_requests_at_sample",  # requests in flight by the ledger (with Redis, other replicas' too) when it was taken
     "own_tokens_at_sample",  # and their prompt tokens
     "own_promised_at_sample",  # and the prompt tokens ever promised to the pod
     "running",  # requests in the batch
     "waiting",  # requests queued in the engine
     "swapped",  # requests swapped out or retracted
     "kv_usage",  # share of KV blocks in use, 0..1
-    "cpu_kv_usage",  # the same for blocks offloaded to the host, where the engine has it
     "utilization",  # 0..1, engines that publish one (xllm)
     "num_gpu_blocks",  # KV blocks the engine has
     "block_size",  # tokens in a block

@@ -29,7 +29,6 @@ class Status:
     """The gRPC status codes that this project sends."""
 
     OK: Final = 0
-    CANCELLED: Final = 1
     UNKNOWN: Final = 2
     INVALID_ARGUMENT: Final = 3
     DEADLINE_EXCEEDED: Final = 4

@@ -155,7 +155,7 @@ def envoy(path: Path | None, validate: bool) -> None:
 @click.argument("file", type=click.File("rb"))
 @config_option
 @click.option("--address", help="The router's ext_proc address; by default that of the configuration.")
-@click.option("--path", "request_path", help="Of the request; by default told by the document's fields.")
+@click.option("--path", "request_path", help="Of the request; by default inferred from the document's fields.")
 @click.option("--header", "-H", "headers", multiple=True, metavar="NAME:VALUE", help="A request header; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print the receipt as JSON.")
 def explain(

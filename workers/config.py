@@ -314,7 +314,7 @@ class Config(BaseSettings):
         listen, admin = parse_address(self.listen), parse_address(self.admin)
         if _collide(listen, admin):
             raise Misfit(
-                f"listen: {self.listen} and admin, {self.admin}, are in each other's way; change one", "listen", "admin"
+                f"listen: {self.listen} and admin, {self.admin}, use the same address; change one", "listen", "admin"
             )
         for name, other in (("listen", listen), ("admin", admin)):
             if kind == other.kind == "tcp" and port <= other.port < port + most and _overlap(place, other.place):
@@ -464,7 +464,7 @@ def _aibrix_number(name: str, unit: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"{name}: {text!r} is no number{' of ' + unit if unit else ''}") from None
+        raise ConfigError(f"{name}: {text!r} is not a number{' of ' + unit if unit else ''}") from None
 
 
 def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
@@ -484,7 +484,7 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Config:
     except SettingsError as error:
         section = str(error).partition('"')[2].partition('"')[0].upper()
         raise ConfigError(
-            f"POINTSMAN_{section}: is no JSON of a mapping; write nested keys as POINTSMAN_{section}__<KEY>"
+            f"POINTSMAN_{section}: is not a JSON mapping; write nested keys as POINTSMAN_{section}__<KEY>"
         ) from None
     config._origins = origins
     room = config.max_message_bytes - ENVELOPE_BYTES
@@ -512,7 +512,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is no UTF-8 text") from None
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
     try:
         given = read_yaml(text)
     except NotYaml as error:

@@ -42,7 +42,7 @@ ROUTER_CLUSTER, POD_CLUSTER, ADMIN_CLUSTER = "pointsman", "pods", "pointsman_adm
 def bootstrap(config: Config) -> Json:
     """The bootstrap as a mapping, to be written as YAML or JSON. Raises ConfigError where the settings do not fit."""
     return {
-        "admin": {"address": _address(config.envoy.admin, config)},
+        "admin": {"address": _address(config.envoy.admin)},
         "overload_manager": _overload_manager(config),
         "layered_runtime": {
             "layers": [
@@ -91,7 +91,7 @@ def _typed(kind: str, **values: Any) -> Json:
     return {"@type": f"{_TYPE}.{kind}", **values}
 
 
-def _address(text: str, config: Config) -> Json:
+def _address(text: str) -> Json:
     kind, place, port = parse_address(text)
     if kind == "unix":
         return {"pipe": {"path": place}}
@@ -104,7 +104,7 @@ def _reachable(text: str, config: Config) -> Json:
     if kind == "tcp" and place in ("0.0.0.0", "::"):
         place = config.envoy.router_host
         return {"socket_address": {"address": place, "port_value": port}}
-    return _address(text, config)
+    return _address(text)
 
 
 def _listener(config: Config) -> Json:
@@ -138,7 +138,7 @@ def _listener(config: Config) -> Json:
     manager["local_reply_config"] = {"mappers": _error_shapes(config)}
     return {
         "name": "llm",
-        "address": _address(config.envoy.listen, config),
+        "address": _address(config.envoy.listen),
         "filter_chains": [
             {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
         ],
@@ -469,7 +469,7 @@ def _override_host(config: Config) -> Json:
 
 def _pod(address: str, name: str, config: Config) -> Json:
     """A pod as Envoy's endpoint, with the router's name for it where that is known beforehand."""
-    pod: Json = {"endpoint": {"address": _address(address, config)}}
+    pod: Json = {"endpoint": {"address": _address(address)}}
     if name:
         pod["metadata"] = {"filter_metadata": {NAMESPACE: {"pod": name}}}
     return pod

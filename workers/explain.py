@@ -134,7 +134,7 @@ def _path_for(body: bytes) -> str:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise ExplainError(f"the request is no JSON: {error}") from None
+        raise ExplainError(f"the request is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ExplainError("the request must be a JSON object, as a client would send it")
     for field, path in (
@@ -154,7 +154,7 @@ def parse_headers(given: tuple[str, ...]) -> dict[str, str]:
     for each in given:
         name, colon, value = each.partition(":")
         if not colon or not name.strip():
-            raise ExplainError(f"{each!r} is no header: write name:value")
+            raise ExplainError(f"{each!r} is not a header: write name:value")
         found[name.strip().lower()] = value.strip()
     return found
 

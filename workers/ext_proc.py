@@ -1,11 +1,12 @@
 """An ext_proc worker: a transport, the methods it serves, and the scheduler behind them."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from hashlib import sha256
 from secrets import token_bytes
+
+import structlog
 
 from router.access_log import AccessLog
 from router.exchange import Exchanges
@@ -26,7 +27,7 @@ from workers.wake import Waker
 PROCESS = f"/{EXT_PROC_SERVICE}/Process"
 STREAM_ACCESS_LOGS = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs"
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 COPY_SECONDS = 1.0
 """Between two copies of the transport's counters into the shared tables."""
@@ -114,7 +115,7 @@ async def _catch_up(scheduler: Scheduler) -> None:
             scheduler.catch_up()
         except Exception:
             scheduler.fleet.ahead = False  # then requests do it
-            log.exception("what the last polls say could not be taken in")
+            log.exception("the latest polls could not be processed")
             await asyncio.sleep(COPY_SECONDS)
 
 

@@ -40,7 +40,7 @@ class GrpcioServer:
     async def listen(self, address: str, ssl_context: ssl.SSLContext | None = None) -> None:
         """Accept connections on "host:port" or "unix:/path". Raises OSError when the address cannot be had."""
         if ssl_context is not None:
-            raise ValueError("the grpcio transport serves no TLS; use transport: h2")
+            raise ValueError("the grpcio transport does not serve TLS; use transport: h2")
         server = grpc.aio.server(handlers=[_Handler(self, self._methods)], options=self._options)
         try:
             port = server.add_insecure_port(address)

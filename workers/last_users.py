@@ -40,7 +40,7 @@ class LastUsers:
                 os.ftruncate(other, 0)
                 os.pwrite(other, _HEADER.pack(newest + 1, _digest(newest + 1, data)) + data, 0)
         except OSError as error:
-            log.warning("the users cannot be kept for workers to come", error=error.strerror)
+            log.warning("cannot save the users for later workers", error=error.strerror)
 
     def text(self) -> str | None:
         """The text kept last; None if there was none."""

@@ -27,10 +27,14 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "refused": ("pointsman_refused", "Requests answered by the router itself", ("status", "code")),
     "finished": ("pointsman_finished", "Requests that ended, by the status the client got", ("pod", "status")),
     "exchanges": ("pointsman_exchanges", "Exchanges with other replicas through Redis", ("result",)),
-    "prompts": ("pointsman_shared_prompts", "Prompts that replicas told each other of", ("what",)),
-    "foreign": ("pointsman_foreign_log_entries", "Log entries on requests that another replica routed", ()),
+    "prompts": ("pointsman_shared_prompts", "Prompts exchanged between replicas", ("what",)),
+    "foreign": ("pointsman_foreign_log_entries", "Log entries for requests that another replica routed", ()),
     "retried": ("pointsman_retried", "Requests that Envoy sent to another pod after the first failed", ("pod",)),
-    "used_tokens": ("pointsman_used_tokens", "Tokens of answered requests, by their own usage", ("model", "kind")),
+    "used_tokens": (
+        "pointsman_used_tokens",
+        "Tokens of answered requests, as responses report them",
+        ("model", "kind"),
+    ),
     "limits_outage": ("pointsman_limits_outage", "Requests whose limits could not be checked", ("policy",)),
     "fallbacks": ("pointsman_strategy_fallbacks", "Decisions a strategy could not base on its metric", ("strategy",)),
     "polls": ("pointsman_scrapes", "Polls of the pods' metrics", ("pod", "result")),
@@ -38,7 +42,7 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ejections": ("pointsman_ejections", "Times a pod was left out because its answers failed", ("pod",)),
     "settled": ("pointsman_settled_requests", "In-flight counts corrected against the engine's own", ("pod",)),
     "restarts": ("pointsman_restarts", "Processes restarted after they ended unexpectedly", ("process",)),
-    "transport": ("pointsman_transport_events", "What the transport met", ("event",)),
+    "transport": ("pointsman_transport_events", "Transport events", ("event",)),
 }
 """Series name: metric, help, labels."""
 
@@ -93,12 +97,12 @@ class TablesCollector(Collector):
             if labels[0] == "transport_level":
                 levels.add_metric(labels[1:], value)
         yield levels
-        replicas = GaugeMetricFamily("pointsman_replicas_heard", "Other replicas that tell what they have in flight")
+        replicas = GaugeMetricFamily("pointsman_replicas_heard", "Other replicas that report what they have in flight")
         replicas.add_metric((), merged.get(("replicas",), 0.0))
         yield replicas
         modes = GaugeMetricFamily(
             "pointsman_strategy_mode",
-            "Workers that last decided so",
+            "Workers whose last marginal-delay decision used this mode",
             labels=("model", "mode"),
         )
         for labels, value in merged.items():
@@ -112,15 +116,15 @@ class TablesCollector(Collector):
         _, rows = tables.pods.snapshot()
         now = time.monotonic()
         in_flight = GaugeMetricFamily(
-            "pointsman_in_flight", "Requests in flight, by the router's own account", labels=("pod",)
+            "pointsman_in_flight", "Requests in flight, as the router counts them", labels=("pod",)
         )
         elsewhere = GaugeMetricFamily(
-            "pointsman_in_flight_elsewhere", "Requests in flight, by what other replicas tell", labels=("pod",)
+            "pointsman_in_flight_elsewhere", "Requests in flight, as other replicas report them", labels=("pod",)
         )
         age = GaugeMetricFamily("pointsman_scrape_age_seconds", "Age of the last good poll", labels=("pod",))
         health = GaugeMetricFamily("pointsman_pod_health", "1 for the pod's state", labels=("pod", "state"))
         engine = {
-            name: GaugeMetricFamily(f"pointsman_pod_{name}", f"By the engine's own account: {text}", labels=("pod",))
+            name: GaugeMetricFamily(f"pointsman_pod_{name}", f"As the engine reports it: {text}", labels=("pod",))
             for name, text in _POD_GAUGES
         }
         requests = tables.ledger.totals(Entry.REQUESTS, tables.pods.high)
@@ -148,7 +152,7 @@ class TablesCollector(Collector):
     def _processes(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
             "pointsman_build",
-            "What runs here",
+            "Build information",
             {
                 "version": version("pointsman"),
                 "python": python_version(),

@@ -75,7 +75,9 @@ def clear_stale_socket(address: str) -> None:
     if kind != "unix" or not Path(path).exists():
         return
     if not Path(path).is_socket():
-        raise AddressError(address, "cannot listen: there is a file of that name that is no socket; write another path")
+        raise AddressError(
+            address, "cannot listen: there is a file of that name that is not a socket; write another path"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

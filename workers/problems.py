@@ -62,7 +62,7 @@ def check_strategy(value: str) -> None:
         names = [name for name, _ in parse_strategy(value, STRATEGIES)]
     except RequestError:
         raise ValueError(
-            f"{value!r} is no combination of strategies: write name:weight,name:weight with names that "
+            f"{value!r} is not a combination of strategies: write name:weight,name:weight with names that "
             "`pointsman strategies` lists"
         ) from None
     alone = [name for name in names if len(names) > 1 and not issubclass(STRATEGIES[name], Scoring)]

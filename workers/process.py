@@ -136,6 +136,6 @@ def run_child(
     except (KeyboardInterrupt, SystemExit):
         return 0
     except Exception:
-        structlog.get_logger().exception("process ends by an error")
+        structlog.get_logger().exception("process ended with an error")
         return 1
     return 0

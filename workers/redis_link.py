@@ -118,31 +118,31 @@ def parse_redis_url(url: str) -> RedisAddress:
     with contextlib.suppress(ValueError):  # its text may have the password
         parts = urlsplit(url)
     if parts is None or parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("no Redis URL: write redis://host:port/0, rediss://... for TLS, or unix:///path")
+        raise ValueError("not a Redis URL: write redis://host:port/0, rediss://... for TLS, or unix:///path")
     if parts.scheme != "unix" and "@" in parts.path + parts.query + parts.fragment:
-        raise ValueError("no Redis URL: in user and password write / as %2F, ? as %3F and # as %23")
+        raise ValueError("not a Redis URL: in user and password write / as %2F, ? as %3F and # as %23")
     if parts.query or parts.fragment:
         raise ValueError(
-            "no Redis URL: nothing may come after the database's number; user and password stand before the host, "
+            "not a Redis URL: nothing may come after the database's number; user and password stand before the host, "
             "redis://user:password@host:port/0"
         )
     username, password = unquote(parts.username or ""), unquote(parts.password or "")
     if parts.scheme == "unix":
         if not parts.path or parts.netloc.rpartition("@")[2]:
-            raise ValueError("no Redis URL: a unix socket needs its whole path, such as unix:///run/redis.sock")
+            raise ValueError("not a Redis URL: a unix socket needs its whole path, such as unix:///run/redis.sock")
         return RedisAddress("", 0, unquote(parts.path), False, username, password, 0)
     try:
         port = parts.port or 6379
     except ValueError:
-        raise ValueError("no Redis URL: the port must be a number up to 65535") from None
+        raise ValueError("not a Redis URL: the port must be a number up to 65535") from None
     database = parts.path.strip("/") or "0"
     if not database.isascii() or not database.isdigit():
-        raise ValueError(f"no Redis URL: the path must be a database's number, not {database!r}")
+        raise ValueError(f"not a Redis URL: the path must be a database's number, not {database!r}")
     host = parts.hostname or "localhost"
     try:
         host.encode("idna")
     except UnicodeError:
-        raise ValueError(f"no Redis URL: {host!r} can be no host's name") from None
+        raise ValueError(f"not a Redis URL: {host!r} is not a valid host name") from None
     return RedisAddress(host, port, "", parts.scheme == "rediss", username, password, int(database))
 
 
@@ -215,7 +215,7 @@ class _Connection(asyncio.Protocol):
         except _Incomplete:
             pass
         except (ValueError, IndexError, RecursionError):
-            self.end("it sent what is no reply")
+            self.end("it sent something that is not a reply")
             return
         self._buffer = buffer[at:]
 

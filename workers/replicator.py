@@ -280,7 +280,7 @@ class Replicator:
             self._series.add(1.0, "exchanges", "not-understood")
             if self._clock() - self._complained_at >= COMPLAIN_SECONDS:
                 self._complained_at = self._clock()
-                log.warning("another replica's news are none", reason=str(error))
+                log.warning("an update from another replica could not be decoded", reason=str(error))
 
     def _miss(self) -> None:
         """An exchange has failed: what others have in flight will not be known for much longer."""

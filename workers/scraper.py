@@ -124,7 +124,7 @@ class Scraper:
         try:
             added, leaving = self._registry.update(found, settings, self._clock(), complete=complete)
         except RegistryFull as error:
-            log.error("pods not taken over, the others stay as they are", error=str(error))
+            log.error("pods not added, the others stay as they are", error=str(error))
             return
         if self._registry.waiting:
             log.warning(
@@ -254,8 +254,8 @@ class Scraper:
                 self._failed(watched, f"the page has no metrics of engine {watched.pod.engine}")
             self._series.add(time.process_time() - started, "page_cpu_seconds")
         except Exception:  # a page must not end the polls of its pod
-            log.exception("a metrics page could not be taken in", pod=watched.pod.name)
-            self._failed(watched, "its page could not be taken in")
+            log.exception("a metrics page could not be processed", pod=watched.pod.name)
+            self._failed(watched, "its page could not be processed")
 
     def _count_poll(self, watched: _Watched, result: str) -> None:
         self._series.add(1.0, "polls", watched.pod.name, result)
@@ -288,9 +288,7 @@ class Scraper:
         if sample.disbelieved != watched.disbelieved:
             watched.disbelieved = sample.disbelieved
             if sample.disbelieved:
-                log.warning(
-                    "metrics that cannot be true are left out", pod=watched.pod.name, of=", ".join(sample.disbelieved)
-                )
+                log.warning("implausible metrics are ignored", pod=watched.pod.name, of=", ".join(sample.disbelieved))
         row, slot = watched.row, watched.slot
         row[_COLUMNS] = [state[place] for place in _PLACES]
         row[COLUMN["utilization"]] = sample.utilization
@@ -378,7 +376,7 @@ class Scraper:
         if health.answered(more_good, more_bad, now, lambda: peers.spare(self._peer(watched))):
             self._series.add(1.0, "ejections", watched.pod.name)
             log.warning(
-                "a pod's answers fail, it is left out for a while",
+                "a pod's responses fail, it is ejected for a while",
                 pod=watched.pod.name, seconds=round(health.ejected_until - now, 1),
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ milliseconds and shares the memory of the code. What a child does is in `ext_pro
     SIGHUP            read the configuration again and replace every worker, one after the other: the successor
                       listens before its predecessor is told to drain. The configuration is on trial until the first
                       of them is ready; should it end before, or take too long, the one before stays in force
-    SIGTTIN, SIGTTOU  one worker more, one less
+    SIGTTIN, SIGTTOU  add a worker, remove one
 """
 
 import contextlib
@@ -374,7 +374,7 @@ class Supervisor:
     def _kill_due(self, now: float) -> None:
         for child in self._children.values():
             if child.kill_at is not None and now >= child.kill_at:
-                what = "does not become ready" if child.phase is Phase.STARTING else "would not end"
+                what = "did not become ready" if child.phase is Phase.STARTING else "did not exit"
                 log.warning(f"killing a child that {what}", child=child.seat.name, child_pid=child.pid)
                 child.kill_at = None
                 self._signal(child, signal.SIGKILL)
@@ -409,7 +409,7 @@ class Supervisor:
             seconds = round(child.silent_looks * LOOK_SECONDS)
             log.warning("a child hangs", child=child.seat.name, child_pid=child.pid, seconds=seconds)
         else:
-            log.info("a child that hung goes on", child=child.seat.name, child_pid=child.pid)
+            log.info("a hung child has recovered", child=child.seat.name, child_pid=child.pid)
 
     def _reap(self) -> None:
         while self._children:
@@ -504,9 +504,9 @@ class Supervisor:
         fixed = ("listen", "worker_listen", "admin", "capacity", "workers")
         for name in fixed:
             if getattr(config, name) != getattr(self._config, name):
-                log.warning("a change that needs a full restart is left out", key=name)
+                log.warning("change ignored: it needs a full restart", key=name)
         if config.prefix.ring_bytes != self._config.prefix.ring_bytes:
-            log.warning("a change that needs a full restart is left out", key="prefix.ring_bytes")
+            log.warning("change ignored: it needs a full restart", key="prefix.ring_bytes")
         keep = {name: getattr(self._config, name) for name in fixed}
         self._trial = _plan(config.model_copy(update=keep), self._plan)
         log.info("rolling restart")
@@ -591,12 +591,12 @@ class Supervisor:
         self._fill(seat)
         if self._trial is not None:
             self._rolling.append(seat)
-        log.info("one worker more", workers=len(numbers) + 1)
+        log.info("worker added", workers=len(numbers) + 1)
 
     def _remove_worker(self) -> None:
         workers = [seat for seat in self._seats if seat.kind is Kind.WORKER and not seat.closing]
         if len(workers) <= 1:
-            log.error("the last worker stays")
+            log.error("the last worker cannot be removed")
             return
         seat = max(workers, key=lambda seat: seat.number)
         seat.closing = True
@@ -615,7 +615,7 @@ class Supervisor:
         seat.child = seat.successor = None
         if not seat.retiring:
             self._seats.remove(seat)
-        log.info("one worker less", workers=len(workers) - 1)
+        log.info("worker removed", workers=len(workers) - 1)
 
 
 def _plan(config: Config, before: Plan | None = None) -> Plan:

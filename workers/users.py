@@ -93,15 +93,17 @@ def checked(record: UserRecord, where: str = "") -> UserRecord:
     name = record.name
     if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST_USER:
         raise UsersError(
-            f"{where}{name[:LONGEST_USER]!r} is no name for a user: it needs 1 to {LONGEST_USER} printable characters, "
-            "without blanks at its ends"
+            f"{where}{name[:LONGEST_USER]!r} is not a valid user name: it needs 1 to {LONGEST_USER} printable "
+            "characters, without blanks at its ends"
         )
     for field, value in (("rpm", record.rpm), ("tpm", record.tpm)):
         if type(value) is not int or abs(value) > _LARGEST:
             raise UsersError(f"{where}user {name!r}: {field} must be a whole number below 2^53, not {value!r}")
     for key in record.keys:
         if not isinstance(key, str) or len(key) != 64 or not _HEX.issuperset(key):
-            raise UsersError(f"{where}user {name!r}: keys must be SHA-256 digests of 64 small hex digits, not {key!r}")
+            raise UsersError(
+                f"{where}user {name!r}: keys must be SHA-256 digests of 64 lowercase hex digits, not {key!r}"
+            )
     return record
 
 
@@ -134,7 +136,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UsersError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UsersError(f"{path}: is no UTF-8 text") from None
+        raise UsersError(f"{path}: is not UTF-8 text") from None
 
 
 def parse_users(text: str, path: Path) -> dict[str, UserRecord]:
@@ -160,7 +162,7 @@ def parse_users(text: str, path: Path) -> dict[str, UserRecord]:
     for number, entry in enumerate(listed or (), 1):
         record = checked(_record(entry, f"{path}: user {number}"), f"{path}: ")
         if record.name in users:
-            raise UsersError(f"{path}: user {record.name!r} is there twice")
+            raise UsersError(f"{path}: user {record.name!r} is listed twice")
         for key in record.keys:
             if key in owners:
                 raise UsersError(f"{path}: users {owners[key]!r} and {record.name!r} have the same key {key[:8]}…")
@@ -283,7 +285,7 @@ class UserBook:
             text = last.text()
             if text is None:
                 raise users
-            log.error("users file cannot be used, the users are those it held before", error=str(users))
+            log.error("users file cannot be used, keeping those it held before", error=str(users))
             users = parse_users(text, path)
         self._take(users)
 

@@ -17,8 +17,8 @@ _CONFIG_ERROR = 2
 _config = click.option(
     "--config", "path", type=click.Path(path_type=Path), help="YAML file; see docs/configuration.md."
 )
-_rpm = click.option("--rpm", type=int, help="Requests a minute; 0: 100; negative: none.")
-_tpm = click.option("--tpm", type=int, help="Tokens a minute; 0: 1000 for each request.")
+_rpm = click.option("--rpm", type=int, help="Requests per minute; 0: 100; negative: none.")
+_tpm = click.option("--tpm", type=int, help="Tokens per minute; 0: 1000 for each request.")
 
 
 @click.group()
@@ -45,7 +45,7 @@ def add(name: str, rpm: int | None, tpm: int | None, key: bool, path: Path | Non
 
 
 @users.command("list")
-@click.option("--json", "as_json", is_flag=True, help="As JSON, one record a line, as it is written down.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one record per line, as stored.")
 @_config
 def list_users(as_json: bool, path: Path | None) -> None:
     """List all users, their limits and how many API keys they have."""
@@ -107,7 +107,7 @@ def _store(path: Path | None) -> Iterator[UserStore]:
         elif config.limits.users_file is not None:
             yield UsersFile(config.limits.users_file)
         else:
-            raise UsersError("there is no place for users: set limits.users_file or redis in the configuration")
+            raise UsersError("there is nowhere to keep users: set limits.users_file or redis in the configuration")
     except (ConfigError, UsersError) as error:
         _fail(str(error))
 

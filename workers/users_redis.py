@@ -100,7 +100,7 @@ class RedisUsers:
                 return UserRecord(name, keys=keys), {}
             raise UsersError(
                 f"{self.place}: the record of user {name!r} cannot be read; "
-                f"`pointsman users set {name} --rpm N --tpm N` writes it anew"
+                f"`pointsman users set {name} --rpm N --tpm N` rewrites it"
             ) from None
         return record, document
 

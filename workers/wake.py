@@ -58,7 +58,7 @@ class Waker:
         if 200 <= status < 300:
             log.info("a pod was asked to wake a model", pod=pod.name, model=model)
         else:
-            log.warning("a pod would not wake a model", pod=pod.name, model=model, status=status)
+            log.warning("a pod refused to wake a model", pod=pod.name, model=model, status=status)
 
     async def _post(self, pod: Pod, model: str) -> int:
         """The status. Raises OSError, or ValueError for what is no HTTP."""
@@ -75,7 +75,7 @@ class Waker:
             await writer.drain()
             parts = (await reader.readline()).split()
             if len(parts) < 2 or not parts[0].startswith(b"HTTP/"):
-                raise ValueError("the answer is no HTTP")
+                raise ValueError("the answer is not HTTP")
             return int(parts[1])
         finally:
             writer.close()

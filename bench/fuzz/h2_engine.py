@@ -12,10 +12,13 @@ windows; when the connection is lost every call has been closed exactly once and
 pending.
 """
 
+import logging
 import random
 import struct
 import sys
 from collections.abc import Awaitable, Callable
+
+import structlog
 
 from workers.calls import CallError, Metadata, Method, Push, Reply
 from workers.h2.connection import Connection
@@ -291,9 +294,7 @@ def play(data: bytes) -> None:
 
 
 def main() -> None:
-    import logging
-
-    logging.disable()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     if len(sys.argv) > 2 and sys.argv[1] == "--random":
         generator = random.Random(int(sys.argv[3]) if len(sys.argv) > 3 else 1)
         for number in range(int(sys.argv[2])):

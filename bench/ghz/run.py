@@ -53,7 +53,7 @@ def main(address: str, options: tuple[str, ...], body_bytes: int, strategy: str,
     """Run ghz against the router at ADDRESS: 10,000 streams, 16 at once, unless OPTIONS say otherwise."""
     ghz = ROOT / "bin" / "ghz"
     if not ghz.exists():
-        raise click.ClickException(f"there is no {ghz}; `make ghz` builds it, given Go")
+        raise click.ClickException(f"there is no {ghz}; `make ghz` builds it if Go is installed")
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as data:
         json.dump(messages(body_bytes, strategy, model), data)
     own = () if options else ("--total", "10000", "--concurrency", "16")

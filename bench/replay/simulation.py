@@ -221,7 +221,6 @@ class Simulation:
             read_text=lambda: _text(traced, prompt),
             prompt_tokens=prompt,
             session_key=traced.session,
-            arrived=self._now,
         )
         decision = worker.scheduler.decide(
             request, self._strategy, destination=Destination.HEADER, held=True, duplex=False

@@ -1,4 +1,4 @@
-"""The pod with the emptiest KV cache, and the same by GPU cache alone."""
+"""The pod with the emptiest KV cache, under AIBrix's two names for it."""
 
 from typing import ClassVar
 
@@ -40,16 +40,11 @@ class LeastGpuCache(Scoring):
         return gpu_share(candidates)
 
 
-class LeastKvCache(Scoring):
-    """score = share of GPU KV blocks in use + share of host KV blocks in use, where the engine offloads. [0..2]
+class LeastKvCache(LeastGpuCache):
+    """score = the same as least-gpu-cache. [0..1]
 
-    AIBrix needs both metrics and falls back to random on every engine that has no host cache, which is all current
-    ones; an engine without a host cache uses none of it.
+    AIBrix adds the share of host KV blocks in use, and falls back to random where an engine does not publish it, which
+    is on all current ones; here the GPU's share alone decides.
     """
 
     name: ClassVar[str] = "least-kv-cache"
-
-    def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
-        """GPU and host cache shares."""
-        result: Floats = gpu_share(candidates) + np.nan_to_num(candidates.metric("cpu_kv_usage"))
-        return result

@@ -15,7 +15,8 @@ class LeastRequest(Scoring):
     """score = requests in flight, counted at selection over all workers of this replica. [requests]
 
     AIBrix counts after selecting, so simultaneous requests all see the same counts and pile up on one pod; here
-    the count goes up in the same step as the choice. What other replicas send is not in it. Equals take turns.
+    the count goes up in the same step as the choice. With Redis, other replicas' requests are counted, too, as of the
+    last exchange. Equals take turns.
     """
 
     name: ClassVar[str] = "least-request"

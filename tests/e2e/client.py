@@ -10,6 +10,8 @@ from typing import Any
 
 import aiohttp
 
+from bench.lab import Lab
+
 
 def chat(model: str, text: str = "hello", *, stream: bool = False, max_tokens: int = 8, **more: Any) -> dict[str, Any]:
     """A chat completion request."""
@@ -22,6 +24,11 @@ def chat(model: str, text: str = "hello", *, stream: bool = False, max_tokens: i
         "ignore_eos": True,
         **more,
     }
+
+
+def in_flight(lab: Lab, whose: str = "own") -> list[int]:
+    """The requests that the router believes to be in flight, by pod."""
+    return [pod[whose]["requests"] for pod in lab.believed_pods()]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from client import chat, send
+from client import chat, in_flight, send
 
 from bench.lab import Lab, get
 
@@ -22,10 +22,6 @@ pytestmark = pytest.mark.envoy
 async def session() -> Iterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as opened:
         yield opened
-
-
-def in_flight(lab: Lab) -> list[int]:
-    return [pod["own"]["requests"] for pod in lab.believed_pods()]
 
 
 async def test_a_json_answer_comes_back_with_what_the_router_chose(lab: Lab, session: aiohttp.ClientSession) -> None:

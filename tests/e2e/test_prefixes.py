@@ -54,7 +54,7 @@ async def test_a_prompt_follows_its_beginning_whichever_worker_takes_it(session:
                 assert (await send(session, lab.envoy_url, chat(lab.model, story(name) + f"Turn {turn}."))).pod == pod
 
 
-async def test_but_not_where_that_pod_is_loaded(session: aiohttp.ClientSession) -> None:
+async def test_a_prompt_does_not_follow_its_beginning_to_a_loaded_pod(session: aiohttp.ClientSession) -> None:
     with Lab(pods=3, workers=2) as lab:
         first = await send(session, lab.envoy_url, chat(lab.model, story("x")))
         await idle(lab)

@@ -6,29 +6,17 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
 import pytest
-from client import chat, steady_load
+from client import chat, in_flight, steady_load
+from waiting import until_told
 
 from bench.lab import Lab, get
 from workers.scrape.settle import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.envoy
-
-
-async def until(happened: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait without standing in the way of the load."""
-    deadline = time.monotonic() + seconds
-    while not await asyncio.to_thread(happened):
-        assert time.monotonic() < deadline, "it did not happen"
-        await asyncio.sleep(0.02)
-
-
-def in_flight(lab: Lab) -> int:
-    return sum(abs(pod["own"]["requests"]) for pod in lab.believed_pods())
 
 
 def ready(lab: Lab) -> bool:
@@ -50,7 +38,7 @@ async def test_a_killed_worker_costs_at_most_one_request(lab: Lab) -> None:
             await asyncio.sleep(1.5)
             os.kill(before["worker 0"], signal.SIGKILL)
             killed = time.monotonic()
-            await until(lambda: lab.router_children().get("worker 0", before["worker 0"]) != before["worker 0"])
+            await until_told(lambda: lab.router_children().get("worker 0", before["worker 0"]) != before["worker 0"])
             back = time.monotonic() - killed
             await asyncio.sleep(3)
         assert len(load.outcomes) > 60
@@ -61,7 +49,7 @@ async def test_a_killed_worker_costs_at_most_one_request(lab: Lab) -> None:
         }
         assert back < 1.0
         # A log entry that died with the worker leaves a charge behind, which is settled against the engine's count.
-        await until(lambda: in_flight(lab) == 0, PATIENCE_SECONDS + 20)
+        await until_told(lambda: not any(in_flight(lab)), PATIENCE_SECONDS + 20)
 
 
 async def test_what_a_killed_worker_held_is_given_back(lab: Lab) -> None:
@@ -70,13 +58,13 @@ async def test_what_a_killed_worker_held_is_given_back(lab: Lab) -> None:
         async with aiohttp.ClientSession() as session:
             bodies = [chat(lab.model, f"{n}", stream=True, max_tokens=3_000) for n in range(6)]
             answers = [await session.post(lab.envoy_url + "/v1/chat/completions", json=body) for body in bodies]
-            await until(lambda: in_flight(lab) == 6)
+            await until_told(lambda: sum(in_flight(lab)) == 6)
             for pid in lab.worker_pids():
                 os.kill(pid, signal.SIGKILL)
-            await until(lambda: in_flight(lab) == 0)
+            await until_told(lambda: not any(in_flight(lab)))
             for answer in answers:
                 answer.close()
-        await until(lambda: ready(lab))
+        await until_told(lambda: ready(lab))
 
 
 @pytest.mark.parametrize("name", ["scraper", "admin"])
@@ -85,10 +73,10 @@ async def test_a_killed_service_is_back_and_no_request_notices(lab: Lab, name: s
         before = lab.router_children()
         async with steady_load(lab.envoy_url, lab.model, per_second=20) as load:
             os.kill(before[name], signal.SIGKILL)
-            await until(lambda: lab.router_children().get(name, before[name]) != before[name])
+            await until_told(lambda: lab.router_children().get(name, before[name]) != before[name])
             await asyncio.sleep(1.5)
         assert not load.failed
-        await until(lambda: {pod["health"] for pod in lab.believed_pods()} == {"ready"})
+        await until_told(lambda: {pod["health"] for pod in lab.believed_pods()} == {"ready"})
         assert [pod["generation"] for pod in lab.believed_pods()] == [1, 2, 3]
 
 
@@ -98,21 +86,21 @@ async def test_a_rolling_restart_loses_nothing(lab: Lab) -> None:
         async with steady_load(lab.envoy_url, lab.model, per_second=30, max_tokens=30) as load:
             await asyncio.sleep(1)
             os.kill(lab.router.pid, signal.SIGHUP)
-            await until(lambda: len(set(lab.router_children().values()) - before) == 4 and ready(lab), 20)
+            await until_told(lambda: len(set(lab.router_children().values()) - before) == 4 and ready(lab), 20)
             await asyncio.sleep(1.5)
         assert len(load.outcomes) > 60
         assert not load.failed, load.failed
-        await until(lambda: in_flight(lab) == 0, 25)
+        await until_told(lambda: not any(in_flight(lab)), 25)
 
 
 async def test_workers_more_and_fewer(lab: Lab) -> None:
     with lab:
         async with steady_load(lab.envoy_url, lab.model, per_second=20) as load:
             os.kill(lab.router.pid, signal.SIGTTIN)
-            await until(lambda: len(lab.worker_pids()) == 3 and ready(lab))
+            await until_told(lambda: len(lab.worker_pids()) == 3 and ready(lab))
             for left in (2, 1):
                 os.kill(lab.router.pid, signal.SIGTTOU)
-                await until(lambda left=left: len(lab.worker_pids()) == left)
+                await until_told(lambda left=left: len(lab.worker_pids()) == left)
             os.kill(lab.router.pid, signal.SIGTTOU)
             await asyncio.sleep(0.5)
             assert len(lab.worker_pids()) == 1
@@ -159,7 +147,7 @@ async def test_the_children_die_with_a_killed_supervisor(lab: Lab) -> None:
         lab.router.popen.kill()
         lab.router.popen.wait()
         lab.processes.remove(lab.router)
-        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children.values()))
+        await until_told(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children.values()))
 
 
 async def test_pods_come_and_go_while_requests_run(lab: Lab) -> None:
@@ -170,8 +158,8 @@ async def test_pods_come_and_go_while_requests_run(lab: Lab) -> None:
             kept = {pod["address"]: (pod["slot"], pod["generation"]) for pod in lab.believed_pods()}
             fourth = await asyncio.to_thread(lab.start_pods, 1)
             lab.write_endpoints([*first[1:], *fourth])
-            await until(lambda: any(pod["address"] in fourth for pod in lab.believed_pods()))
-            await until(lambda: all(pod["address"] != first[0] for pod in lab.believed_pods()))
+            await until_told(lambda: any(pod["address"] in fourth for pod in lab.believed_pods()))
+            await until_told(lambda: all(pod["address"] != first[0] for pod in lab.believed_pods()))
             load.outcomes.clear()
             await asyncio.sleep(2.5)
         assert not load.failed
@@ -186,7 +174,7 @@ async def test_a_dead_pod_gets_no_requests_until_it_is_back() -> None:
         async with steady_load(lab.envoy_url, lab.model, per_second=30, stream=False) as load:
             await asyncio.sleep(0.5)
             await asyncio.to_thread(lab.stop_process, lab.pod_processes[0])
-            await until(
+            await until_told(
                 lambda: {p["health"] for p in lab.believed_pods() if p["address"] == dead} & {"failed", "ejected"}
             )
             load.outcomes.clear()
@@ -213,7 +201,7 @@ async def test_clients_that_leave_while_their_pod_is_chosen_charge_nobody(lab: L
         for _ in range(10):
             await asyncio.gather(*(leave(host, int(port)) for _ in range(20)))
         assert "pointsman_decisions_total" in get(lab.config.admin, "/metrics")[1].decode()
-        await until(lambda: in_flight(lab) == 0, PATIENCE_SECONDS / 2)
+        await until_told(lambda: not any(in_flight(lab)), PATIENCE_SECONDS / 2)
 
 
 async def test_rolling_restarts_lose_no_log_entries(lab: Lab) -> None:
@@ -225,4 +213,4 @@ async def test_rolling_restarts_lose_no_log_entries(lab: Lab) -> None:
             await asyncio.sleep(2)
         assert len(load.outcomes) > 300
         assert not load.failed
-        await until(lambda: in_flight(lab) == 0, PATIENCE_SECONDS / 2)
+        await until_told(lambda: not any(in_flight(lab)), PATIENCE_SECONDS / 2)

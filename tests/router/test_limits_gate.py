@@ -59,8 +59,8 @@ class Bench:
         )
         self.gate = Gate(self.counters, self.tables.series(), **options)
 
-    def admit(self, user: str = "", authorization: str = "", model: str = "", model_rps: int = 0) -> Grant:
-        grant = self.gate.admit(user.encode(), authorization.encode(), model, model_rps)
+    def admit(self, user: str = "", authorization: str = "") -> Grant:
+        grant = self.gate.admit(user.encode(), authorization.encode())
         assert isinstance(grant, Grant)
         return grant
 
@@ -212,12 +212,13 @@ def test_requests_of_a_model_in_a_second(bench: Bench) -> None:
 
 
 def test_user_and_model_are_charged_together_or_not_at_all(bench: Bench) -> None:
-    assert bench.admit("carol", "", "m", 1).requests == 1
-    assert bench.refused("carol", "", "m", 1).message == "model: m has exceeded RPS: 1"
+    ask = bench.counters.ask
+    assert ask(Ask("carol", "", "m", 1)).requests == 1
+    assert ask(Ask("carol", "", "m", 1)) == Answer(Outcome.OVER_MODEL_RPS, "carol", 1)
     bench.now += 1
-    assert bench.admit("carol", "", "m", 2).requests == 2, "the refused one is not counted for the user"
-    assert bench.refused("carol", "", "m", 2).message == "user: carol has exceeded RPM: 2"
-    bench.gate.admit_model("m", 2)  # and not for the model
+    assert ask(Ask("carol", "", "m", 2)).requests == 2, "the refused one is not counted for the user"
+    assert ask(Ask("carol", "", "m", 2)).outcome is Outcome.OVER_RPM
+    assert ask(Ask("", "", "m", 2)).outcome is Outcome.ADMITTED, "and not for the model"
 
 
 def test_more_users_than_rows_meet_the_outage_policy() -> None:

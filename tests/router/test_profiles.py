@@ -1,7 +1,7 @@
 import orjson
 import pytest
 
-from router.profiles import NOTHING, ProfileError, effective_strategy, parse_profiles
+from router.profiles import ProfileError, effective_strategy, parse_profiles
 
 
 def config(**hints: dict[str, object]) -> dict[str, object]:
@@ -120,5 +120,5 @@ def test_lock_header_profile_default() -> None:
     assert effective_strategy("random", "bad", profile, "d") == "random"
     assert effective_strategy(" ", " a ", profile, "d") == "a"
     assert effective_strategy("", " ", profile, "d") == "least-request"
-    assert effective_strategy("", "", NOTHING.profile, "d") == "d"
+    assert effective_strategy("", "", None, "d") == "d"
     assert effective_strategy("", "", None, "") == ""

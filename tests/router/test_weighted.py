@@ -37,7 +37,7 @@ def candidates(tables: Tables, requests: list[int], **columns: list[float]) -> C
             tables.ledger.charge(slot, 0, 0, held=True)
     for name, column in columns.items():
         values[:, FIELDS.index(name)] = column
-    return Candidates(tables, pods, values, 1)
+    return Candidates(tables, pods, values)
 
 
 class Fixed(Scoring):

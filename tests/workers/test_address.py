@@ -29,7 +29,7 @@ def test_addresses(text: str, parsed: tuple[str, str, int]) -> None:
      "unix:", "unix:relative", "unix:/" + "x" * 100],
 )  # fmt: skip
 def test_what_is_no_address_says_so_and_shows_one(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no address: .*(such as|may have)"):
+    with pytest.raises(ValueError, match=r"is not an address: .*(such as|may have)"):
         parse_address(text)
 
 
@@ -46,9 +46,9 @@ def test_what_is_no_address_says_so_and_shows_one(text: str) -> None:
 )
 def test_a_url_is_told_to_be_one(text: str, without: str) -> None:
     for of_pod in (False, True):
-        with pytest.raises(ValueError, match="is no address") as raised:
+        with pytest.raises(ValueError, match="is not an address") as raised:
             parse_address(text, of_pod=of_pod)
-        assert str(raised.value) == f"{text!r} is no address: write host:port alone, without {without}"
+        assert str(raised.value) == f"{text!r} is not an address: write host:port alone, without {without}"
 
 
 def test_a_pod_is_not_told_of_unix_paths() -> None:

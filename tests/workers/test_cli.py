@@ -75,12 +75,12 @@ def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path
     ("text", "says"),
     [
         ("strateggy: random", "no key 'strateggy'; did you mean 'strategy'?"),
-        ("listen: nonsense", "listen: 'nonsense' is no address"),
+        ("listen: nonsense", "listen: 'nonsense' is not an address"),
         ("a: [", "not YAML"),
         ("endpoints: none.yaml", "none.yaml: cannot be read: No such file or directory"),
         ("endpoints: bad.yaml", "bad.yaml: models.0.name: Field required"),
         ("endpoints: profile.yaml", "models.0.config.profiles.default.routingStrategy: no strategy 'nope'; known: "),
-        ("redis: redis://redis..svc:6379/0", "redis: no Redis URL: 'redis..svc' can be no host's name"),
+        ("redis: redis://redis..svc:6379/0", "redis: not a Redis URL: 'redis..svc' is not a valid host name"),
     ],
 )
 def test_whatever_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, command: str, text: str, says: str) -> None:
@@ -149,7 +149,7 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(config: Path, reuse: bool) ->
 def test_a_file_in_a_sockets_place_is_left_alone(config: Path, tmp_path: Path) -> None:
     (tmp_path / "w0.sock").write_text("precious")
     line = refused("serve", "--config", config, "--worker-listen", f"unix:{tmp_path}/w{{i}}.sock")
-    assert "no socket" in line
+    assert "not a socket" in line
     assert (tmp_path / "w0.sock").read_text() == "precious"
 
 

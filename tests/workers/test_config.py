@@ -129,7 +129,7 @@ def test_files_are_found_beside_the_file_that_names_them(tmp_path: Path, monkeyp
     assert load(path).endpoints == Path("here.yaml")
 
 
-def test_so_is_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_path_in_the_file_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from the folder itself, and for Envoy, which is started elsewhere."""
     named = {
         "endpoints": "e", "limits": {"users_file": "u"}, "tls": {"certificate": "c", "key": "k", "client_ca": "a"},
@@ -162,18 +162,18 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("zzz: 1", "no key 'zzz'; known: admin, "),
         ("strategy: least-requests", "strategy: no strategy 'least-requests'; did you mean 'least-request'?"),
         ("strategy: zzz", "no strategy 'zzz'; known: "),
-        ("listen: nonsense", "listen: 'nonsense' is no address: write host:port"),
+        ("listen: nonsense", "listen: 'nonsense' is not an address: write host:port"),
         ("listen: 50052", "listen: "),
         ("admin: '::1:80'", "write an IPv6 host in brackets"),
         ("worker_listen: unix:/run/w.sock", "worker_listen: a unix path needs {i}"),
         ("worker_listen: '0.0.0.0:65530'\nworkers: 9", "leaves no room for 13 workers"),
         ("worker_listen: '0.0.0.0:50050'\nworkers: 2", "include that of listen, 50052"),
         ("worker_listen: '127.0.0.1:8078'\nworkers: 2", "include that of admin, 8080"),
-        ("listen: '0.0.0.0:8080'", "listen: 0.0.0.0:8080 and admin, 0.0.0.0:8080, are in each other's way"),
-        ("listen: '127.0.0.1:8080'", "are in each other's way"),
-        ("admin: '[::]:50052'", "are in each other's way"),
-        ("listen: 'localhost:9'\nadmin: '127.0.0.1:9'", "are in each other's way"),
-        ("listen: unix:/run/x\nadmin: unix:/run/x\nworkers: 1", "are in each other's way"),
+        ("listen: '0.0.0.0:8080'", "listen: 0.0.0.0:8080 and admin, 0.0.0.0:8080, use the same address"),
+        ("listen: '127.0.0.1:8080'", "use the same address"),
+        ("admin: '[::]:50052'", "use the same address"),
+        ("listen: 'localhost:9'\nadmin: '127.0.0.1:9'", "use the same address"),
+        ("listen: unix:/run/x\nadmin: unix:/run/x\nworkers: 1", "use the same address"),
         ("worker_listen: 'unix:/run/{i}'\nadmin: unix:/run/3\nworkers: 2", "unix:/run/{i} is also that of admin"),
         ("workers: 0", "workers: Input should be greater than or equal to 1 (got 0)"),
         ("workers: many", "workers: Input should be a valid integer"),
@@ -181,7 +181,10 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("drain_seconds: on", "drain_seconds: must be a number (got True)"),
         ("scrape: {failures: yes}", "scrape.failures: must be a number (got True)"),
         ("prefix: {seed: false}", "prefix.seed: must be a number (got False)"),
-        ("redis: 'redis://h/0?password=secret'", "redis: no Redis URL: nothing may come after the database's number"),
+        (
+            "redis: 'redis://h/0?password=secret'",
+            "redis: not a Redis URL: nothing may come after the database's number",
+        ),
         ("capacity: {workers: 1}\nworkers: 2", "capacity.workers: 1 is fewer than the 2 workers to start"),
         ("transport: http", "transport: Input should be 'h2' or 'grpcio'"),
         ("scrape: {interval_min_seconds: 9}", "interval_max_seconds must not be below interval_min_seconds"),
@@ -202,7 +205,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("x: !!map a", "not YAML: "),
         ("tls: {certificate: , key: k}", "tls.certificate: must be a path"),
         ("tls: {certificate: a, key: b, ca: c}", "no key 'tls.ca'; known: tls.certificate, tls.client_ca, tls.key"),
-        ("envoy: {listen: x}", "envoy.listen: 'x' is no address"),
+        ("envoy: {listen: x}", "envoy.listen: 'x' is not an address"),
         ("- a\n- b", "must be a mapping of keys to values"),
         ("just text", "must be a mapping of keys to values"),
         ("1: 2", "must be a mapping of keys to values"),
@@ -241,14 +244,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert refused(tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: cannot be read: No such file or directory"
     assert "Is a directory" in refused(tmp_path)
     (tmp_path / "latin").write_bytes(b"a: \xff")
-    assert "is no UTF-8 text" in refused(tmp_path / "latin")
+    assert "is not UTF-8 text" in refused(tmp_path / "latin")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
         ("POINTSMAN_WORKERS", "x", "POINTSMAN_WORKERS: workers: Input should be"),
-        ("POINTSMAN_SCRAPE", "x", "POINTSMAN_SCRAPE: is no JSON of a mapping; write nested keys as POINTSMAN_SCRAPE__"),
+        ("POINTSMAN_SCRAPE", "x", "POINTSMAN_SCRAPE: is not a JSON mapping; write nested keys as POINTSMAN_SCRAPE__"),
         ("POINTSMAN_SCRAPE", "7", "POINTSMAN_SCRAPE: scrape: must be a mapping"),
         ("POINTSMAN_SCRAPE", '{"failures": 0}', "POINTSMAN_SCRAPE: scrape.failures: "),
         ("POINTSMAN_SCRAPE__NOTHING", "1", "POINTSMAN_SCRAPE__NOTHING: no key 'scrape.nothing'"),
@@ -266,7 +269,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("POINTSMAN_LISTEN", "0.0.0.0:8080", "POINTSMAN_LISTEN: listen: 0.0.0.0:8080 and admin"),
         ("POINTSMAN_CAPACITY__WORKERS", "1", "c.yaml and POINTSMAN_CAPACITY__WORKERS: capacity.workers: 1 is fewer"),
         ("ROUTING_ALGORITHM", "pdd", "ROUTING_ALGORITHM: strategy: no strategy 'pdd'"),
-        ("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS", "soon", "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS: 'soon' is no number"),
+        (
+            "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS",
+            "soon",
+            "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS: 'soon' is not a number",
+        ),
         (
             "AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS",
             "-5",

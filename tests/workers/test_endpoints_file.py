@@ -77,10 +77,10 @@ def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
         ('models: [{name: "a\\nb"}]', "models.0.name: 'a\\nb' must be printable"),
         ('models: [{name: "\\uE000"}]', "must be printable"),
         ("models: [{name: a, engine: tgi}]", "models.0.engine: "),
-        ("models: [{name: a, endpoints: ['a:b']}]", "models.0.endpoints.0.address: 'a:b' is no address"),
-        ("models: [{name: a, endpoints: ['']}]", "':8000' is no address"),
-        ("models: [{name: a, endpoints: ['unix:/x']}]", "'unix:/x' is no pod address: write host:port"),
-        ("models: [{name: a, endpoints: ['a:0']}]", "'a:0' is no address: write host:port, such as 10.0.0.1:8000"),
+        ("models: [{name: a, endpoints: ['a:b']}]", "models.0.endpoints.0.address: 'a:b' is not an address"),
+        ("models: [{name: a, endpoints: ['']}]", "':8000' is not an address"),
+        ("models: [{name: a, endpoints: ['unix:/x']}]", "'unix:/x' is not a pod address: write host:port"),
+        ("models: [{name: a, endpoints: ['a:0']}]", "'a:0' is not an address: write host:port, such as 10.0.0.1:8000"),
         ("models: [{name: a, endpoints: ['http://a:1']}]", "write host:port alone, without http://"),
         ("models: [{name: a, endpoints: ['a:1/v1']}]", "write host:port alone, without /v1"),
         ("models: [{name: a, metrics_port: true}]", "models.0.metrics_port: must be a number (got True)"),
@@ -125,13 +125,13 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path: Path, text: 
         ),
         ("{profiles: {x: {routingStrategy: least-requests}}}", "did you mean 'least-request'?"),
         ("{profiles: {x: {routingStrategy: 'random:1,least-request:1'}}}", "random has no scores"),
-        ("{profiles: {x: {routingStrategy: 'prefix-cache:x'}}}", "is no combination of strategies"),
+        ("{profiles: {x: {routingStrategy: 'prefix-cache:x'}}}", "is not a combination of strategies"),
         ("{profiles: {x: {routingStrategi: random}}}", "did you mean 'models.0.config.profiles.x.routingStrategy'?"),
         ("{profiles: {x: {requestsPerSecond: '5'}}}", "x.requestsPerSecond: Input should be a valid integer"),
         ("{profiles: {x: {requestsPerSecond: -1}}}", "x.requestsPerSecond: "),
         ("{profiles: {x: {routingConfig: {promptTokensGte: '8'}}}}", "routingConfig: promptTokensGte: must be a whole"),
-        ("{profiles: {x: {routingConfig: {a: {1: 2}}}}}", "routingConfig: must hold nothing that JSON has not"),
-        ("{profiles: {x: {routingConfig: {a: !!binary aGk=}}}}", "routingConfig: must hold nothing that JSON has not"),
+        ("{profiles: {x: {routingConfig: {a: {1: 2}}}}}", "routingConfig: must contain only JSON values"),
+        ("{profiles: {x: {routingConfig: {a: !!binary aGk=}}}}", "routingConfig: must contain only JSON values"),
         ("{profiles: {x: 7}}", "models.0.config.profiles.x: must be a mapping with keys such as `routingStrategy`"),
         ("{profiles: {default: {}}, lockedRoutingStrategy: pd}", "lockedRoutingStrategy: no strategy 'pd'"),
         ("{profiles: {default: {}}, defaultProfile: defalt}", "no profile 'defalt'; did you mean 'default'?"),
@@ -169,7 +169,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(EndpointsError, match="cannot be read: Is a directory"):
         read_endpoints(tmp_path)
     (tmp_path / "latin").write_bytes(b"models: [\xff]")
-    with pytest.raises(EndpointsError, match="no UTF-8"):
+    with pytest.raises(EndpointsError, match="not UTF-8"):
         read_endpoints(tmp_path / "latin")
 
 

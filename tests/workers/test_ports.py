@@ -98,7 +98,7 @@ def test_a_stale_socket_is_removed_a_live_one_and_any_other_file_stay(tmp_path: 
     clear_stale_socket(address)
     assert not path.exists()
     path.write_text("precious")
-    with pytest.raises(ConfigError, match="no socket"):
+    with pytest.raises(ConfigError, match="not a socket"):
         clear_stale_socket(address)
     assert path.read_text() == "precious"
     clear_stale_socket("127.0.0.1:1")

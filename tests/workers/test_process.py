@@ -1,5 +1,6 @@
 """What every child does first."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,20 @@ set_up_logging(LogConfig(), "worker 0")
 for number in range(3):
     structlog.get_logger().info("line", number=number)
 print("still here")
+"""
+
+BUG = """
+from workers.config import LogConfig
+from workers.h2.connection import Connection
+from workers.h2.limits import Counters, Limits
+from workers.process import set_up_logging
+
+class Call:
+    def close(self):
+        raise ValueError("a bug")
+
+set_up_logging(LogConfig(format="json"), "worker 0")
+Connection({}, Limits(), Counters(), lambda: 0.0).close_call(Call())
 """
 
 
@@ -40,7 +55,7 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
     assert done.stdout == b"still here\n"
 
 
-def test_nor_does_one_that_nobody_reads() -> None:
+def test_a_log_that_nobody_reads_ends_nothing() -> None:
     with subprocess.Popen([sys.executable, "-c", LOG], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None and process.stdout is not None
         process.stderr.close()
@@ -57,3 +72,10 @@ def test_a_log_that_nobody_reads_stops_nobody() -> None:
             lossy.write("x" * 200 + "\n")
         assert time.monotonic() - began < 5.0
         os.close(read)
+
+
+def test_a_bug_in_a_call_is_logged_like_everything_else() -> None:
+    done = subprocess.run([sys.executable, "-c", BUG], stderr=subprocess.PIPE, timeout=60, check=True)
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert (line["event"], line["level"], line["process"]) == ("a call failed unexpectedly", "error", "worker 0")
+    assert line["pid"] > 0 and "ValueError: a bug" in line["exception"]

@@ -107,7 +107,7 @@ def test_a_pod_that_leaves_drains_until_nothing_is_in_flight() -> None:
     assert world.registry.sweep(22.0) == []
 
 
-def test_not_for_longer_than_it_may() -> None:
+def test_a_draining_pod_is_removed_after_drain_seconds() -> None:
     world = World(drain_seconds=60.0)
     world.update(pods(1))
     world.charge("pod-1")
@@ -199,7 +199,7 @@ def test_a_row_rests_before_another_pod_gets_it() -> None:
     assert world.update(pods(2, 3), 2.0 + REST_SECONDS) == ([0], [])
 
 
-def test_unless_there_is_no_other() -> None:
+def test_a_resting_row_is_reused_if_no_other_is_free() -> None:
     world = World(FOUR)
     world.update(pods(1, 2, 3, 4))
     world.update(pods(3, 4), 1.0)

@@ -7,12 +7,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import structlog
 from fleet import end_of, in_child, make_tables
+from waiting import until
 
 from state.pods import COLUMN, Health
 from state.tables import REPLICATOR, SCRAPER, Tables
@@ -90,12 +91,6 @@ async def tasks_of(scraper: Scraper) -> AsyncIterator[None]:
 
 def states(tables: Tables) -> list[Health]:
     return [Health(int(row[COLUMN["health"]])) for row in tables.pods.snapshot()[1]]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_a_pod_that_never_answers_is_told_of_once(tmp_path: Path, engines: list[Engine]) -> None:
@@ -180,7 +175,7 @@ async def test_failing_answers_eject_a_pod_but_never_the_last_that_could_serve(
         assert states(tables)[1] is Health.READY
 
 
-async def test_nor_one_whose_only_peer_has_failed(tmp_path: Path, engines: list[Engine]) -> None:
+async def test_a_pod_whose_only_peer_has_failed_is_not_ejected(tmp_path: Path, engines: list[Engine]) -> None:
     tables = make_tables(writer=SCRAPER)
     worker = Tables.attach(tables.segment.fd, 5)
     async with running(configuration(tmp_path, engines), tables) as scraper:
@@ -218,7 +213,7 @@ async def test_a_name_server_that_hangs_stops_neither_polls_nor_the_file(
         hangs.set()
 
 
-def test_nor_the_end_of_the_process(tmp_path: Path) -> None:
+def test_a_name_server_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("models: [{name: m, endpoints: ['slow.svc:1', '127.0.0.1:9']}]")
     config = load(None, {"endpoints": tmp_path / "e.yaml"})
     tables = make_tables(writer=SCRAPER)

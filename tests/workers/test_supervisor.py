@@ -20,6 +20,7 @@ import orjson
 import pytest
 import yaml
 from fleet import end_of, in_child
+from waiting import wait_until
 
 import workers.process
 import workers.supervisor
@@ -27,13 +28,6 @@ from bench.lab import Lab, free_ports, get
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 from workers.config import Config, load
 from workers.supervisor import Supervisor
-
-
-def until(happened: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 class Running:
@@ -101,7 +95,7 @@ def running(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
     def start(**flags: Any) -> Running:
         started.append(Running(tmp_path, **flags))
-        until(started[-1].ready)
+        wait_until(started[-1].ready)
         return started[-1]
 
     yield start
@@ -130,13 +124,13 @@ def test_a_fork_that_fails_is_tried_again_and_takes_nothing_down(running: Callab
     before = one.children()
     broken.touch()
     os.kill(before["worker 0"], signal.SIGKILL)
-    until(lambda: sum("cannot be started" in line["event"] for line in one.told()) >= 3)
+    wait_until(lambda: sum("cannot be started" in line["event"] for line in one.told()) >= 3)
     assert one.missing() == ["no worker is ready", "worker 0 is down"]
     assert one.children() == {name: pid for name, pid in before.items() if name != "worker 0"}
     os.kill(before["scraper"], signal.SIGKILL)
-    until(lambda: any("cannot be started" in line["event"] and line["child"] == "scraper" for line in one.told()))
+    wait_until(lambda: any("cannot be started" in line["event"] and line["child"] == "scraper" for line in one.told()))
     broken.unlink()
-    until(lambda: one.ready() and len(one.children()) == 3)
+    wait_until(lambda: one.ready() and len(one.children()) == 3)
 
 
 def test_a_fork_that_fails_in_a_rolling_restart_delays_it(running: Callable[..., Running], broken: Path) -> None:
@@ -144,10 +138,10 @@ def test_a_fork_that_fails_in_a_rolling_restart_delays_it(running: Callable[...,
     before = one.children()
     broken.touch()
     one.hang_up()
-    until(lambda: sum("cannot be started" in line["event"] for line in one.told()) >= 3)
+    wait_until(lambda: sum("cannot be started" in line["event"] for line in one.told()) >= 3)
     assert one.children() == before and one.ready()
     broken.unlink()
-    until(lambda: len(set(one.children().values()) - set(before.values())) == 4 and one.ready())
+    wait_until(lambda: len(set(one.children().values()) - set(before.values())) == 4 and one.ready())
 
 
 @pytest.fixture
@@ -175,15 +169,15 @@ def test_a_configuration_with_which_no_worker_becomes_ready_changes_nothing(
     before = one.children()
     one.tell(workers=2, **{change: True})
     one.hang_up()
-    until(lambda: one.says("the rolling restart stops here"))
-    until(lambda: one.children() == before)
+    wait_until(lambda: one.says("the rolling restart stops here"))
+    wait_until(lambda: one.children() == before)
     os.kill(before["worker 0"], signal.SIGKILL)
-    until(lambda: one.children().get("worker 0", before["worker 0"]) != before["worker 0"])
-    until(one.ready)
+    wait_until(lambda: one.children().get("worker 0", before["worker 0"]) != before["worker 0"])
+    wait_until(one.ready)
     one.tell(workers=2, strategy="random")
     one.hang_up()
-    until(lambda: not set(one.children().values()) & set(before.values()) and len(one.children()) == 4)
-    until(one.ready)
+    wait_until(lambda: not set(one.children().values()) & set(before.values()) and len(one.children()) == 4)
+    wait_until(one.ready)
 
 
 @pytest.mark.usefixtures("_explain_breaks")
@@ -194,10 +188,10 @@ def test_a_worker_that_dies_while_a_configuration_is_on_trial_comes_back_with_th
     before = one.children()
     one.tell(usage_metrics=True)
     one.hang_up()
-    until(lambda: one.says("rolling restart"))
+    wait_until(lambda: one.says("rolling restart"))
     os.kill(before["worker 0"], signal.SIGKILL)
-    until(lambda: one.says("the rolling restart stops here"))
-    until(one.ready)
+    wait_until(lambda: one.says("the rolling restart stops here"))
+    wait_until(one.ready)
     after = one.children()
     assert after.pop("worker 0") != before.pop("worker 0")
     assert after == before
@@ -207,10 +201,10 @@ def test_a_worker_that_dies_while_a_configuration_is_on_trial_comes_back_with_th
 def test_a_new_configuration_mends_workers_that_keep_ending(tmp_path: Path) -> None:
     one = Running(tmp_path, workers=2, explain=True)
     try:
-        until(lambda: sum("ended unexpectedly" in line["event"] for line in one.told()) >= 8)
+        wait_until(lambda: sum("ended unexpectedly" in line["event"] for line in one.told()) >= 8)
         one.tell(workers=2)
         one.hang_up()
-        until(lambda: one.ready() and set(one.children()) == {"worker 0", "worker 1", "scraper", "admin"})
+        wait_until(lambda: one.ready() and set(one.children()) == {"worker 0", "worker 1", "scraper", "admin"})
     finally:
         one.stop()
 
@@ -237,7 +231,7 @@ def killed(lab: Lab) -> None:
     """The only worker, and wait for the next."""
     (before,) = lab.worker_pids()
     os.kill(before, signal.SIGKILL)
-    until(lambda: (pids := lab.worker_pids()) and pids != [before] and get(lab.config.admin, "/readyz")[0] == 200)
+    wait_until(lambda: (pids := lab.worker_pids()) and pids != [before] and get(lab.config.admin, "/readyz")[0] == 200)
 
 
 def test_a_worker_that_starts_while_the_users_file_is_broken_has_the_users_of_before(tmp_path: Path) -> None:
@@ -247,17 +241,17 @@ def test_a_worker_that_starts_while_the_users_file_is_broken_has_the_users_of_be
     with Lab(pods=1, workers=1, with_envoy=False, settings=settings) as lab:
         assert (ask(lab, "alice"), ask(lab, "bob"), ask(lab, "carol")) == (0, 0, 401)
         path.write_text("users: [{name: alice}, {name: carol}]")
-        until(lambda: ask(lab, "carol") == 0)
+        wait_until(lambda: ask(lab, "carol") == 0)
         path.write_text("users: [")
         before = lab.router_children()
         os.kill(lab.router.pid, signal.SIGHUP)
-        until(lambda: "configuration not reloaded" in lab.router.tail())
+        wait_until(lambda: "configuration not reloaded" in lab.router.tail())
         assert lab.router_children() == before
         for _ in range(2):
             killed(lab)
             assert (ask(lab, "alice"), ask(lab, "bob"), ask(lab, "carol")) == (0, 401, 0)
         path.write_text("users: [{name: bob}]")
-        until(lambda: ask(lab, "bob") == 0)
+        wait_until(lambda: ask(lab, "bob") == 0)
         assert ask(lab, "alice") == 401
 
 
@@ -278,7 +272,7 @@ def test_a_configuration_that_could_not_be_started_with_is_not_reloaded(change: 
         document = yaml.safe_load(lab.config_path.read_text()) | yaml.safe_load(change)
         lab.config_path.write_text(yaml.safe_dump(document))
         os.kill(lab.router.pid, signal.SIGHUP)
-        until(lambda: "configuration not reloaded" in lab.router.tail())
+        wait_until(lambda: "configuration not reloaded" in lab.router.tail())
         assert says in lab.router.tail()
         assert lab.router_children() == before
         killed(lab)
@@ -288,9 +282,9 @@ def test_what_needs_a_full_restart_is_named(running: Callable[..., Running]) -> 
     one = running()
     one.tell(prefix={"ring_bytes": 1 << 20}, capacity={"pods": 99})
     one.hang_up()
-    until(lambda: one.says("rolling restart"))
+    wait_until(lambda: one.says("rolling restart"))
     assert [line["key"] for line in one.told() if "full restart" in line["event"]] == ["capacity", "prefix.ring_bytes"]
-    until(one.ready)
+    wait_until(one.ready)
 
 
 def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(
@@ -300,18 +294,18 @@ def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(
     assert "replicator" not in router.children()
     router.tell(redis=valkey_url)
     router.hang_up()
-    until(lambda: "replicator" in router.children())
-    until(router.ready)
-    until(lambda: 'pointsman_exchanges_total{result="ok"}' in get(router.admin, "/metrics")[1].decode())
+    wait_until(lambda: "replicator" in router.children())
+    wait_until(router.ready)
+    wait_until(lambda: 'pointsman_exchanges_total{result="ok"}' in get(router.admin, "/metrics")[1].decode())
     before = router.children()["replicator"]
     os.kill(before, signal.SIGKILL)
-    until(lambda: router.children().get("replicator", before) != before)
-    until(router.ready)
+    wait_until(lambda: router.children().get("replicator", before) != before)
+    wait_until(router.ready)
     before = router.children()["replicator"]
     router.tell(redis=valkey_url, replicas={"share": False})
     router.hang_up()  # the seat stays, and whoever has it has nothing to do
-    until(lambda: router.children().get("replicator", before) != before)
-    until(router.ready)
+    wait_until(lambda: router.children().get("replicator", before) != before)
+    wait_until(router.ready)
 
 
 @pytest.fixture
@@ -325,10 +319,10 @@ def test_a_child_that_hangs_is_told_of_and_one_that_goes_on_is_left_alone(runnin
     one = running(workers=2)
     before = one.children()
     os.kill(before["worker 1"], signal.SIGSTOP)
-    until(lambda: one.missing() == ["worker 1 hangs"])
+    wait_until(lambda: one.missing() == ["worker 1 hangs"])
     os.kill(before["worker 1"], signal.SIGCONT)
-    until(one.ready)
-    until(lambda: one.says("a child that hung goes on"))
+    wait_until(one.ready)
+    wait_until(lambda: one.says("a hung child has recovered"))
     assert one.children() == before
 
 
@@ -338,8 +332,8 @@ def test_a_child_that_hangs_for_long_is_replaced(running: Callable[..., Running]
     one = running(workers=2)
     before = one.children()
     os.kill(before[name], signal.SIGSTOP)
-    until(lambda: one.children().get(name, before[name]) != before[name])
-    until(one.ready)
+    wait_until(lambda: one.children().get(name, before[name]) != before[name])
+    wait_until(one.ready)
     assert one.says("killing a child that hangs")
     assert {each: pid for each, pid in one.children().items() if each != name} == {
         each: pid for each, pid in before.items() if each != name
@@ -355,10 +349,10 @@ def test_a_child_that_hangs_is_not_waited_for_when_it_is_to_be_replaced(
     one = running(workers=1, drain_seconds=600)
     before = one.children()
     os.kill(before["worker 0"], signal.SIGSTOP)
-    until(lambda: one.says("a child hangs"))
+    wait_until(lambda: one.says("a child hangs"))
     one.hang_up()
-    until(lambda: one.children().get("worker 0", before["worker 0"]) != before["worker 0"])
-    until(one.ready)
+    wait_until(lambda: one.children().get("worker 0", before["worker 0"]) != before["worker 0"])
+    wait_until(one.ready)
 
 
 @pytest.mark.usefixtures("_fast_looks")
@@ -377,6 +371,6 @@ def test_a_child_that_hangs_before_it_is_ready_is_replaced(
 
     monkeypatch.setattr(workers.supervisor, "run_worker", run)
     one = running(workers=1)
-    until(lambda: one.says("killing a child that hangs"))
-    until(one.ready)
+    wait_until(lambda: one.says("killing a child that hangs"))
+    wait_until(one.ready)
     assert not one.says("a child hangs")

@@ -4,9 +4,9 @@ import asyncio
 import stat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
+from waiting import until
 
 import workers.users
 from router.limits import Gate, Grant, Limits, SharedCounters, digest_of
@@ -50,9 +50,9 @@ def test_nobody_yet(text: str) -> None:
         ("users: [alice]", "user 1: must be a record with a name"),
         ("users: [{name: 7}]", "user 1: must be a record with a name .in quotes"),
         ("users: [{name: a, limit: 3}]", "user 1 .'a'.: no key 'limit'; known: name, rpm, tpm, keys"),
-        ("users: [{name: a}, {name: a}]", "user 'a' is there twice"),
-        ("users: [{name: ' a'}]", "is no name for a user"),
-        ("users: [{name: ''}]", "is no name for a user"),
+        ("users: [{name: a}, {name: a}]", "user 'a' is listed twice"),
+        ("users: [{name: ' a'}]", "is not a valid user name"),
+        ("users: [{name: ''}]", "is not a valid user name"),
         ("users: [{name: a, rpm: many}]", "u.yaml: user 'a': rpm must be a whole number below 2.53, not 'many'"),
         ("users: [{name: a, tpm: 1.5}]", "tpm must be a whole number"),
         ("users: [{name: a, rpm: true}]", "rpm must be a whole number"),
@@ -73,7 +73,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsersError, match="cannot be read: Is a directory"):
         read_users(tmp_path)
     (tmp_path / "u.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsersError, match="is no UTF-8 text"):
+    with pytest.raises(UsersError, match="is not UTF-8 text"):
         read_users(tmp_path / "u.yaml")
     (tmp_path / "u.json").write_text('{"users": [}')
     with pytest.raises(UsersError, match="line 1, column 12: not JSON"):
@@ -105,7 +105,7 @@ def test_a_change_that_cannot_be_made_changes_nothing(tmp_path: Path) -> None:
     store = UsersFile(path)
     for what, message in (
         (lambda: store.add(UserRecord("alice")), "user 'alice' exists already"),
-        (lambda: store.add(UserRecord("a\nb")), "is no name for a user"),
+        (lambda: store.add(UserRecord("a\nb")), "is not a valid user name"),
         (lambda: store.add(UserRecord("eve", rpm=1 << 60)), "rpm must be"),
         (lambda: store.remove("eve"), "no user 'eve'"),
         (lambda: store.change("eve", rpm=1, tpm=1, new_key=None, revoke_keys=False), "no user 'eve'"),
@@ -150,11 +150,6 @@ async def test_a_worker_follows_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     book = UserBook(path, 10)
     assert book.limits_of("alice") is None
     watching = asyncio.create_task(book.watch())
-
-    async def until(what: Any) -> None:
-        async with asyncio.timeout(20):
-            while not what():
-                await asyncio.sleep(0.01)
 
     store, key = UsersFile(path), new_key()
     store.add(UserRecord("alice", 60, 0, (digest_of(key),)))

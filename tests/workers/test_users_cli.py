@@ -68,7 +68,7 @@ def test_the_life_of_a_user(users: Users) -> None:
         (("set", "eve", "--rpm", "1"), "no user 'eve'; `pointsman users list` shows those there are"),
         (("remove", "eve"), "no user 'eve'"),
         (("set", "alice"), "nothing to change: give --rpm, --tpm, --key or --revoke-keys"),
-        (("add", " "), "is no name for a user"),
+        (("add", " "), "is not a valid user name"),
         (("add", "x", "--rpm", str(1 << 60)), "rpm must be a whole number below 2^53"),
     ],
 )
@@ -86,10 +86,10 @@ def run(config: Path, *arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("workers: 1\n", "no place for users: set limits.users_file or redis"),
+        ("workers: 1\n", "nowhere to keep users: set limits.users_file or redis"),
         ("redis: redis://127.0.0.1:1/0\n", "redis://127.0.0.1:1/0: "),
         ("redis: redis://:secret@127.0.0.1:1/0\n", "redis://127.0.0.1:1/0: "),
-        ("redis: localhost\n", "redis: no Redis URL"),
+        ("redis: localhost\n", "redis: not a Redis URL"),
         ("redis: redis://h/0\nlimits: {users_file: u.yaml}\n", "leave one of them out"),
         ("limits: {require_key: true}\n", "there are no users to have keys"),
         ("limits: {on_outage: maybe}\n", "limits.on_outage"),

@@ -129,7 +129,7 @@ def read_endpoints(path: Path) -> tuple[ModelEntry, ...]:
     except OSError as error:
         raise EndpointsError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise EndpointsError(f"{path}: is no UTF-8 text") from None
+        raise EndpointsError(f"{path}: is not UTF-8 text") from None
     try:
         return _File.model_validate(read_yaml(text)).models
     except NotYaml as error:

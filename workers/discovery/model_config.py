@@ -34,7 +34,7 @@ def _jsonable(value: Any) -> Any:
     try:
         orjson.dumps(value)
     except TypeError as error:
-        raise ValueError(f"must hold nothing that JSON has not: {error}") from None
+        raise ValueError(f"must contain only JSON values: {error}") from None
     return value
 
 
@@ -99,7 +99,7 @@ def usable(annotation: str, pod: str) -> str:
         document = orjson.loads(annotation)
         ModelConfig.model_validate(document)
     except orjson.JSONDecodeError as error:
-        log.warning("a pod's routing profiles are ignored", pod=pod, error=f"no JSON: {error}")
+        log.warning("a pod's routing profiles are ignored", pod=pod, error=f"not JSON: {error}")
         return ""
     except ValidationError as error:
         for found, problem in zip(error.errors(), problems_of(error, ModelConfig), strict=True):

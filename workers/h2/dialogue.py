@@ -4,12 +4,13 @@ A call is closed exactly once, in `_close_call`, which all ends pass: `finish` (
 stream up), `forget` (the client reset it, or the connection is gone).
 """
 
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from math import inf
 from typing import Final
+
+import structlog
 
 from workers.calls import Call, CallError, LateCall, Methods, PushingCall, Reply, Status, status_of
 from workers.h2.frames import ENHANCE_YOUR_CALM, NO_ERROR, trailers_ok
@@ -19,7 +20,7 @@ from workers.h2.requests import Refusal, Request
 from workers.h2.responses import GRPC_HEADERS, trailers
 from workers.h2.stream import Stream, Waiter
 
-log: Final = logging.getLogger(__name__)
+log: Final = structlog.get_logger()
 
 Result = Reply | BaseException
 """What an awaited answer became."""

@@ -28,7 +28,7 @@ SECONDS: Final = 86_400.0
 """Of a request or a part of it: a day."""
 
 _BOUNDS: Final = {
-    **dict.fromkeys(("running", "waiting", "waiting_deferred", "swapped", "max_adapters"), REQUESTS),
+    **dict.fromkeys(("running", "waiting", "waiting_deferred", "swapped"), REQUESTS),
     **dict.fromkeys(("kv_usage", "utilization", "awake", "prefix_hit_ratio", "hit_ratio", "busy_ratio"), SHARE),
     **dict.fromkeys(("num_gpu_blocks", "kv_cache_tokens"), CACHE_TOKENS),
     **dict.fromkeys(("tokens_per_step", "prompt_tokens_mean", "generation_tokens_mean"), REQUEST_TOKENS),

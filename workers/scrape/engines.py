@@ -59,13 +59,12 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One engine's page. `adapters` names the LoRA information metric, `only` the label values that count."""
+    """One engine's page. `only` names the label values that count."""
 
     name: str
     path: str
     scalars: tuple[Scalar, ...]
     distributions: tuple[Distribution, ...]
-    adapters: str = ""
     same_work: frozenset[str] = frozenset()
     only: Mapping[str, str] = field(default_factory=dict)
 
@@ -129,7 +128,6 @@ VLLM = Engine(
         _label("block_size", Combine.MAX, "vllm:cache_config_info", "block_size"),
         _label("num_gpu_blocks", Combine.SUM, "vllm:cache_config_info", "num_gpu_blocks"),
         _label("kv_cache_tokens", Combine.SUM, "vllm:cache_config_info", "kv_cache_size_tokens"),
-        _label("max_adapters", Combine.MAX, "vllm:lora_requests_info", "max_lora"),
         # Absent when several API servers share one page; the counters' own birth then tells a restart.
         _max("start_time_seconds", "process_start_time_seconds", "vllm:prompt_tokens_created"),
         _sum("prompt_throughput", "vllm:avg_prompt_throughput_toks_per_s"),
@@ -148,7 +146,6 @@ VLLM = Engine(
         Distribution("generation_length", ("vllm:request_generation_tokens",)),
         Distribution("step_tokens", ("vllm:iteration_tokens_total",)),
     ),
-    adapters="vllm:lora_requests_info",
 )
 
 SGLANG = Engine(

@@ -93,8 +93,6 @@ class Sample:
     """Tokens in a KV block."""
     num_gpu_blocks: float = NAN
     kv_cache_tokens: float = NAN
-    max_adapters: float = NAN
-    """LoRA adapters that fit into a batch."""
     start_time_seconds: float = NAN
     """When the engine's process started, seconds since 1970."""
     prompt_throughput: float = NAN
@@ -115,9 +113,6 @@ class Sample:
     generation_length: Histogram = ABSENT
     step_tokens: Histogram = ABSENT
 
-    running_adapters: tuple[str, ...] = ()
-    """LoRA adapters with requests running, by name."""
-    waiting_adapters: tuple[str, ...] = ()
     found: int = 0
     """Samples of wanted families. 0: this is not a page of that engine."""
     truncated: bool = False
@@ -131,10 +126,9 @@ _sample: Callable[..., Sample] = Sample  # by position, from sequences whose len
 _SCALARS = tuple(f.name for f in fields(Sample) if f.default is NAN)
 _HISTOGRAMS = tuple(f.name for f in fields(Sample) if f.default is ABSENT)
 
-# Quantities are numbered: scalars, then sum and count of each histogram, then the buckets of each, then the adapters.
+# Quantities are numbered: scalars, then sum and count of each histogram, then the buckets of each.
 _FIRST_HISTOGRAM = len(_SCALARS)
 _FIRST_BUCKETS = _FIRST_HISTOGRAM + 2 * len(_HISTOGRAMS)
-_ADAPTERS = _FIRST_BUCKETS + len(_HISTOGRAMS)
 _FLAT = (*_SCALARS, *(f"{name}.{part}" for name in _HISTOGRAMS for part in ("sum", "count")))
 _MOST = bounds(_FLAT)
 
@@ -164,8 +158,6 @@ class _Use(NamedTuple):
     """The number, where a label holds it."""
     bound: float = NAN
     """The upper bound of a bucket."""
-    adapters: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    """Running and waiting adapters."""
 
 
 class _Known(NamedTuple):
@@ -214,12 +206,6 @@ def _number(text: str) -> float:
         return float(parts[0])
 
 
-def _names(label: str) -> tuple[str, ...]:
-    """Adapter names from a comma-separated label value that was decoded as Latin-1."""
-    text = label.encode("latin-1").decode("utf-8", "replace")
-    return tuple(name for name in map(str.strip, text.split(",")) if name)
-
-
 def _wants(engine: Engine) -> dict[str, tuple[_Want, ...]]:
     """Sample name -> what it is wanted for."""
     wants: dict[str, list[_Want]] = {}
@@ -234,8 +220,6 @@ def _wants(engine: Engine) -> dict[str, tuple[_Want, ...]]:
             wants.setdefault(name + "_count", []).append(_Want(_FIRST_HISTOGRAM + 2 * index + 1, rank))
             if distribution.buckets:
                 wants.setdefault(name + "_bucket", []).append(_Want(_FIRST_BUCKETS + index, rank))
-    if engine.adapters:
-        wants.setdefault(engine.adapters, []).append(_Want(_ADAPTERS, 0))
     return {name: tuple(uses) for name, uses in wants.items()}
 
 
@@ -293,9 +277,6 @@ class KnownLines:
 
 def _use(want: _Want, labels: dict[str, str]) -> _Use | None:
     """None: a bucket without a bound."""
-    if want.quantity == _ADAPTERS:
-        running, waiting = labels.get("running_lora_adapters", ""), labels.get("waiting_lora_adapters", "")
-        return _Use(want.quantity, want.rank, adapters=(_names(running), _names(waiting)))
     if want.quantity >= _FIRST_BUCKETS:
         try:
             return _Use(want.quantity, want.rank, bound=float(labels.get("le", "")))
@@ -405,11 +386,6 @@ class _Layout:
             if len(chosen) > 1:
                 self._combined.append((quantity, places[quantity], len(indexes), how))
 
-        adapters = uses.get(_ADAPTERS, {}).get(0, [])
-        self._adapters = [use.adapters for _, use in adapters]
-        self._adapters_at = len(indexes)
-        indexes += [i for i, _ in adapters]
-
         self._pick_numbers = _picker(indexes)
         self._tails = [slice(len(line.head), None) for line in map(known.__getitem__, indexes) if line is not None]
         self._constants = constants[::-1]
@@ -427,11 +403,6 @@ class _Layout:
         """The numbers of a page that fits. Raises ValueError if one is not a number."""
         texts: Iterable[str] = map(getitem, self._pick_numbers(lines), self._tails)
         values = list(map(self._number, texts))
-        adapters: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-        if self._adapters:
-            # Each series is a set of adapters that once ran together, its value when that last was so.
-            newest = max(range(len(self._adapters)), key=values[self._adapters_at :].__getitem__)
-            adapters = self._adapters[newest]
         values += self._constants
         flat = list(self._flat(values))
         for quantity, start, stop, combine in self._combined:
@@ -450,7 +421,7 @@ class _Layout:
                 counts = values[start:stop] if ranges is None else [sum(values[a:b]) for a, b in ranges]
                 histograms.append(Histogram(bounds, counts, flat[at], flat[at + 1]))
             at += 2
-        return _sample(*flat[:_FIRST_HISTOGRAM], *histograms, *adapters, self.found, truncated, disbelieved)
+        return _sample(*flat[:_FIRST_HISTOGRAM], *histograms, self.found, truncated, disbelieved)
 
 
 class PageReader:

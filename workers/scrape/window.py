@@ -31,7 +31,6 @@ Cost of `add` by `python -m bench.page_cost`: 14 to 24 us.
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
 from math import expm1
 from operator import lt, sub
 from typing import NamedTuple
@@ -44,107 +43,96 @@ SLOTS = 12
 
 
 class EngineState(NamedTuple):
-    """One pod as its metrics show it: floats only, NaN = not known. `FIELD_MEANINGS` says what each is."""
+    """One pod as its metrics show it: floats only, NaN = not known.
+
+    `x_p50_seconds` and its like are percentiles of what `x_mean_seconds` is the mean of.
+    """
 
     running: float = NAN
+    """Requests in the engine's batches, at the time of the poll."""
     waiting: float = NAN
+    """Requests in the engine's queue."""
     waiting_deferred: float = NAN
+    """Requests in the queue that capacity would not help."""
     swapped: float = NAN
+    """Requests swapped out, retracted or paused."""
     kv_usage: float = NAN
+    """Share of the KV cache in use, 0 to 1, mean over data-parallel ranks."""
     awake: float = NAN
+    """1 awake, 0 asleep, between them if only some data-parallel ranks are."""
     block_size: float = NAN
+    """Tokens in a KV block."""
     num_gpu_blocks: float = NAN
+    """KV blocks, summed over data-parallel ranks."""
     kv_cache_tokens: float = NAN
-    max_adapters: float = NAN
+    """Tokens that the KV cache holds, summed over data-parallel ranks."""
     start_time_seconds: float = NAN
+    """When the engine started, seconds since 1970."""
     restarts: float = 0.0
+    """Engine restarts seen by this window."""
     window_seconds: float = 0.0
+    """Time that the rates below cover."""
     busy_ratio: float = NAN
+    """Share of the window in which a request was running, 0 to 1."""
     hit_ratio: float = NAN
+    """Prompt tokens found in the prefix cache / prompt tokens looked up, 0 to 1."""
     prompt_tokens_per_second: float = NAN
+    """Prompt tokens, cached ones included."""
     computed_prompt_tokens_per_second: float = NAN
+    """Prompt tokens that were computed, not found in a cache."""
     generation_tokens_per_second: float = NAN
+    """Tokens generated."""
     requests_per_second: float = NAN
+    """Requests finished for whatever reason."""
     aborts_per_second: float = NAN
+    """Requests aborted, a part of the above."""
     preemptions_per_second: float = NAN
+    """Requests thrown out of a batch for want of KV blocks."""
     rejections_per_second: float = NAN
+    """Requests that the engine refused because its queue was full."""
     steps_per_second: float = NAN
+    """Engine steps, summed over data-parallel ranks."""
     tokens_per_step: float = NAN
+    """Prompt and generated tokens per engine step."""
     observed_age_seconds: float = NAN
+    """Time since the newest event behind the means; 0: in the last poll interval."""
     ttft_mean_seconds: float = NAN
+    """Mean time to first token."""
     ttft_p50_seconds: float = NAN
     ttft_p90_seconds: float = NAN
     ttft_p99_seconds: float = NAN
     itl_mean_seconds: float = NAN
+    """Mean time between two tokens of a request, which is the step time while decoding."""
     itl_p50_seconds: float = NAN
     itl_p90_seconds: float = NAN
     itl_p99_seconds: float = NAN
     e2e_mean_seconds: float = NAN
+    """Mean time from a request's arrival at the engine to its end."""
     e2e_p50_seconds: float = NAN
     e2e_p90_seconds: float = NAN
     e2e_p99_seconds: float = NAN
     queue_mean_seconds: float = NAN
+    """Mean time a request spent waiting in the engine before its first step."""
     queue_p50_seconds: float = NAN
     queue_p90_seconds: float = NAN
     queue_p99_seconds: float = NAN
     tpot_mean_seconds: float = NAN
+    """Mean over requests of their time per output token after the first."""
     prefill_mean_seconds: float = NAN
+    """Mean time from a request's first step to its first token."""
     decode_mean_seconds: float = NAN
+    """Mean time from a request's first token to its last."""
     inference_mean_seconds: float = NAN
+    """Mean time from a request's first step to its last token."""
     prompt_tokens_mean: float = NAN
+    """Mean prompt tokens of a finished request."""
     generation_tokens_mean: float = NAN
+    """Mean generated tokens of a finished request."""
 
 
 FIELDS: tuple[str, ...] = EngineState._fields
 """The columns, in the order of an `EngineState`."""
 _MOST = bounds(FIELDS)
-
-_QUANTILE_MEANINGS = {
-    "ttft": "time to first token",
-    "itl": "time between two tokens of a request, which is the step time while decoding",
-    "e2e": "time from a request's arrival at the engine to its end",
-    "queue": "time a request spent waiting in the engine before its first step",
-}
-
-FIELD_MEANINGS: Mapping[str, str] = {
-    "running": "requests in the engine's batches, at the time of the poll",
-    "waiting": "requests in the engine's queue",
-    "waiting_deferred": "requests in the queue that capacity would not help",
-    "swapped": "requests swapped out, retracted or paused",
-    "kv_usage": "share of the KV cache in use, 0 to 1, mean over data-parallel ranks",
-    "awake": "1 awake, 0 asleep, between them if only some data-parallel ranks are",
-    "block_size": "tokens in a KV block",
-    "num_gpu_blocks": "KV blocks, summed over data-parallel ranks",
-    "kv_cache_tokens": "tokens that the KV cache holds, summed over data-parallel ranks",
-    "max_adapters": "LoRA adapters that fit into a batch",
-    "start_time_seconds": "when the engine started, seconds since 1970",
-    "restarts": "engine restarts seen by this window",
-    "window_seconds": "time that the rates below cover",
-    "busy_ratio": "share of the window in which a request was running, 0 to 1",
-    "hit_ratio": "prompt tokens found in the prefix cache / prompt tokens looked up, 0 to 1",
-    "prompt_tokens_per_second": "prompt tokens, cached ones included",
-    "computed_prompt_tokens_per_second": "prompt tokens that were computed, not found in a cache",
-    "generation_tokens_per_second": "tokens generated",
-    "requests_per_second": "requests finished for whatever reason",
-    "aborts_per_second": "requests aborted, a part of the above",
-    "preemptions_per_second": "requests thrown out of a batch for want of KV blocks",
-    "rejections_per_second": "requests that the engine refused for its queue was full",
-    "steps_per_second": "engine steps, summed over data-parallel ranks",
-    "tokens_per_step": "prompt and generated tokens per engine step",
-    "observed_age_seconds": "time since the newest event behind the means; 0: in the last poll interval",
-    "tpot_mean_seconds": "mean over requests of their time per output token after the first",
-    "prefill_mean_seconds": "mean time from a request's first step to its first token",
-    "decode_mean_seconds": "mean time from a request's first token to its last",
-    "inference_mean_seconds": "mean time from a request's first step to its last token",
-    "prompt_tokens_mean": "mean prompt tokens of a finished request",
-    "generation_tokens_mean": "mean generated tokens of a finished request",
-    **{f"{name}_mean_seconds": f"mean {meaning}" for name, meaning in _QUANTILE_MEANINGS.items()},
-    **{
-        f"{name}_p{percent}_seconds": f"{percent}th percentile of {meaning}"
-        for name, meaning in _QUANTILE_MEANINGS.items()
-        for percent in (50, 90, 99)
-    },
-}
 
 _NO_QUANTILES = (NAN, NAN, NAN)
 _MEANS = (
@@ -270,8 +258,6 @@ class Window:
         self._observed_at = NAN
         self._means = dict.fromkeys(_MEANS, NAN)
         self._restarts = 0
-        self.restarted = False
-        """The sample last added was the first after a restart of the engine."""
 
     def add(self, now: float, sample: Sample) -> EngineState:
         """What is known after `sample`, taken at `now` (seconds on any clock that does not go back).
@@ -279,11 +265,9 @@ class Window:
         A truncated sample, or one that is not later than the last, gives its gauges but is not remembered.
         """
         newest = self._newest
-        self.restarted = False
         if sample.truncated or (newest is not None and now <= newest.time):
             return self._state(now, sample)
         if newest is not None and _is_restart(newest.sample, sample):
-            self.restarted = True
             self._restarts += 1
             self._kept.clear()
             self._idle = None
@@ -384,7 +368,6 @@ class Window:
             block_size=sample.block_size,
             num_gpu_blocks=sample.num_gpu_blocks,
             kv_cache_tokens=kv_cache_tokens,
-            max_adapters=sample.max_adapters,
             start_time_seconds=sample.start_time_seconds,
             restarts=float(self._restarts),
             window_seconds=seconds,

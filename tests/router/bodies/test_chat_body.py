@@ -1,7 +1,8 @@
 import orjson
 import pytest
+from json_body import read_json
 
-from router.bodies import read_body, read_request, strip_query
+from router.bodies import read_request, strip_query
 from router.bodies.base import Body
 from router.errors import RequestError
 
@@ -10,8 +11,7 @@ HELLO = {"role": "user", "content": "hello"}
 
 
 def read(document: object, path: str = CHAT) -> Body:
-    raw = document if isinstance(document, bytes) else orjson.dumps(document)
-    return read_body(path, "application/json", raw)
+    return read_json(path, document)
 
 
 def refusal(document: object, path: str = CHAT) -> RequestError:

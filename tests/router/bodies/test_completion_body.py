@@ -1,14 +1,11 @@
-import orjson
-import pytest
+from functools import partial
 
-from router.bodies import read_body
-from router.bodies.base import Body
+import pytest
+from json_body import read_json
+
 from router.errors import RequestError
 
-
-def read(document: object) -> Body:
-    raw = document if isinstance(document, bytes) else orjson.dumps(document)
-    return read_body("/v1/completions", "application/json", raw)
+read = partial(read_json, "/v1/completions")
 
 
 def test_a_string_is_its_own_text() -> None:

@@ -4,9 +4,10 @@ import json
 
 import orjson
 import pytest
+from json_body import read_json as read
 
-from router.bodies import read_body, upstream_path
-from router.bodies.base import COUNTED_BYTES, Body, parse
+from router.bodies import upstream_path
+from router.bodies.base import COUNTED_BYTES, parse
 from router.errors import RequestError
 
 MESSAGES = "/v1/messages"
@@ -16,11 +17,6 @@ RERANK = "/v1/rerank"
 CLASSIFY = "/v1/classify"
 BAD = "error processing request body"
 MARK = (("x-error-request-body-processing", b"true"),)
-
-
-def read(path: str, document: object) -> Body:
-    raw = document if isinstance(document, bytes) else orjson.dumps(document)
-    return read_body(path, "application/json", raw)
 
 
 def refusal(path: str, document: object) -> tuple[str, str | None]:

@@ -78,7 +78,7 @@ class Lab:
         return found
 
     def request(self, text: bytes = b"", tokens: int = 0, **rest: Any) -> RoutingRequest:
-        return RoutingRequest("m", text=text, prompt_tokens=tokens or len(text) // 4, arrived=self.now, **rest)
+        return RoutingRequest("m", text=text, prompt_tokens=tokens or len(text) // 4, **rest)
 
     def send(self, name: str, request: RoutingRequest, worker: int = 0) -> int:
         """Route one request and charge it. Returns the slot."""

@@ -26,8 +26,8 @@ LIKED: dict[str, tuple[dict[str, float], dict[str, float]]] = {
         {"prompt_tokens_per_second": 100.0, "generation_tokens_per_second": 10.0},
     ),
     "least-busy-time": ({"busy_ratio": 0.2}, {"busy_ratio": 0.9}),
-    "least-gpu-cache": ({"kv_usage": 0.1, "cpu_kv_usage": 0.9}, {"kv_usage": 0.3, "cpu_kv_usage": 0.0}),
-    "least-kv-cache": ({"kv_usage": 0.3, "cpu_kv_usage": 0.0}, {"kv_usage": 0.1, "cpu_kv_usage": 0.9}),
+    "least-gpu-cache": ({"kv_usage": 0.1}, {"kv_usage": 0.3}),
+    "least-kv-cache": ({"kv_usage": 0.1}, {"kv_usage": 0.3}),
     "least-latency": (
         {"queue_mean_seconds": 0.0, "prefill_mean_seconds": 0.1, "decode_mean_seconds": 1.0, "prompt_tokens_mean": 100},
         {"queue_mean_seconds": 0.5, "prefill_mean_seconds": 0.1, "decode_mean_seconds": 1.0, "prompt_tokens_mean": 100},
@@ -181,7 +181,7 @@ def test_between_two_polls_requests_do_not_pile_up_on_one_pod(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["least-busy-time", "least-latency", "throughput"])
-def test_nor_when_one_pod_looks_better(name: str) -> None:
+def test_a_burst_does_not_pile_up_on_the_best_pod(name: str) -> None:
     better = {key: value * 0.5 for key, value in EQUAL[name].items()}
     counts = router(name, better, *[EQUAL[name]] * 9).burst()
     assert counts[0] == max(counts)
@@ -235,7 +235,7 @@ def test_a_pod_without_the_metric_is_neither_shunned_nor_flooded(name: str) -> N
 def test_any_metrics_give_a_pod(name: str, data: Any) -> None:
     value = st.one_of(st.just(NAN), st.just(0.0), st.floats(0, 1e9), st.just(float("inf")))
     metrics = sorted({key for row in (*EQUAL.values(), *LIKED["least-latency"]) for key in row})
-    metrics += ["utilization", "num_gpu_blocks", "block_size", "cpu_kv_usage", "prompt_tokens_mean", "e2e_mean_seconds"]
+    metrics += ["utilization", "num_gpu_blocks", "block_size", "prompt_tokens_mean", "e2e_mean_seconds"]
     by = _ROUTERS.setdefault(name, router(name, {}, {}, {}))
     for slot in range(3):
         set_row(

@@ -18,14 +18,14 @@ def test_a_second_request_with_the_same_long_prefix_follows_the_first(lab: Any, 
     assert fleet.send(NAME, fleet.request(prompt("system", 16) + b"bob")) == first
 
 
-def test_whichever_worker_takes_it(lab: Any, prompt: Any) -> None:
+def test_a_prompt_follows_its_prefix_from_any_worker(lab: Any, prompt: Any) -> None:
     fleet = lab(8)
     first = fleet.send(NAME, fleet.request(prompt("system", 16)), worker=0)
     fleet.now += 5
     assert {fleet.send(NAME, fleet.request(prompt("system", 16)), worker=worker) for worker in (1, 2, 0)} == {first}
 
 
-def test_not_when_that_pod_is_so_loaded_that_computing_it_anew_is_quicker(lab: Any, prompt: Any) -> None:
+def test_a_prompt_leaves_its_prefix_where_computing_it_elsewhere_is_quicker(lab: Any, prompt: Any) -> None:
     fleet = lab(4)
     first = fleet.send(NAME, fleet.request(prompt("system", 8)))
     fleet.now += 5

@@ -23,7 +23,7 @@ def tables() -> Iterator[Tables]:
 
 def candidates(tables: Tables, *addresses: str) -> Candidates:
     pods = [Pod(PodRecord(slot, 1, f"pod-{address}", address, ("m",))) for slot, address in enumerate(addresses)]
-    return Candidates(tables, pods, np.full((len(pods), len(FIELDS)), np.nan), 1)
+    return Candidates(tables, pods, np.full((len(pods), len(FIELDS)), np.nan))
 
 
 def affinity(secret: bytes = b"s" * 32) -> SessionAffinity:

@@ -1,7 +1,5 @@
 """What a gRPC client sees and what a call is told, without a socket."""
 
-import logging
-
 import pytest
 from h2_wire import (
     ACK,
@@ -24,6 +22,7 @@ from h2_wire import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from workers.calls import CallError
 from workers.h2.limits import Limits
@@ -140,14 +139,14 @@ def test_opening_may_refuse() -> None:
     assert peer.headers(trailers)["grpc-status"] == "14"
 
 
-def test_a_bug_in_a_call_ends_it_with_internal_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_in_a_call_ends_it_with_internal_and_is_told_once() -> None:
     peer = Peer()
-    with caplog.at_level(logging.ERROR):
+    with capture_logs() as logs:
         for stream_id in (1, 3, 5):
             (trailers,) = peer.send(peer.open(stream_id), peer.say(stream_id, b"crash"))
             assert peer.headers(trailers)["grpc-status"] == "13"
     assert peer.counters.calls_crashed == 3
-    assert len(caplog.records) == 1
+    assert [(line["event"], line["log_level"]) for line in logs] == [("a call failed unexpectedly", "error")]
     assert [call.closed for call in peer.log.calls] == [1, 1, 1]
 
 

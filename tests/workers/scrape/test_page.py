@@ -108,13 +108,6 @@ def as_prometheus_client_reads(page: bytes, engine: Engine = VLLM) -> Sample:
             )
             setattr(result, distribution.quantity, histogram)
             break
-    if engine.adapters:
-        wanted.add(engine.adapters)
-        sets = [(value, dict(labels)) for (name, labels), value in series.items() if name == engine.adapters]
-        if sets:
-            newest = max(sets, key=lambda pair: pair[0])[1]
-            result.running_adapters = tuple(filter(None, newest.get("running_lora_adapters", "").split(",")))
-            result.waiting_adapters = tuple(filter(None, newest.get("waiting_lora_adapters", "").split(",")))
     result.found = sum(name in wanted for name, _ in series)
     return result
 
@@ -320,15 +313,6 @@ def test_ranks_of_a_histogram_with_different_bounds_are_added_by_bound() -> None
     ttft = read(page).ttft
     assert (ttft.bounds, ttft.counts) == ((0.5, 1.0, float("inf")), [3.0, 5.0, 7.0])
     assert (ttft.count, ttft.sum) == (7.0, 9.5)
-
-
-def test_the_adapters_are_those_of_the_newest_series() -> None:
-    info = 'vllm:lora_requests_info{max_lora="4",running_lora_adapters="%s",waiting_lora_adapters="%s"} %s\n'
-    reader = PageReader(KnownLines(VLLM))
-    first = reader.read((info % ("sql,é", "", "1.7e9") + info % ("", "chat", "1.6e9")).encode())
-    assert (first.running_adapters, first.waiting_adapters, first.max_adapters) == (("sql", "é"), (), 4.0)
-    second = reader.read((info % ("sql,é", "", "1.7e9") + info % ("", "chat", "1.8e9")).encode())
-    assert (second.running_adapters, second.waiting_adapters) == ((), ("chat",))
 
 
 @pytest.mark.parametrize("number", ["+Inf", "-Inf", "-1", "1e300", "1e17"])
