@@ -96,8 +96,8 @@ for i = 9, #ARGV, 2 do
     redis.call('PEXPIRE', list, 60000)
   end
 end
-local ended = redis.call('LRANGE', ends .. replica, 0, -1)
-redis.call('DEL', ends .. replica)
+local ended = redis.call('LRANGE', ends .. replica, 0, 1999)
+redis.call('LTRIM', ends .. replica, 2000, -1)
 local others = {}
 local all = redis.call('HGETALL', loads)
 for i = 1, #all, 2 do
@@ -111,7 +111,7 @@ for i = 1, #all, 2 do
     end
   end
 end
-local heard, last, more = {}, '', 0
+local heard, last, more = {}, '', #ended == 2000 and 1 or 0
 if most > 0 then
   local entries, size = redis.call('XRANGE', routed, from, '+', 'COUNT', most), 0
   for i, entry in ipairs(entries) do

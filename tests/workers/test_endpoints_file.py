@@ -76,6 +76,7 @@ def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
         ("models: [{name: 5}]", "models.0.name: "),
         ('models: [{name: "a\\nb"}]', "models.0.name: 'a\\nb' must be printable"),
         ('models: [{name: "\\uE000"}]', "must be printable"),
+        ('models: [{name: a, labels: {zone: "\\uD800"}}]', "models.0.labels: 'zone': '\\ud800' is not text"),
         ("models: [{name: a, engine: tgi}]", "models.0.engine: "),
         ("models: [{name: a, endpoints: ['a:b']}]", "models.0.endpoints.0.address: 'a:b' is not an address"),
         ("models: [{name: a, endpoints: ['']}]", "':8000' is not an address"),

@@ -402,6 +402,19 @@ async def test_ends_for_a_replica_that_is_no_more_go_nowhere(make: Make, client:
     assert client.keys(f"{PREFIX}:ended:*") == []
 
 
+async def test_many_ends_come_in_several_answers(make: Make, client: Any) -> None:
+    """Thousands at once would take longer than an answer is waited for."""
+    one = make()
+    await one.exchange()
+    key = f"{PREFIX}:ended:{one.tables.replica}"
+    client.rpush(key, *[HTTPAccessLogEntry().SerializeToString()] * 2500)
+    await one.connect()
+    assert await one.replicator.exchange(), "more is there"
+    assert client.llen(key) == 500
+    await one.exchange()
+    assert client.llen(key) == 0
+
+
 async def test_the_end_of_a_request_is_never_counted_twice(make: Make, valkey_url: str) -> None:
     """Nor is what a predecessor has read told again."""
     one, two = make(), make()

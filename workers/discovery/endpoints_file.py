@@ -59,6 +59,9 @@ def _plain(value: str) -> str:
 
 
 def _annotated(labels: Mapping[str, str]) -> Mapping[str, str]:
+    for key, value in labels.items():
+        if any("\ud800" <= char <= "\udfff" for char in key + value):
+            raise ValueError(f"{key!r}: {value!r} is not text")
     problem = CONFIG in labels and first_problem(labels[CONFIG])
     if problem:
         raise ValueError(f"{CONFIG}: {problem}")
