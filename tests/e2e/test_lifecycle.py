@@ -7,6 +7,9 @@ same where they are allowed, `stream` and `access-log` what `pointsman envoy` wr
 import asyncio
 import gzip
 import json
+import socket
+import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +32,7 @@ SEEING_BODIES = ("aibrix", "aibrix-overrides", "stream")
 USERS = {
     "users": [
         *({"name": f"ann-{each}", "rpm": 1000, "tpm": 30} for each in ("json", "sse", "large", "errors")),
+        {"name": "ann-leaves", "rpm": 1000, "tpm": 10_000_000},
         {"name": "bob", "rpm": 2, "tpm": 0},
     ]
 }
@@ -221,6 +225,29 @@ async def test_what_pods_are_not_asked_with_reaches_none(ground: Ground, method:
         assert answer.status == 404
         assert (await answer.json())["error"]["message"] == "unknown request path"
         assert "x-pod" not in answer.headers
+
+
+async def test_clients_that_leave_before_the_decision_is_taken_leave_no_charge(ground: Ground) -> None:
+    """Also where the response would have been watched, so that the stream stays open."""
+    host, _, port = ground.lab.config.envoy.listen.rpartition(":")
+    body = json.dumps({"model": ground.lab.model, "messages": [{"role": "user", "content": "hi " * 2000}]})
+    request = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nuser: ann-leaves\r\nx-script: slow\r\n"
+        f"content-length: {len(body)}\r\n\r\n{body}"
+    )
+
+    def leave() -> None:
+        for number in range(60):
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(request.encode())
+                time.sleep(number * 5e-5)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    await asyncio.to_thread(leave)
+    until = time.monotonic() + 8  # sooner than a charge is taken for lost
+    while ground.in_flight() and time.monotonic() < until:
+        await asyncio.sleep(0.1)
+    assert ground.in_flight() == 0
 
 
 async def test_a_request_counts_as_load_until_its_answer_ends(ground: Ground) -> None:
