@@ -47,7 +47,7 @@ class Backlog:
         excess = self.excess(candidates, speeds, now)
         if excess.any:
             todo -= np.where(excess.since > now, excess.seconds, 0.0)
-        todo *= speeds.drain
+        todo *= speeds.prefill_tokens_per_second
         return np.maximum(todo, 0.0, out=todo)
 
     def excess(self, candidates: Candidates, speeds: Speeds, now: float) -> "Excess":
@@ -59,7 +59,7 @@ class Backlog:
             )
         return found
 
-    def chose(
+    def promise(
         self,
         candidates: Candidates,
         index: int,

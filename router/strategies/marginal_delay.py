@@ -17,7 +17,7 @@ MODES: Final = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + (1 + N + n / 2 + free * w) * C' + (1 + N) * L + free * n / 2 * W + (M + F) * a. [seconds]
+    """score = TTFT + (1 + N + n / 2 + slack * w) * C' + (1 + N) * L + slack * n / 2 * W + (M + F) * a. [seconds]
 
     W     prefill seconds promised to the pod and not yet done (`router.backlog`)
     C     seconds to prefill what the pod does not hold of this prompt: the last u of its P tokens at the pod's prefill
@@ -30,12 +30,12 @@ class MarginalDelay(Scoring):
           interrupted
     s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
     a     s + x + n' * d: what one token of an answer costs, to itself and to others
-    x     seconds that others' prefills add to the mean step of the answer: free / 2 * s * r / (1 - r), at most free / 2
-          times the prefill of a whole token budget; r is the share of its time that the prefills take which the pod was
+    x     seconds that others' prefills add to the mean step of the answer: slack / 2 * s * r / (1 - r), at most slack
+          / 2 times the prefill of a whole token budget; r is the share of its time that the prefills take which the pod was
           promised of late (a mean over 60 s). Half, since what pods are sent evens out
     M     expected output tokens: the model's learnt mean, at most what the client allows
-    F     output tokens of the requests that will follow this one to where it goes: free * b * (1 / tokens that the mean
-          request has to compute - 1 / tokens of the mean prompt) * the mean output. Where a tenth of the mean prompt is
+    F     output tokens of the requests that will follow this one to where it goes: slack * b * (1 / tokens that the
+          mean request has to compute - 1 / tokens of the mean prompt) * the mean output. Where a tenth of the mean prompt is
           computed, a token that is computed is found nine times, by as many requests as it takes to find a prompt's
           worth. b are the tokens that no pod holds, times their share of what the pod that holds least has to compute:
           where others hold much of the prompt already, it is not these that bind a request to the pod
@@ -44,7 +44,7 @@ class MarginalDelay(Scoring):
     L     seconds to prefill again what the u tokens push out of the pod's full cache, at the pod's speed: each of them
           so many as have to be computed again for each token that was written there of late
           (`router.prefix_index.Turnover`). Much on a pod that just still keeps what comes back, nothing on one with
-          room to spare, nor where little is found anyway: so few pods lose their caches, and not all. Times 1 - free:
+          room to spare, nor where little is found anyway: so few pods lose their caches, and not all. Times 1 - slack:
           while there is slack, computing it again costs little
     n     requests in flight on the pod, as far as it has places and room for them, whose answers a second of prefill
           interrupts; half, as some still wait and the others can be many
@@ -52,7 +52,7 @@ class MarginalDelay(Scoring):
           for the context tokens)
     N     mean requests in flight per pod: those that it takes capacity from sooner or later, on whichever pod
     w     requests waiting for prefill on the pod, or as many as come during the wait: those that wait for it
-    free  the share of the pods where nobody waits: the mean of c / (c + the pod's wait), c being the mean prompt's
+    slack  the share of the pods where nobody waits: the mean of c / (c + the pod's wait), c being the mean prompt's
           prefill
     d     seconds that this request adds to each of the pod's steps
 
@@ -98,8 +98,8 @@ class MarginalDelay(Scoring):
             elif other > most:
                 most = other
         delays.score(prompt, output, uncached, scarce, new * new / most if most > 0.0 else 0.0)
-        for places, uncached, scarce in others:
-            delays.score_others(places, uncached, scarce)
+        for indices, uncached, scarce in others:
+            delays.score_others(indices, uncached, scarce)
         if full:
             delays.add_waits_for_room()
         return delays
@@ -111,8 +111,8 @@ class MarginalDelay(Scoring):
         delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
         missing = np.full(len(candidates), uncached)
         counted = np.full(len(candidates), scarce)
-        for places, uncached, scarce in others:
-            missing[places], counted[places] = uncached, scarce
+        for indices, uncached, scarce in others:
+            missing[indices], counted[indices] = uncached, scarce
         return delays.terms(prompt, output, full, missing, counted)
 
     def _weigh(
@@ -131,7 +131,7 @@ class MarginalDelay(Scoring):
             if found.chain.packed:
                 mode = "full"
         delays = self._delays(candidates, now)
-        full = delays.wait_for_room(prompt) if delays.crowded(prompt) else 0
+        full = delays.wait_for_room(prompt) if delays.may_be_full(prompt) else 0
         uncached = scarce = prompt
         others: Shares = ()
         if prefixes is not None and found is not None:
@@ -166,7 +166,7 @@ class MarginalDelay(Scoring):
         if found is None:
             speeds = self._rates.speeds(candidates, now)
             found = candidates.derived[Delays] = Delays(candidates, speeds, self._backlog, self._chance)
-        found.follow(now, self._prefixes.index if self._prefixes is not None else None)
+        found.refresh(now, self._prefixes.index if self._prefixes is not None else None)
         return found
 
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:

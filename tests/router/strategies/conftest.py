@@ -103,7 +103,7 @@ class Lab:
         candidates = self.candidates(worker)
         speeds = context.rates.speeds(candidates, self.now)
         index = [pod.slot for pod in candidates.pods].index(slot)
-        context.backlog.chose(candidates, index, tokens, float(speeds.prefill_seconds[index]), self.now)
+        context.backlog.promise(candidates, index, tokens, float(speeds.prefill_seconds[index]), self.now)
         tables.ledger.charge(slot, tokens, tokens, held=False)
         self.now += KEPT_SECONDS * 1.01
 

@@ -439,8 +439,8 @@ def test_a_limit_that_one_pod_showed_is_expected_of_its_like(lab: Any) -> None:
     fleet.now += 1
     fleet.poll(1, running=10.0, waiting=0.0, kv_usage=0.1)
     fleet.scores(NAME, fleet.request(tokens=400))
-    seats = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).seats
-    assert seats.tolist() == [1 / 32, 1 / 32, 0.0]
+    share_per_request = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).share_per_request
+    assert share_per_request.tolist() == [1 / 32, 1 / 32, 0.0]
 
 
 def test_requests_that_wait_for_room_in_the_kv_cache_show_no_limit(lab: Any) -> None:
