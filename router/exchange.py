@@ -67,8 +67,8 @@ class Exchange(RequestPhase):
             if phase == REQUEST_BODY:
                 body = wire.read_body(message, part)
                 if body is not None:
-                    start, end, over = body
-                    return self._on_request_body(message[start:end], over)
+                    start, stop, end_of_stream = body
+                    return self._on_request_body(message[start:stop], end_of_stream)
             elif phase == REQUEST_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.request_names)
                 if headers is not None:
@@ -76,8 +76,8 @@ class Exchange(RequestPhase):
             elif phase == RESPONSE_BODY:
                 body = wire.read_body(message, part)
                 if body is not None:
-                    start, end, over = body
-                    return self._on_response_body(message[start:end], over)
+                    start, stop, end_of_stream = body
+                    return self._on_response_body(message[start:stop], end_of_stream)
             elif phase == RESPONSE_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.response_names)
                 if headers is not None:
@@ -118,7 +118,7 @@ class Exchange(RequestPhase):
     def close(self) -> None:
         """The stream is over, whatever the reason. Releases what this stream still holds."""
         self._closed = True
-        if self._over or self._served is None:
+        if self._settled or self._served is None:
             return
         response = self._response
         if response is not None and response.complete_if_cut:
@@ -147,11 +147,11 @@ class Exchange(RequestPhase):
             if "request.path" in fields:
                 self._headers[":path"] = fields["request.path"].string_value.encode()
 
-    def _on_response_headers(self, found: dict[str, bytes], over: bool) -> Reply:
+    def _on_response_headers(self, found: dict[str, bytes], end_of_stream: bool) -> Reply:
         response = self._response
         if response is None:
             # Also when Envoy answered by itself before the request's body was complete.
-            self._request_done = True
+            self._request_handled = True
             self._body = None
             response = self._response = Response(
                 self._scheduler,
@@ -162,51 +162,51 @@ class Exchange(RequestPhase):
                 self._served,
                 refused=self._refused,
             )
-        reply = response.headers(found, over)
+        reply = response.headers(found, end_of_stream)
         self.idle = not response.holds_back
-        self._look_at(response)
+        self._settle_if_done(response)
         return reply
 
-    def _on_response_body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
+    def _on_response_body(self, piece: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         response = self._response
         if response is None:
-            self._request_done = True  # too late to decide
+            self._request_handled = True  # too late to decide
             self._body = None
-            if over:
+            if end_of_stream:
                 self._end(0)
                 self.finished = True
             if self._modes.duplex_response:
-                return replies.streamed_body(piece, request=False, end=over)
+                return replies.streamed_body(piece, request=False, end_of_stream=end_of_stream)
             return replies.RESPONSE_BODY
-        reply = response.body(piece, over)
+        reply = response.body(piece, end_of_stream)
         self.idle = not response.holds_back
         if isinstance(reply, bytes | tuple) or reply is None:
-            if response.over:
-                self._look_at(response)
+            if response.done:
+                self._settle_if_done(response)
             return reply
         return self._later(reply, partial(self._counted, response))
 
     def _counted(self, response: Response, reply: Reply) -> Reply:
-        self._look_at(response)
+        self._settle_if_done(response)
         return reply
 
     def _on_response_trailers(self) -> Reply:
         response = self._response
         self.finished = True
         if response is None:
-            self._request_done = True
+            self._request_handled = True
             self._body = None
             self._end(0)
             return replies.RESPONSE_TRAILERS
         reply = response.trailers()
-        self._look_at(response)
+        self._settle_if_done(response)
         return reply
 
     # -- ends
 
-    def _look_at(self, response: Response) -> None:
+    def _settle_if_done(self, response: Response) -> None:
         """Has the response come to its end?"""
-        if response.over:
+        if response.done:
             self._end(response.status)
         if response.finished:
             self.finished = True
@@ -214,9 +214,9 @@ class Exchange(RequestPhase):
     def _end(self, status: int) -> None:
         """The request is over: give its charge back and count it, once. Status 0 is not known. Where Envoy's access
         log tells of it, that does both."""
-        if self._over:
+        if self._settled:
             return
-        self._over = True
+        self._settled = True
         decision = self._decision
         if decision is None:
             if self._served is not None and status:

@@ -316,7 +316,7 @@ def unrouted_response_headers(request_id: bytes, status: bytes) -> bytes:
     return response_headers(response_pairs(request_id, status), clear_route_cache=True)
 
 
-def streamed_body(body: bytes, *, request: bool, end: bool) -> tuple[bytes, ...]:
+def streamed_body(body: bytes, *, request: bool, end_of_stream: bool) -> tuple[bytes, ...]:
     """A body given back piece by piece, as full duplex mode wants it."""
     replies = []
     for start in range(0, max(len(body), 1), CHUNK_BYTES):
@@ -324,7 +324,7 @@ def streamed_body(body: bytes, *, request: bool, end: bool) -> tuple[bytes, ...]
         common: CommonResponse = (reply.request_body if request else reply.response_body).response
         piece = common.body_mutation.streamed_response
         piece.body = body[start : start + CHUNK_BYTES]
-        piece.end_of_stream = end and start + CHUNK_BYTES >= len(body)
+        piece.end_of_stream = end_of_stream and start + CHUNK_BYTES >= len(body)
         replies.append(reply.SerializeToString())
     return tuple(replies)
 

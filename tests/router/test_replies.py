@@ -63,7 +63,7 @@ def test_a_body_given_back_is_whole_and_ends_once(length: int, end: bool) -> Non
     body = bytes(i % 251 for i in range(length))
     pieces = [
         reply.response_body.response.body_mutation.streamed_response
-        for reply in read(streamed_body(body, request=False, end=end))
+        for reply in read(streamed_body(body, request=False, end_of_stream=end))
     ]
     assert b"".join(piece.body for piece in pieces) == body
     assert [piece.end_of_stream for piece in pieces] == [False] * (len(pieces) - 1) + [end]

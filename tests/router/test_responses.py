@@ -311,7 +311,7 @@ def test_a_reply_too_long_to_parse_tells_its_usage_at_its_end() -> None:
         assert stream.send(response_body(body[start : start + 50_000])).is_plain
     said = stream.send(response_body(b"", eos=True))
     assert said.headers["x-update-tpm"] == "12"
-    assert len(stream.exchange._response._json or b"") == 0  # type: ignore[union-attr]
+    assert len(stream.exchange._response._json_body or b"") == 0  # type: ignore[union-attr]
 
 
 # -- counters that must be waited for
