@@ -23,10 +23,10 @@ GROUPS = {
         state/ledger state/pods state/prefix_log state/series
     """,
     "router._decision": """
-        router/attention router/backlog router/fleet router/prefix_hash router/prefix_index router/prefixes router/rates
-        router/scheduler router/strategies/base router/strategies/delays router/strategies/least_request
-        router/strategies/marginal_delay router/strategies/prefix_aware router/strategies/random_choice
-        router/strategies/weighted
+        router/attention router/backlog router/cache_turnover router/fleet router/prefix_hash router/prefix_index
+        router/prefix_match router/prefixes router/rates router/scheduler router/strategies/base
+        router/strategies/delays router/strategies/least_request router/strategies/marginal_delay
+        router/strategies/prefix_aware router/strategies/random_choice router/strategies/weighted
     """,
     "router._exchange": """
         router/access_log router/bodies/base router/bodies/by_path router/bodies/chat router/bodies/completions

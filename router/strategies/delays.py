@@ -350,7 +350,7 @@ class Delays:
                 pod.fixed += pod.step * FIRST_STEPS
             pod.prefill_interference = 0.5 * slack * min(pod.step * pod.growth, self._budget * pod.prefill)
             if prefixes is not None:
-                pod.loss = prefixes.lost[pod.slot] * pod.prefill * (1.0 - slack)
+                pod.loss = prefixes.recompute_per_token[pod.slot] * pod.prefill * (1.0 - slack)
 
     def _apply_poll_correction(self, excess: Excess, now: float) -> None:
         """Waits that the last polls show to be shorter."""

@@ -35,7 +35,7 @@ class MarginalDelay(Scoring):
            flat + slope * (P - u / 2), since attention makes a token dearer by those before it. flat and slope are
            learnt, such that the mean token of all prompts counts once (`router.attention`). (prefill)
     C'     [s] The same as C, but what has too few copies for its demand, or none on a pod with room, counts less
-           (`LookUp.shares`). (price, prefill)
+           (`LookUp.uncached_and_scarce`). (price, prefill)
     s      [s] The pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost. (step)
     a      [s per token] What one token of an answer costs, to itself and to others: s + x + n' * d.
            (step, prefill_interference, shared)
@@ -49,7 +49,7 @@ class MarginalDelay(Scoring):
            holds, times their share of what the pod that holds least has to compute. (_per_new, for each token of b)
     L      [s] Prefilling again what the u tokens push out of the pod's full cache, at the pod's speed. For each of them
            it is so many tokens as have to be computed again for each token that was written there of late
-           (`router.prefix_index.Turnover`); times 1 - slack. (loss)
+           (`router.cache_turnover.Turnover`); times 1 - slack. (loss)
     n      [requests] In flight on the pod, as far as it has slots and room for them. (served)
     n'     [requests] The mean of n and of what it was in the last seconds; the context tokens in s are the same mean.
            (shared, times the pod's factor on the prior's decode rates)
@@ -154,7 +154,7 @@ class MarginalDelay(Scoring):
         uncached = scarce = prompt
         others: Shares = ()
         if prefixes is not None and found is not None:
-            uncached, scarce, others = found.shares(prefixes.index, now, full)
+            uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full)
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode

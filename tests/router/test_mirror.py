@@ -6,7 +6,8 @@ from fleet import MODEL, loads, make_record, make_tables, set_row
 
 from router.mirror import LONGEST_WAIT, Mirror
 from router.prefix_hash import PrefixHasher
-from router.prefix_index import PrefixIndex, SlotIndex
+from router.prefix_index import PrefixIndex
+from router.prefix_match import SlotIndex
 from router.rates import Prior
 from state.catalog import CatalogDocument
 from state.ledger import Entry

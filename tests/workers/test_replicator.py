@@ -18,7 +18,8 @@ from router.access_log import AccessLog
 from router.exchange import Exchange
 from router.modes import Peer
 from router.prefix_hash import PrefixHasher
-from router.prefix_index import PrefixIndex, SlotIndex
+from router.prefix_index import PrefixIndex
+from router.prefix_match import SlotIndex
 from router.replies import NAMESPACE
 from router.scheduler import Scheduler
 from state.catalog import CatalogDocument

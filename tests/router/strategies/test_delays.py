@@ -24,7 +24,7 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
     prior, speeds = Prior(), context.rates.speeds(candidates, now)
     loads, todo = candidates.loads(), context.backlog.follow(candidates, speeds, now)
     room, full = waits_for_room(strategy._delays(candidates, now), request.prompt_tokens)
-    common = request.prefix.shares(context.prefixes.index, now, full)
+    common = request.prefix.uncached_and_scarce(context.prefixes.index, now, full)
     u, scarce = np.full(len(candidates), common[0]), np.full(len(candidates), common[1])
     for indices, uncached, counted in common[2]:
         u[indices], scarce[indices] = uncached, counted
