@@ -6,7 +6,7 @@ at most; `marginal-delay` hears of it at its next decision, through the prefix l
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from router.errors import header_value, model_asleep, no_pods, not_selected, unknown_model
 from router.fleet import Candidates, Fleet, Pod
@@ -54,10 +54,9 @@ class Scheduler:
         tables: Tables,
         default_strategy: str,
         clock: Callable[[], float],
+        context: Context,
         *,
-        seed: int | None = None,
         retry_candidates: int = 2,
-        **parts: Any,
     ) -> None:
         self.tables = tables
         self.fleet = Fleet(tables)
@@ -66,7 +65,7 @@ class Scheduler:
         self.series = tables.series()
         self._ledger = tables.ledger
         self._retry_candidates = retry_candidates
-        self._strategies = Strategies(STRATEGIES, Context(seed, **parts))
+        self._strategies = Strategies(STRATEGIES, context)
         self.wake: Callable[[Pod, str], None] | None = None
         """Asks a pod to wake a model; does not wait."""
         self.passes_on = False

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Awaitable, Mapping, Sequence
+from random import Random
 from typing import Any
 
 import fleet
@@ -14,6 +15,7 @@ from router.limits import Gate, Limits, SharedCounters, digest_of, effective
 from router.modes import Peer
 from router.policy import Policy
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.catalog import CatalogDocument, PodRecord
 from state.ledger import Entry
 
@@ -60,9 +62,8 @@ class Contract:
             self.tables.catalog.publish(CatalogDocument(chosen, settings))
         self.clock = itertools.count(1_000_000, 0.0001)
         tick = self.clock.__next__
-        self.scheduler = Scheduler(
-            self.tables, strategy, tick, seed=1, session_secret=b"s" * 32, user_tokens=self.tables.user_tokens
-        )
+        context = Context(Random(1), session_secret=b"s" * 32, user_tokens=self.tables.user_tokens)
+        self.scheduler = Scheduler(self.tables, strategy, tick, context)
         book = None if users is None else Book(users, keys)
         counters = SharedCounters(self.tables.user_minutes, self.tables.model_seconds, book, tick)
         gate = Gate(counters, self.scheduler.series, static_token=token)

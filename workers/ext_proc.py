@@ -12,6 +12,7 @@ from router.exchange import Exchanges
 from router.policy import NO_POLICY, Policy
 from router.prefixes import Prefixes
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.tables import Tables
 from workers.calls import Method, Methods
 from workers.config import Config
@@ -71,14 +72,13 @@ async def run_worker(
     stop = Stop()
     health = Health()
     counters = Counters()
-    scheduler = Scheduler(
-        tables,
-        config.default_strategy,
-        time.monotonic,
-        retry_candidates=config.retry_candidates,
+    context = Context(
         prefixes=prefix_knowledge(config, tables),
         user_tokens=tables.user_tokens,
         session_secret=session_secret(config),
+    )
+    scheduler = Scheduler(
+        tables, config.default_strategy, time.monotonic, context, retry_candidates=config.retry_candidates
     )
     waker = Waker()
     scheduler.wake = waker.ask
@@ -86,9 +86,9 @@ async def run_worker(
     async with open_gate(config, tables, scheduler.series, last_users) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
         server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)
-        context = tls_context(config.tls)
-        await server.listen(config.listen, context)
-        await server.listen(config.worker_address(index), context)
+        tls = tls_context(config.tls)
+        await server.listen(config.listen, tls)
+        await server.listen(config.worker_address(index), tls)
         ready()
         copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series), scheduler))
         catching_up = asyncio.ensure_future(_catch_up(scheduler))

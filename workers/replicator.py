@@ -39,6 +39,7 @@ from protos.access_log_pb2 import HTTPAccessLogEntry
 from router.access_log import AccessLog, passed_on
 from router.mirror import Mirror
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.news import FORMAT, NewsError, read_users, write_users
 from state.prefix_log import LogReader
 from state.tables import REPLICATOR, Tables
@@ -159,7 +160,7 @@ class Replicator:
         self._replica = tables.replica
         self._ended_log = LogReader(tables.ended_log)
         self._ended_log.skip()
-        self._scheduler = Scheduler(tables, "random", clock)
+        self._scheduler = Scheduler(tables, "random", clock, Context())
         self._access_log = AccessLog(self._scheduler)
         self._series = self._scheduler.series
         self._user_tokens = tables.user_tokens

@@ -31,6 +31,7 @@ from router.rates import Prior, Rates
 from router.replies import Destination
 from router.request import RoutingRequest
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.catalog import CatalogDocument, PodRecord
 from state.tables import FIRST_WORKER, REPLICATOR, Capacity, Tables
 
@@ -105,15 +106,13 @@ class _Worker:
         self.replica = replica
         self.hasher = NamedBlocks()
         index = PrefixIndex(tables.prefix_log, tables.pods, max_blocks=settings.index_blocks)
-        self.scheduler = Scheduler(
-            tables,
-            strategy,
-            replica.clock,
-            seed=settings.seed * 1000 + replica.number * 100 + number,
+        context = Context(
+            random.Random(settings.seed * 1000 + replica.number * 100 + number),
             prefixes=Prefixes(index, self.hasher),
             rates=Rates(settings.prior, learn=settings.learn),
             user_tokens=tables.user_tokens,
         )
+        self.scheduler = Scheduler(tables, strategy, replica.clock, context)
 
 
 class _Replica:

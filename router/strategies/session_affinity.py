@@ -34,8 +34,6 @@ SESSION_ID: Final = "session_id"
 """Where the request's notes hold the `x-session-id` that came, if one did."""
 NEW_SESSION_ID: Final = "new_session_id"
 """Where they hold the one to return, once a pod was chosen."""
-SECRET: Final = "session_secret"
-"""The part of the context that holds the secret: bytes, the same in every worker and replica."""
 
 _OFFSET: Final = 0xCBF29CE484222325
 _PRIME: Final = 0x100000001B3
@@ -58,8 +56,7 @@ class SessionAffinity(Scoring):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        secret = context.parts.get(SECRET)
-        self._secret: bytes = secret if isinstance(secret, bytes) and secret else token_bytes(32)
+        self._secret = context.session_secret or token_bytes(32)
         self._ids: dict[str, str] = {}
         self._fleets: OrderedDict[tuple[str, ...], _Addresses] = OrderedDict()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from random import Random
 
 import fleet
 import pytest
@@ -16,12 +17,13 @@ from router.modes import Peer
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.request_ids import RequestIds
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.ledger import Entry
 from state.tables import Tables
 
 
 def scheduler(tables: Tables) -> Scheduler:
-    return Scheduler(tables, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+    return Scheduler(tables, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1)))
 
 
 def route(by: Scheduler) -> dict[str, str]:

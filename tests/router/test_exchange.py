@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from random import Random
 
 import fleet
 import orjson
@@ -31,6 +32,7 @@ from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 from router.exchange import Exchange, MessageError, Peer
 from router.replies import DESTINATION_HEADERS, NAMESPACE
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.ledger import Entry
 from state.pods import Health
 from state.tables import Tables
@@ -46,7 +48,9 @@ class Stream:
         self, accounting: str = "stream", destination: str = "header", *, tables: Tables | None = None, pods: int = 3
     ) -> None:
         self.tables = tables or fleet.make_fleet(pods)
-        self.scheduler = Scheduler(self.tables, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+        self.scheduler = Scheduler(
+            self.tables, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1))
+        )
         self.exchange = Exchange(self.scheduler, Peer(accounting, destination), lambda: REQUEST_ID, LIMIT)
 
     def send(self, message: bytes) -> list[ProcessingResponse]:
@@ -586,7 +590,7 @@ _MESSAGES = st.one_of(
     st.binary(max_size=12),
 )
 _FLEET = fleet.make_fleet(3)
-_SCHEDULER = Scheduler(_FLEET, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+_SCHEDULER = Scheduler(_FLEET, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1)))
 
 
 @given(

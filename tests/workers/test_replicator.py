@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from router.prefix_index import PrefixIndex
 from router.prefix_match import SlotIndex
 from router.replies import NAMESPACE
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.catalog import CatalogDocument
 from state.ledger import Entry
 from state.tables import REPLICATOR, Tables
@@ -355,7 +357,7 @@ async def test_a_server_that_refuses_is_told_of_once(make: Make, client: Any) ->
 
 
 def scheduler(replica: Replica) -> Scheduler:
-    made = Scheduler(replica.tables, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+    made = Scheduler(replica.tables, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1)))
     made.passes_on = True
     return made
 

@@ -1,5 +1,6 @@
 """A fleet made by hand: real shared tables in this process, pods with the metrics a test gives them."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ class Lab:
         if number not in self.workers:
             tables = Tables.attach(self.tables.segment.fd, WRITER + number)
             self.tables.ledger.admit(WRITER + number)
-            self.workers[number] = tables, Fleet(tables), Context(seed=7, prefixes=Prefixes.of(tables))
+            self.workers[number] = tables, Fleet(tables), Context(Random(7), prefixes=Prefixes.of(tables))
         return self.workers[number]
 
     def strategy(self, name: str, worker: int = 0) -> Any:
