@@ -59,10 +59,11 @@ class Modes:
 class Peer:
     """What is the same for every stream of one Envoy listener."""
 
-    __slots__ = ("by_log", "destination", "later", "modes")
+    __slots__ = ("destination", "held", "later", "modes")
 
     def __init__(self, accounting: str = "stream", destination: str = "header") -> None:
-        self.by_log = accounting == "access-log"
+        self.held = accounting != "access-log"
+        """Charges are held by the streams, whose ends release them, and not left to the access log."""
         try:
             self.destination = Destination(destination)
         except ValueError:

@@ -156,7 +156,7 @@ class RequestPhase:
                 raise no_body()  # but a browser may ask whether it may ask
             self._request_handled = True
             self.idle = True
-            self.finished = self._peer.by_log and not modes.duplex_response
+            self.finished = not self._peer.held and not modes.duplex_response
             return replies.REQUEST_HEADERS
         if modes.duplex_request and not self._request_handled:
             self._headers_deferred = True
@@ -169,7 +169,7 @@ class RequestPhase:
     def _needs_response(self) -> bool:
         """Whether the response of a request that ends by access log must be seen all the same."""
         grant = self._grant
-        return self._peer.by_log and (self._policy.usage_metrics or (grant is not None and grant.limited))
+        return not self._peer.held and (self._policy.usage_metrics or (grant is not None and grant.limited))
 
     def _on_request_body(self, piece: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         modes = self._modes
@@ -303,7 +303,6 @@ class RequestPhase:
         headers = self._headers
         assert headers is not None
         modes, peer, scheduler = self._modes, self._peer, self._scheduler
-        by_log = peer.by_log
         duplex = self._headers_deferred
         grant = self._grant
         request = RoutingRequest(parsed.model, parsed.approximate_tokens, parsed.max_tokens, parsed.routing_text)
@@ -319,13 +318,21 @@ class RequestPhase:
             if explain and headers[EXPLAIN].strip().lower() == b"only":
                 return self._explained(scheduler.explain(request, strategy, candidates).text())
         decision = self._decision = scheduler.decide(
-            request, strategy, peer.destination, not by_log, duplex, candidates, started, explain, len(self._request_id)
+            request,
+            strategy,
+            candidates,
+            destination=peer.destination,
+            held=peer.held,
+            duplex=duplex,
+            started=started,
+            explain=explain,
+            id_bytes=len(self._request_id),
         )
         self.idle = not (modes.duplex_request or modes.duplex_response)
         extra: tuple[tuple[str, str], ...] = ()
         if profile_name or explain or request.notes is not None:
             extra = _extra_headers(profile_name, request.notes, decision)
-        if by_log:
+        if not peer.held:
             needs_response = self._needs_response
             if extra:
                 extra_mutations += replies.for_the_response(extra)
@@ -368,7 +375,7 @@ class RequestPhase:
         """Nobody has named a strategy: Envoy finds the model's service by the `model` header."""
         duplex = self._headers_deferred
         self.idle = not (self._modes.duplex_request or self._modes.duplex_response)
-        self.finished = self._peer.by_log and not self._modes.duplex_response and not self._needs_response
+        self.finished = not self._peer.held and not self._modes.duplex_response and not self._needs_response
         self._serve(parsed, (("x-aibrix-config-profile", profile_name),) if profile_name else ())
         reply = replies.request_body_more((("model", parsed.model.encode()),), duplex=duplex)
         if duplex:

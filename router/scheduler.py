@@ -123,16 +123,18 @@ class Scheduler:
         self,
         request: RoutingRequest,
         strategy_name: str,
+        candidates: Candidates | None = None,
+        *,
         destination: Destination,
         held: bool,
         duplex: bool,
-        candidates: Candidates | None = None,
         started: float | None = None,
         explain: bool = False,
         id_bytes: int = 36,
     ) -> Decision:
-        """Choose a pod and charge it. `candidates` are those of `serving`, or fewer; `id_bytes` is the length of the
-        request's id, 36 or 32. Raises RequestError."""
+        """Choose a pod and charge it. `candidates` are those of `serving`, or fewer; `held` says that the charge is
+        held until `release`, and not left to the access log; `id_bytes` is the length of the request's id, 36 or 32.
+        Raises RequestError."""
         if started is None:
             started = self.clock()
         if candidates is None:
@@ -156,7 +158,7 @@ class Scheduler:
         tokens = min(request.prompt_tokens, MOST_TOKENS)
         uncached = min(request.uncached_tokens, tokens) if request.uncached_tokens >= 0 else tokens
         charge = self._ledger.charge(pod.slot, tokens, uncached, held=held)
-        replies = self._routed_replies(pod, strategy_name, destination, not held, duplex, id_bytes)
+        replies = self._routed_replies(pod, strategy_name, destination, held, duplex, id_bytes)
         self._count(request.model, pod, label)
         self._latency.observe(self.clock() - started)
         decision = Decision(pod, request.model, strategy_name, charge, held, replies)
@@ -201,9 +203,7 @@ class Scheduler:
 
     def response_of(self, decision: Decision, pod: Pod, id_bytes: int) -> RoutedReplies:
         """The replies to a response of another pod than the one decided on."""
-        return self._routed_replies(
-            pod, decision.strategy, Destination.OVERRIDE_HOST, not decision.held, False, id_bytes
-        )
+        return self._routed_replies(pod, decision.strategy, Destination.OVERRIDE_HOST, decision.held, False, id_bytes)
 
     def release(self, decision: Decision) -> None:
         """The request is over. Only for held charges: the others are released by the access log."""
@@ -246,9 +246,9 @@ class Scheduler:
         self.series.values[cell] += 1.0
 
     def _routed_replies(
-        self, pod: Pod, strategy: str, destination: Destination, to_log: bool, duplex: bool, id_bytes: int
+        self, pod: Pod, strategy: str, destination: Destination, held: bool, duplex: bool, id_bytes: int
     ) -> RoutedReplies:
-        key = (pod.slot, pod.generation, strategy, destination, to_log, duplex, id_bytes)
+        key = (pod.slot, pod.generation, strategy, destination, held, duplex, id_bytes)
         found = self._replies.get(key)
         if found is None:
             if len(self._replies) >= _MOST_REPLIES:
@@ -259,7 +259,7 @@ class Scheduler:
                 address=pod.address,
                 strategy=strategy if plain else header_value(strategy).decode(),
                 destination=destination,
-                ticket=f"{self.tables.replica}.{pod.slot}.{pod.generation}" if to_log else None,
+                ticket=None if held else f"{self.tables.replica}.{pod.slot}.{pod.generation}",
                 duplex=duplex,
                 id_bytes=id_bytes,
                 told_as=self._strategies.get(strategy).told_as,

@@ -253,7 +253,7 @@ def test_what_is_decided_among_some_pods_prepares_nothing(monkeypatch: pytest.Mo
     by = scheduler(tables)
     candidates, _ = by.serving(MODEL)
     request = RoutingRequest(MODEL, prompt_tokens=100)
-    by.decide(request, "prepared", Destination.HEADER, held=True, duplex=False, candidates=candidates.subset([1]))
+    by.decide(request, "prepared", candidates.subset([1]), destination=Destination.HEADER, held=True, duplex=False)
     tables.pods.announce()
     by.catch_up()
     assert Prepared.seen == []

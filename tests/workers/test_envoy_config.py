@@ -133,7 +133,7 @@ def test_what_envoy_says_of_itself_is_what_the_exchange_understands(
     metadata = {one["key"]: one["value"] for one in ext_proc(document)["grpc_service"]["initial_metadata"]}
     peer = Peer(metadata[ACCOUNTING_KEY], metadata[DESTINATION_KEY])
     assert peer.destination is Destination(destination)
-    assert peer.by_log == (accounting == "access-log") == ("access_log" in manager(document))
+    assert (not peer.held) == (accounting == "access-log") == ("access_log" in manager(document))
 
 
 @pytest.mark.parametrize("destination", DESTINATIONS)

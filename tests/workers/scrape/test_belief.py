@@ -57,7 +57,7 @@ def routed(changes: dict[str, str]) -> list[int]:
                 state = window.add(now, sample)._asdict()
                 set_row(tables, slot, sampled_at=now, **{name: state[name] for name in FIELDS if name in state})
         request = RoutingRequest("llama", 500, text=b"prompt %d " % number * 200)
-        decision = scheduler.decide(request, "marginal-delay", Destination.HEADER, True, False)
+        decision = scheduler.decide(request, "marginal-delay", destination=Destination.HEADER, held=True, duplex=False)
         picks[decision.pod.slot] += 1
         running.append(decision)
         if len(running) > 12:
