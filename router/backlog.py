@@ -95,9 +95,9 @@ class Backlog:
                 least = float(sampled[i] + waiting[i] * tokens * speeds.prefill_seconds[i])
                 if least > max(until[i], now):
                     candidates.occupy(i, least)
-        there = np.maximum(candidates.metric("running"), candidates.metric("own_requests_at_sample"))
+        there = np.maximum(candidates.metric("running"), candidates.metric("tracked_requests_at_sample"))
         most = 2.0 * waiting * tokens + np.where(there == 0, 0.0, self.largest_tokens + tokens)
-        most += candidates.promised() - candidates.metric("own_promised_at_sample")
+        most += candidates.promised() - candidates.metric("tracked_promised_at_sample")
         return Excess(until, np.maximum(until - (now + most * speeds.prefill_seconds), 0.0))
 
 

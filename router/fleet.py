@@ -128,11 +128,11 @@ class Candidates:
 
     def requests_since_sample(self) -> Floats:
         """Requests sent since the pod was last polled and not finished: what its metrics cannot show yet."""
-        return np.maximum(self.requests() - self.metric("own_requests_at_sample"), 0.0)
+        return np.maximum(self.requests() - self.metric("tracked_requests_at_sample"), 0.0)
 
     def tokens_since_sample(self) -> Floats:
         """Their prompt tokens."""
-        return np.maximum(self.tokens() - self.metric("own_tokens_at_sample"), 0.0)
+        return np.maximum(self.tokens() - self.metric("tracked_tokens_at_sample"), 0.0)
 
     def subset(self, indices: Sequence[int]) -> "Candidates":
         """The same view of fewer pods."""

@@ -224,9 +224,9 @@ class Rates:
         return found
 
     def _elsewhere(self, out: Speeds, candidates: Candidates, sampled: Floats, now: float) -> None:
-        """What engines count beyond what this replica had sent them: other gateways', or direct traffic."""
+        """What engines count beyond what the replicas had sent them: other gateways', or direct traffic."""
         counted = candidates.metric("running") + candidates.metric("waiting")
-        extra = np.maximum(counted - candidates.metric("own_requests_at_sample"), 0.0)
+        extra = np.maximum(counted - candidates.metric("tracked_requests_at_sample"), 0.0)
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0
         out.elsewhere = extra
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
@@ -308,7 +308,7 @@ class _Fleet:
         capacity = candidates.metric("num_gpu_blocks") * candidates.metric("block_size")
         usage = candidates.metric("kv_usage")
         used = usage * capacity
-        tokens = candidates.metric("own_tokens_at_sample")
+        tokens = candidates.metric("tracked_tokens_at_sample")
         for i in polled:
             runs = float(running[i])
             queued = runs if waiting[i] > 0 else 0.0
@@ -384,8 +384,8 @@ _USED: Final = (
     "prefill_mean_seconds",
     "prompt_tokens_mean",
     "generation_tokens_mean",
-    "own_requests_at_sample",
-    "own_tokens_at_sample",
+    "tracked_requests_at_sample",
+    "tracked_tokens_at_sample",
 )
 
 
@@ -439,8 +439,8 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
     computed = _known(row["computed_prompt_tokens_per_second"], row["prompt_tokens_per_second"] * (1.0 - hit))
     computed = max(_known(computed, 0.0), 0.0)
     # The requests in flight are those that are being computed; what has finished may have been others.
-    mine = row["own_requests_at_sample"]
-    prompt = row["own_tokens_at_sample"] / mine if mine > 0 else _known(row["prompt_tokens_mean"], 1000.0)
+    tracked = row["tracked_requests_at_sample"]
+    prompt = row["tracked_tokens_at_sample"] / tracked if tracked > 0 else _known(row["prompt_tokens_mean"], 1000.0)
     context = prompt + _known(row["generation_tokens_mean"], 200.0) / 2
     per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
     steps = row["steps_per_second"]

@@ -299,9 +299,9 @@ class Scraper:
             ledger.settle(slot, correction, -my_tokens if mine <= 0 else round(my_tokens * correction / mine))
             self._series.add(abs(correction), "settled", watched.pod.name)
             own, tokens = ledger.load(slot)
-        row[COLUMN["own_requests_at_sample"]] = own
-        row[COLUMN["own_tokens_at_sample"]] = tokens
-        row[COLUMN["own_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)
+        row[COLUMN["tracked_requests_at_sample"]] = own
+        row[COLUMN["tracked_tokens_at_sample"]] = tokens
+        row[COLUMN["tracked_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)
         self._write(watched, now)
         busy = own > 0 or sample.running > 0 or sample.waiting > 0
         self._pace.polled(slot, now, busy=busy, ok=True)

@@ -276,7 +276,7 @@ async def test_what_other_replicas_have_in_flight_is_not_settled_here(
     for poll in range(10):
         scraper._take(scraper._pods[0], Sample(running=running, found=1), 1000.0 + 3 * poll)
     assert tables.ledger.load(0) == (left + 4, 100 * left + 400)
-    assert tables.pods.row(0)[COLUMN["own_requests_at_sample"]] == left + 4
+    assert tables.pods.row(0)[COLUMN["tracked_requests_at_sample"]] == left + 4
     mirror.hold(0, 0, 0)
     scraper._take(scraper._pods[0], Sample(running=running, found=1), 1040.0)
     assert tables.ledger.load(0) == (left, 100 * left)

@@ -52,9 +52,9 @@ class Lab:
         row[COLUMN["health"]] = Health.READY
         row[COLUMN["sampled_at"]] = self.now
         requests, tokens = self.tables.ledger.load(slot)
-        row[COLUMN["own_requests_at_sample"]] = requests
-        row[COLUMN["own_tokens_at_sample"]] = tokens
-        row[COLUMN["own_promised_at_sample"]] = self.tables.ledger.total(Entry.PROMISED, slot)
+        row[COLUMN["tracked_requests_at_sample"]] = requests
+        row[COLUMN["tracked_tokens_at_sample"]] = tokens
+        row[COLUMN["tracked_promised_at_sample"]] = self.tables.ledger.total(Entry.PROMISED, slot)
         for name, value in metrics.items():
             row[COLUMN[name]] = value
         self.tables.pods.write(slot, row)
