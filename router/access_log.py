@@ -26,7 +26,7 @@ from state.prefix_log import Routed
 from state.tables import Tables
 
 _REPLICA: Final = re.compile("[0-9a-f]{8}")
-MOST_ENDPOINTS: Final = 17
+MAX_ENDPOINTS: Final = 17
 """The longest list that a configuration can ask for."""
 
 
@@ -112,7 +112,7 @@ class AccessLog:
             return None
         host = f"[{upstream.address}]" if ":" in upstream.address else upstream.address
         address = f"{host}:{upstream.port_value}"
-        tried = fields[ENDPOINT].string_value.split(",")[:MOST_ENDPOINTS]
+        tried = fields[ENDPOINT].string_value.split(",")[:MAX_ENDPOINTS]
         pod = answered_after_retries(self._scheduler, charge, tried, address)
         return None if pod is None else (Charge(pod.slot, pod.generation, 0), pod.name)
 

@@ -30,13 +30,14 @@ from router import replies, wire
 from router.errors import RequestError
 from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
 from router.policy import NO_POLICY, Policy
+from router.replies import Reply
 from router.request_ids import RequestIds
-from router.request_phase import Reply, RequestPhase
+from router.request_phase import RequestPhase
 from router.response import Response
 from router.scheduler import Scheduler
 from router.wire import REQUEST_BODY, REQUEST_HEADERS, RESPONSE_BODY, RESPONSE_HEADERS
 
-_MOST_PEERS: Final = 256
+_MAX_PEERS: Final = 256
 _ATTRIBUTES: Final = "envoy.filters.http.ext_proc"
 
 
@@ -254,7 +255,7 @@ class Exchanges:
         peer = self._peers.get((accounting, destination))
         if peer is None:
             peer = Peer(accounting, destination)
-            if len(self._peers) < _MOST_PEERS:
+            if len(self._peers) < _MAX_PEERS:
                 self._peers[(accounting, destination)] = peer
         return peer
 

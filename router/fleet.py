@@ -11,14 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from state.catalog import PodRecord
 from state.ledger import Entry
-from state.pods import COLUMN, Floats, Health
+from state.pods import COLUMN, Floats, Health, Ints
 from state.tables import Tables
-
-Ints = npt.NDArray[np.int64]
 
 _HEALTH: Final = COLUMN["health"]
 _REQUESTS: Final = int(Entry.REQUESTS)  # plain integers: an enumeration member costs four times as much to look up

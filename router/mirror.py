@@ -20,18 +20,17 @@ import numpy as np
 
 from router.fleet import Fleet, Pod
 from router.rates import Prior, Rates
-from state.ledger import Ints
 from state.news import LOADS, Told, pod_key, read_loads, read_routed, write_routed
-from state.pods import COLUMN, Floats
+from state.pods import COLUMN, Floats, Ints
 from state.prefix_log import REMOTE, ROUTED, LogReader, Routed, pod_tag
 from state.tables import REPLICATOR, Tables
 
 LEARN_SECONDS: Final = 1.0
 """Between two looks at the prefill speeds of a model's pods."""
-MOST_REQUESTS: Final = 1 << 24
-MOST_TOKENS: Final = 1 << 40
+MAX_REQUESTS: Final = 1 << 24
+MAX_TOKENS: Final = 1 << 40
 """More than anybody has in flight on a pod, or promises it in one exchange."""
-LONGEST_WAIT: Final = 3600.0
+MAX_WAIT_SECONDS: Final = 3600.0
 _LIFE: Final = [COLUMN["incarnation"], COLUMN["start_time_seconds"]]
 _POLLED: Final = [COLUMN["sampled_at"], COLUMN["failed_polls"]]
 
@@ -129,12 +128,12 @@ class Mirror:
         rows = np.zeros(len(slots), LOADS)
         rows["pod"] = [pod_key(self._lives[slot].pod.address) for slot in slots]
         requests, tokens, promised = own[:, slots]
-        rows["requests"] = np.clip(requests, 0, MOST_REQUESTS)
-        rows["tokens"] = np.clip(tokens, 0, MOST_TOKENS)
+        rows["requests"] = np.clip(requests, 0, MAX_REQUESTS)
+        rows["tokens"] = np.clip(tokens, 0, MAX_TOKENS)
         rows["promised"] = [
             total - self._lives[slot].promised for slot, total in zip(slots, promised.tolist(), strict=True)
         ]
-        rows["wait"] = np.clip(self._ledger.busy_until(high)[slots] - now, 0.0, LONGEST_WAIT)
+        rows["wait"] = np.clip(self._ledger.busy_until(high)[slots] - now, 0.0, MAX_WAIT_SECONDS)
         return rows.tobytes()
 
     def routed(self, now: float, most_bytes: int) -> bytes:
@@ -175,15 +174,15 @@ class Mirror:
         if pods != other.pods:
             other.pods = pods
             self._place(other)
-        other.requests = np.clip(rows["requests"], 0, MOST_REQUESTS).astype(float)
-        other.tokens = np.clip(rows["tokens"], 0, MOST_TOKENS).astype(float)
+        other.requests = np.clip(rows["requests"], 0, MAX_REQUESTS).astype(float)
+        other.tokens = np.clip(rows["tokens"], 0, MAX_TOKENS).astype(float)
         promised = dict(zip(pods, rows["promised"].tolist(), strict=True))
         slots = other.slots.tolist()
         if other.promised is None:
             self._wait(slots, rows["wait"].tolist(), now)
         else:
             before = other.promised
-            more = [min(total - before.get(pod, 0), MOST_TOKENS) for pod, total in promised.items()]
+            more = [min(total - before.get(pod, 0), MAX_TOKENS) for pod, total in promised.items()]
             self._promise(slots, more, now)
         other.promised = promised
 
@@ -274,7 +273,7 @@ class Mirror:
         until = self._ledger.busy_until(self._tables.pods.high)
         for slot, wait in zip(slots, waits, strict=True):
             if slot >= 0 and now + wait > until[slot] and wait > 0:
-                self._ledger.occupy(slot, now + min(wait, LONGEST_WAIT))
+                self._ledger.occupy(slot, now + min(wait, MAX_WAIT_SECONDS))
 
     def _promise(self, slots: list[int], more: list[int], now: float) -> None:
         """Another replica has promised pods so many tokens more."""
@@ -286,7 +285,7 @@ class Mirror:
                 until = self._ledger.busy_until(self._tables.pods.high)
             self._learn(self._lives[slot].pod.record.models[0], now)
             wait = max(float(until[slot]) - now, 0.0) + tokens * float(self._seconds[slot])
-            self._ledger.occupy(slot, now + min(wait, LONGEST_WAIT))
+            self._ledger.occupy(slot, now + min(wait, MAX_WAIT_SECONDS))
             self._ledger.promise(slot, tokens)
 
     def _learn(self, model: str, now: float) -> None:

@@ -15,8 +15,8 @@ DESTINATION_KEY: Final = "x-pointsman-destination"
 _FULL_DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
 _BUFFERED: Final = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
 
-_MOST_KNOWN: Final = 64
-_LONGEST_KNOWN: Final = 256
+_MAX_KNOWN: Final = 64
+_MAX_KNOWN_LENGTH: Final = 256
 
 
 class Modes:
@@ -76,13 +76,13 @@ class Peer:
     def remember(self, request: ProcessingRequest, modes: Modes, *, first: bool) -> None:
         """Know this message's modes by its bytes from now on, if they are all that follows the phase."""
         known = len(self.modes) if first else len(self.later)
-        if request.attributes or len(request.metadata_context.filter_metadata) or known >= _MOST_KNOWN:
+        if request.attributes or len(request.metadata_context.filter_metadata) or known >= _MAX_KNOWN:
             return
         rest = ProcessingRequest()
         rest.CopyFrom(request)
         rest.ClearField(request.WhichOneof("request") or "observability_mode")
         remainder = rest.SerializeToString()
-        if len(remainder) > _LONGEST_KNOWN:
+        if len(remainder) > _MAX_KNOWN_LENGTH:
             return
         if first:
             self.modes[remainder] = modes

@@ -38,7 +38,7 @@ _BLOCK_SIZE: Final = COLUMN["block_size"]
 
 RECORDS_PER_DRAIN: Final = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
-MOST_HEARD: Final = 256
+MAX_HEARD: Final = 256
 BLOCKS_PER_PAIR: Final = 8
 
 
@@ -77,7 +77,7 @@ class PrefixIndex:
         self._sweep_at = 0.0
         self._uses = 0.0
         self._used_at = 0.0
-        self.heard: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_HEARD)
+        self.heard: deque[tuple[int, int, int, float]] = deque(maxlen=MAX_HEARD)
         """What other processes of this replica have routed, the newest last: the row of the pod, the bytes of the
         prompt, how many of them are new to the pod, and when."""
         self.heard_count = 0

@@ -19,8 +19,10 @@ from protos.ext_proc_pb2 import (
     ProcessingMode,
     ProcessingResponse,
 )
+from router.errors import Header
 
-Header = tuple[str, bytes]
+Reply = bytes | tuple[bytes, ...] | None
+"""What one message is answered with: a message, several, or none."""
 
 TARGET_POD: Final = "target-pod"
 """The pod's ip:port in a request (Envoy's ORIGINAL_DST reads it), its name in a response. AIBrix's header."""
@@ -44,7 +46,7 @@ DESTINATION_HEADERS: Final = (TARGET_POD, ENDPOINT, "model")
 CHUNK_BYTES: Final = 62_000
 """Largest piece of a body given back in full duplex mode: some Envoys refuse more than 64 KiB."""
 
-MOST_TOKENS: Final = 99_999_999
+MAX_TOKENS: Final = 99_999_999
 """The largest number of tokens that a ticket can say."""
 _DIGITS: Final = [b"%04d" % number for number in range(10_000)]
 """Half of them each: a look-up costs a tenth of what formatting does."""
@@ -196,7 +198,7 @@ class RoutedReplies:
 
     def request_body(self, request_id: bytes, tokens: int) -> bytes:
         """The reply that routes: to the request body, or in full duplex mode to the headers held back until now.
-        `tokens` are MOST_TOKENS at most."""
+        `tokens` are MAX_TOKENS at most."""
         return self._body.fill(request_id, _DIGITS[tokens // 10_000] + _DIGITS[tokens % 10_000])
 
     def response_headers(self, request_id: bytes, status: bytes) -> bytes:

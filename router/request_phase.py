@@ -18,13 +18,13 @@ from router.limits import Grant
 from router.modes import UNKNOWN_MODES, Peer
 from router.policy import NO_POLICY, Policy
 from router.profiles import effective_strategy
+from router.replies import Reply
 from router.request import RoutingRequest
 from router.response import Response, Served
 from router.rules import Rules
 from router.scheduler import Decision, Scheduler
 from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
 
-Reply = bytes | tuple[bytes, ...] | None
 Awaited = TypeVar("Awaited")
 
 EXPLAIN: Final = "x-pointsman-explain"

@@ -27,18 +27,16 @@ import orjson
 
 from protos.ext_proc_pb2 import ProcessingMode
 from router import replies
-from router.errors import INVALID_API_KEY, WRONG_KEY, RequestError
+from router.errors import INVALID_API_KEY, WRONG_KEY, Header, RequestError
 from router.limits import Grant, Totals
 from router.modes import Modes
 from router.policy import Policy
-from router.replies import TARGET_POD_IP, Header
+from router.replies import TARGET_POD_IP, Reply
 from router.retries import answered_after_retries
 from router.scheduler import Decision, Scheduler
-from router.upstream_errors import MOST_BYTES, Normalised, disguised, normalise, without_words
+from router.upstream_errors import MAX_BYTES, Normalised, disguised, normalise, without_words
 from router.usage import PARSED_WHOLE, SseUsage, Usage, read_end, read_reply
 from state.ledger import Charge
-
-Reply = bytes | tuple[bytes, ...] | None
 
 SMALL_BODY_BYTES: Final = 32 << 10
 """What any Envoy buffers: the smallest limit met is Envoy Gateway's default."""
@@ -287,7 +285,7 @@ class Response:
         whole = (
             end_of_stream or self._body_in_one_message or len(error_body) == self._length or _is_json_object(error_body)
         )
-        if not whole and len(error_body) <= MOST_BYTES and self._modes.response_mode != ProcessingMode.BUFFERED_PARTIAL:
+        if not whole and len(error_body) <= MAX_BYTES and self._modes.response_mode != ProcessingMode.BUFFERED_PARTIAL:
             return None if duplex else replies.RESPONSE_BODY_HELD_BACK
         self._error_body = None
         body = bytes(error_body)

@@ -11,7 +11,7 @@ from typing import Final
 from router.errors import header_value, model_asleep, no_pods, not_selected, unknown_model
 from router.fleet import Candidates, Fleet, Pod
 from router.receipts import Receipt
-from router.replies import MOST_TOKENS, Destination, RoutedReplies, endpoints_in_order
+from router.replies import MAX_TOKENS, Destination, RoutedReplies, endpoints_in_order
 from router.request import RoutingRequest
 from router.rules import Rules, awake, filtered, rules_of
 from router.strategies import STRATEGIES, Context, Strategy
@@ -21,7 +21,7 @@ from state.ledger import Charge
 from state.series import Histogram
 from state.tables import Tables
 
-_MOST_REPLIES: Final = 8192
+_MAX_REPLIES: Final = 8192
 """Templates kept; clients can ask for many combinations of strategies."""
 
 
@@ -155,7 +155,7 @@ class Scheduler:
         strategy.chosen(request, candidates, index, started)
         pod = candidates.pods[index]
         # What is charged is what the ticket can say, or the access log would not give all of it back.
-        tokens = min(request.prompt_tokens, MOST_TOKENS)
+        tokens = min(request.prompt_tokens, MAX_TOKENS)
         uncached = min(request.uncached_tokens, tokens) if request.uncached_tokens >= 0 else tokens
         charge = self._ledger.charge(pod.slot, tokens, uncached, held=held)
         replies = self._routed_replies(pod, strategy_name, destination, held, duplex, id_bytes)
@@ -195,7 +195,7 @@ class Scheduler:
         key = (duplex, tuple([pod.slot for pod in pods]))
         found = self._endpoints.get(key)
         if found is None:
-            if len(self._endpoints) >= _MOST_REPLIES:
+            if len(self._endpoints) >= _MAX_REPLIES:
                 self._endpoints.clear()
             found = endpoints_in_order(",".join(pod.address for pod in pods), duplex=duplex)
             self._endpoints[key] = found
@@ -251,7 +251,7 @@ class Scheduler:
         key = (pod.slot, pod.generation, strategy, destination, held, duplex, id_bytes)
         found = self._replies.get(key)
         if found is None:
-            if len(self._replies) >= _MOST_REPLIES:
+            if len(self._replies) >= _MAX_REPLIES:
                 self._replies.clear()
             plain = strategy.isascii() and strategy.isprintable()
             found = self._replies[key] = RoutedReplies(

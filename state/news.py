@@ -32,7 +32,7 @@ USERS: Final = np.dtype([("cell", "<u2"), ("tokens", "<f4")])
 _ROUTED: Final = struct.Struct("<QQfII")
 """Pod, life, age in seconds, bytes in a block, number of hashes."""
 
-_MOST_TOKENS: Final = float(1 << 40)
+_MAX_TOKENS: Final = float(1 << 40)
 
 Loads = npt.NDArray[np.void]
 
@@ -75,7 +75,7 @@ def write_users(totals: npt.NDArray[np.float64]) -> bytes:
     flat = totals.ravel()
     cells = flat.nonzero()[0]
     rows = np.zeros(len(cells), USERS)
-    rows["cell"], rows["tokens"] = cells, np.minimum(flat[cells], _MOST_TOKENS)
+    rows["cell"], rows["tokens"] = cells, np.minimum(flat[cells], _MAX_TOKENS)
     return rows.tobytes()
 
 
@@ -90,7 +90,7 @@ def read_users(news: bytes) -> npt.NDArray[np.float64]:
     if not (np.isfinite(tokens).all() and (tokens >= 0).all()):
         raise NewsError("tokens that are no number")
     totals = np.zeros(ROWS * CELLS)
-    totals[cells] = np.minimum(tokens, _MOST_TOKENS)
+    totals[cells] = np.minimum(tokens, _MAX_TOKENS)
     return totals.reshape(ROWS, CELLS)
 
 

@@ -57,11 +57,11 @@ ALONE_SECONDS: Final = 0.5
 PATIENCE_SECONDS: Final = 10.0
 """For the first polls of all pods, before the stream is read."""
 NICENESS: Final = 5
-MOST_TOLD_BYTES: Final = 256 << 10
+MAX_TOLD_BYTES: Final = 256 << 10
 """In one call. More waits in the prefix log for the next."""
-MOST_HEARD: Final = 64
+MAX_HEARD: Final = 64
 """Entries of the stream in one call."""
-MOST_ENDS: Final = 2000
+MAX_ENDS: Final = 2000
 USERS_SECONDS: Final = 1.0
 """Between two times that it is told what users have used."""
 USERS_GONE_SECONDS: Final = 60.0
@@ -202,9 +202,9 @@ class Replicator:
         mirror, now = self._mirror, self._clock()
         if self._waits_until is not None and (now >= self._waits_until or mirror.ready(now)):
             self._waits_until = None
-        most = MOST_HEARD if self._waits_until is None else 0
+        most = MAX_HEARD if self._waits_until is None else 0
         if not self._news:
-            self._news = mirror.routed(now, MOST_TOLD_BYTES)
+            self._news = mirror.routed(now, MAX_TOLD_BYTES)
         call = self._link.call(
             EXCHANGE,
             self._names,
@@ -265,7 +265,7 @@ class Replicator:
 
     def _ends(self) -> Iterator[bytes]:
         """Replica, entry, replica, entry ...: what Envoy told workers here of others' requests."""
-        for record in self._ended_log.read(MOST_ENDS):
+        for record in self._ended_log.read(MAX_ENDS):
             replica, entry = passed_on(record)
             yield replica.encode()
             yield entry

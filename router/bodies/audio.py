@@ -13,10 +13,10 @@ from typing import ClassVar, Final
 from router.bodies.base import MEDIA_TOKENS, Body
 from router.errors import bad_body, bad_multipart
 
-MOST_PARTS: Final = 256
-LONGEST_PART_HEADER: Final = 16 << 10
-LONGEST_BOUNDARY: Final = 256
-LONGEST_FIELD: Final = 4096
+MAX_PARTS: Final = 256
+MAX_PART_HEADER_LENGTH: Final = 16 << 10
+MAX_BOUNDARY_LENGTH: Final = 256
+MAX_FIELD_LENGTH: Final = 4096
 
 _PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))\s*')
 _FORM_NAME: Final = re.compile(
@@ -72,7 +72,7 @@ def read_boundary(content_type: str) -> bytes:
         at = match.end() if match.end() < len(content_type) else -1
     if not boundary:
         raise bad_multipart("missing boundary in content-type")
-    if len(boundary) > LONGEST_BOUNDARY:
+    if len(boundary) > MAX_BOUNDARY_LENGTH:
         raise bad_multipart("invalid content-type header")
     return boundary.encode("utf-8", "replace")
 
@@ -87,7 +87,7 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
     at += len(delimiter)
     newline = b"\r\n" if body[at : at + 64].lstrip(b" \t").startswith(b"\r\n") else b"\n"
     closing = newline + delimiter
-    for _ in range(MOST_PARTS):
+    for _ in range(MAX_PARTS):
         if body.startswith(b"--", at):
             return
         line_end = body.find(newline, at)
@@ -97,7 +97,7 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
         if body.startswith(newline, start):  # no headers at all
             header_end = start - len(newline)
         else:
-            header_end = body.find(newline + newline, start, start + LONGEST_PART_HEADER)
+            header_end = body.find(newline + newline, start, start + MAX_PART_HEADER_LENGTH)
             if header_end < 0:
                 break
         header = body[start:header_end]
@@ -108,7 +108,7 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
         if value_end < 0:
             yield name, None
             break
-        short = name in (b"model", b"stream") and value_end - value_start <= LONGEST_FIELD
+        short = name in (b"model", b"stream") and value_end - value_start <= MAX_FIELD_LENGTH
         yield name, body[value_start:value_end] if short else b""
         at = value_end + len(closing)
     raise bad_multipart("failed to parse multipart form")

@@ -22,7 +22,7 @@ import numpy as np
 from router.attention import SENT_SECONDS
 from router.backlog import FIRST_STEPS, Backlog, Excess
 from router.fleet import Candidates
-from router.prefix_index import MOST_HEARD, PrefixIndex
+from router.prefix_index import MAX_HEARD, PrefixIndex
 from router.rates import Speeds
 from state.pods import Floats
 
@@ -30,9 +30,9 @@ KEPT_SECONDS: Final = 0.01
 """How old finished requests and finished prefills may be."""
 LEAD_SECONDS: Final = 0.0002
 """By how much a record may be older than the charge that it stands for."""
-MOST_APPLIED: Final = 64
+MAX_APPLIED: Final = 64
 """More is worked out anew."""
-MOST_BUSY: Final = 0.98
+MAX_BUSY: Final = 0.98
 """With prefills, of a pod's time: more than all of it may have been promised."""
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
@@ -231,7 +231,7 @@ class Delays:
                 pod.max_requests = 1.0 / max(pod.share_per_request, 1e-6)
             sent = self._sent[i]
             busy = (self._flat * sent.tokens + self._slope * sent.pairs) * pod.prefill / SENT_SECONDS
-            busy = min(busy, MOST_BUSY)
+            busy = min(busy, MAX_BUSY)
             pod.growth = busy / (1.0 - busy)
 
     def refresh(self, now: float, prefixes: PrefixIndex | None) -> None:
@@ -241,8 +241,8 @@ class Delays:
         charged = ledger.charges - self._charges
         heard = prefixes.heard_count - self._heard if prefixes is not None else 0
         if heard and prefixes is not None:
-            self._hear(prefixes, min(heard, MOST_HEARD))
-        if not 0.0 <= now - self._recomputed_at < KEPT_SECONDS or charged > MOST_APPLIED or heard > MOST_APPLIED:
+            self._hear(prefixes, min(heard, MAX_HEARD))
+        if not 0.0 <= now - self._recomputed_at < KEPT_SECONDS or charged > MAX_APPLIED or heard > MAX_APPLIED:
             self._recomputed_at = now
             self._recompute(now, prefixes)
         elif charged or heard:

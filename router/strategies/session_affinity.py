@@ -26,7 +26,7 @@ from router.request import RoutingRequest
 from router.strategies.base import Context, Scoring
 from state.pods import Floats
 
-LONGEST_KEY: Final = 256
+MAX_KEY_LENGTH: Final = 256
 """Bytes of an `x-aibrix-session-key`; longer ones are ignored."""
 ID_LENGTH: Final = 22
 """Characters of an id: 16 bytes in base64 without padding."""
@@ -41,7 +41,7 @@ _UINT_PRIME: Final = np.uint64(_PRIME)
 _SHIFT: Final = np.uint64(33)
 _MIXERS: Final = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 _MASK: Final = (1 << 64) - 1
-_MOST_FLEETS: Final = 64
+_MAX_FLEETS: Final = 64
 
 
 class SessionAffinity(Scoring):
@@ -101,7 +101,7 @@ class SessionAffinity(Scoring):
                     return index
         if request.session_key:
             key = request.session_key.encode("utf-8", "surrogateescape")
-            if len(key) <= LONGEST_KEY:
+            if len(key) <= MAX_KEY_LENGTH:
                 return self._addresses(candidates.pods).highest(key)
         return -1
 
@@ -109,7 +109,7 @@ class SessionAffinity(Scoring):
         key = tuple([pod.address for pod in pods])
         found = self._fleets.get(key)
         if found is None:
-            if len(self._fleets) >= _MOST_FLEETS:
+            if len(self._fleets) >= _MAX_FLEETS:
                 self._fleets.popitem(last=False)
             found = self._fleets[key] = _Addresses(key)
         return found

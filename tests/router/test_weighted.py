@@ -11,7 +11,7 @@ from router.fleet import Candidates, Pod
 from router.request import RoutingRequest
 from router.strategies import STRATEGIES
 from router.strategies.base import Context, Scoring
-from router.strategies.weighted import MOST_COMPILED, Strategies, Weighted, parse_strategy, scaled
+from router.strategies.weighted import MAX_COMPILED, Strategies, Weighted, parse_strategy, scaled
 from state.catalog import PodRecord
 from state.pods import FIELDS, Floats
 from state.tables import Capacity, Tables
@@ -135,7 +135,7 @@ def test_values_made_up_by_clients_do_not_pile_up() -> None:
     for weight in range(1, 3000):
         strategies.get(f"least-request:{weight},throughput")
         strategies.get(f"least-request:{weight}")
-    assert len(strategies._combined) <= MOST_COMPILED
+    assert len(strategies._combined) <= MAX_COMPILED
     assert len(strategies._single) == 2
 
 

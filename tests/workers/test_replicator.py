@@ -443,7 +443,7 @@ async def test_a_successor_goes_on_where_its_predecessor_was(make: Make, valkey_
 
 
 async def test_all_is_told_however_much_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicator, "MOST_TOLD_BYTES", 1000)
+    monkeypatch.setattr(replicator, "MAX_TOLD_BYTES", 1000)
     one, two = make(), make()
     async with one.running(), two.running():
         await settled(one, two)

@@ -11,7 +11,7 @@ from router.backlog import FIRST_STEPS
 from router.fleet import Candidates
 from router.rates import Prior
 from router.request import RoutingRequest
-from router.strategies.delays import KEPT_SECONDS, MOST_BUSY, Chance, Delays
+from router.strategies.delays import KEPT_SECONDS, MAX_BUSY, Chance, Delays
 from state.pods import Floats
 
 NAME = "marginal-delay"
@@ -46,7 +46,7 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
     price = 1 + served.mean() + served / 2 + slack * w
     ttft = wait + room + u * speeds.prefill_seconds + (np.where(todo > 0, 0, FIRST_STEPS) + u / prior.step_tokens) * s
     d = (prior.decode_request_seconds + prompt * prior.kv_token_seconds) * speeds.decode
-    busy = np.minimum([sent.tokens / SENT_SECONDS for sent in speeds.sent] * speeds.prefill_seconds, MOST_BUSY)
+    busy = np.minimum([sent.tokens / SENT_SECONDS for sent in speeds.sent] * speeds.prefill_seconds, MAX_BUSY)
     x = slack / 2 * np.minimum(s * busy / (1 - busy), prior.step_tokens * speeds.prefill_seconds)
     followers = slack * u.min() / u.max() * u.min() * (1 / mean - 1 / context.backlog.mean_prompt)
     total: Floats = (
