@@ -16,7 +16,7 @@ from router.strategies import Context
 from state.tables import Tables
 from workers.calls import Method, Methods
 from workers.config import Config
-from workers.h2.limits import Counters
+from workers.h2.limits import TransportCounters
 from workers.health import EXT_PROC_SERVICE, Health
 from workers.last_users import LastUsers
 from workers.limits import open_gate
@@ -71,7 +71,7 @@ async def run_worker(
     """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
     stop = Stop()
     health = Health()
-    counters = Counters()
+    counters = TransportCounters()
     context = Context(
         prefixes=prefix_knowledge(config, tables),
         user_tokens=tables.user_tokens,
