@@ -40,9 +40,9 @@ from router.access_log import AccessLog, passed_on
 from router.mirror import Mirror
 from router.scheduler import Scheduler
 from router.strategies import Context
-from state.news import FORMAT, NewsError, read_users, write_users
 from state.prefix_log import LogReader
 from state.tables import REPLICATOR, Tables
+from state.updates import FORMAT, UpdateError, read_users, write_users
 from state.user_tokens import CELLS, ROWS
 from workers.config import Config
 from workers.process import Stop, until_stopped
@@ -171,7 +171,7 @@ class Replicator:
         self._link = RedisLink(config.redis, TIMEOUT_SECONDS, (EXCHANGE, USERS, LEAVE))
         self._place = tables.place
         self._series.put(0.0, "replicas")
-        self._news = b""
+        self._update = b""
         """Told, and not known to have arrived."""
         self._waits_until: float | None = clock() + PATIENCE_SECONDS
         self._heard_at = clock()
@@ -203,14 +203,14 @@ class Replicator:
         if self._waits_until is not None and (now >= self._waits_until or mirror.ready(now)):
             self._waits_until = None
         most = MAX_HEARD if self._waits_until is None else 0
-        if not self._news:
-            self._news = mirror.routed(now, MAX_TOLD_BYTES)
+        if not self._update:
+            self._update = mirror.routed(now, MAX_TOLD_BYTES)
         call = self._link.call(
             EXCHANGE,
             self._names,
             self._replica.encode(),
             mirror.loads(now),
-            self._news,
+            self._update,
             self._place.following(),
             b"%d" % most,
             b"%d" % self._room,
@@ -222,19 +222,19 @@ class Replicator:
             self._miss()
             return False
         time_ms, others, heard, last, more, ended = answer
-        self._news = b""
+        self._update = b""
         now = self._heard_at = self._clock()
         gone = set(mirror.others)
-        for name, news in others:
+        for name, update in others:
             replica = name.decode("ascii", "replace")
             gone.discard(replica)
-            self._take(mirror.hear_loads, replica, news, now)
+            self._take(mirror.apply_loads, replica, update, now)
         for replica in gone:
             mirror.forget(replica)
         mirror.enter(now)
-        for place, news in heard:
+        for place, update in heard:
             told_ms, _, _ = place.partition(b"-")
-            self._take(mirror.hear_routed, news, max(int(time_ms) - int(told_ms), 0) / 1000, now)
+            self._take(mirror.apply_routed, update, max(int(time_ms) - int(told_ms), 0) / 1000, now)
         if last:
             self._place.put(last)
         elif self._place.milliseconds > int(time_ms) + round(GONE_SECONDS * 1000):
@@ -259,8 +259,8 @@ class Replicator:
         if isinstance(answer, ReplyError):
             return  # what was heard is forgotten with its window
         heard = []
-        for news in answer:
-            self._take(lambda news: heard.append(read_users(news)), news)
+        for update in answer:
+            self._take(lambda update: heard.append(read_users(update)), update)
         users.mirror(np.sum(heard, axis=0) if heard else np.zeros((ROWS, CELLS)), self._clock())
 
     def _ends(self) -> Iterator[bytes]:
@@ -277,10 +277,10 @@ class Replicator:
         except DecodeError:
             self._series.add(1.0, "exchanges", "not-understood")
 
-    def _take(self, hear: Callable[..., None], *news: Any) -> None:
+    def _take(self, apply: Callable[..., None], *update: Any) -> None:
         try:
-            hear(*news)
-        except NewsError as error:
+            apply(*update)
+        except UpdateError as error:
             self._series.add(1.0, "exchanges", "not-understood")
             if self._clock() - self._complained_at >= COMPLAIN_SECONDS:
                 self._complained_at = self._clock()

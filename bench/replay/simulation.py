@@ -145,8 +145,8 @@ class _Replica:
         now = self.clock()
         loads, routed = self.mirror.loads(now), self.mirror.routed(now, 1 << 30)
         for other in others:
-            other.mirror.hear_loads(str(self.number), loads, now)
-            other.mirror.hear_routed(routed, 0.0, now)
+            other.mirror.apply_loads(str(self.number), loads, now)
+            other.mirror.apply_routed(routed, 0.0, now)
             other.mirror.enter(now)
 
 
