@@ -34,9 +34,9 @@ GROUPS = {
         router/request_ids router/request_phase router/response router/usage router/wire
     """,
     "workers.h2._engine": """
-        workers/calls workers/h2/call_handler workers/h2/connection workers/h2/control workers/h2/faults workers/h2/frames
-        workers/h2/hpack_decoder workers/h2/inbound workers/h2/limits workers/h2/messages workers/h2/outbound
-        workers/h2/protocol workers/h2/requests workers/h2/responses workers/h2/stream
+        workers/calls workers/h2/call_handler workers/h2/connection workers/h2/control workers/h2/faults
+        workers/h2/frames workers/h2/hpack_decoder workers/h2/inbound workers/h2/limits workers/h2/messages
+        workers/h2/outbound workers/h2/protocol workers/h2/requests workers/h2/responses workers/h2/stream
     """,
 }
 """What is compiled, by the library it goes into: within a library calls are cheapest, and libraries compile side by

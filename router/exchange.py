@@ -28,7 +28,7 @@ from protos import MessageError
 from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import replies, wire
 from router.errors import RequestError
-from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
+from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, EnvoyPeer, Modes
 from router.policy import NO_POLICY, Policy
 from router.replies import Reply
 from router.request_ids import RequestIds
@@ -238,9 +238,9 @@ class Exchanges:
         self._max_body_bytes = max_body_bytes
         self._policy = policy
         self._new_request_id = RequestIds().new
-        self._peers: dict[tuple[str, str], Peer] = {}
+        self._peers: dict[tuple[str, str], EnvoyPeer] = {}
         self._last: Mapping[str, str] | None = None
-        self._last_peer = Peer()
+        self._last_peer = EnvoyPeer()
 
     def open(self, metadata: Mapping[str, str]) -> Exchange:
         """The exchange of a stream with these request headers. The transport gives the same mapping for the same
@@ -250,11 +250,11 @@ class Exchanges:
             self._last = metadata
         return Exchange(self._scheduler, self._last_peer, self._new_request_id, self._max_body_bytes, self._policy)
 
-    def _peer(self, metadata: Mapping[str, str]) -> Peer:
+    def _peer(self, metadata: Mapping[str, str]) -> EnvoyPeer:
         accounting, destination = metadata.get(ACCOUNTING_KEY, "stream"), metadata.get(DESTINATION_KEY, "header")
         peer = self._peers.get((accounting, destination))
         if peer is None:
-            peer = Peer(accounting, destination)
+            peer = EnvoyPeer(accounting, destination)
             if len(self._peers) < _MAX_PEERS:
                 self._peers[(accounting, destination)] = peer
         return peer
@@ -268,4 +268,4 @@ def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], b
     return found, headers.end_of_stream
 
 
-__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "Exchange", "Exchanges", "MessageError", "Peer"]
+__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "EnvoyPeer", "Exchange", "Exchanges", "MessageError"]

@@ -56,7 +56,7 @@ class Modes:
             self.ask_for_body = replies.REQUEST_HEADERS_ASK_FOR_BODY.get(self.response_mode)
 
 
-class Peer:
+class EnvoyPeer:
     """What is the same for every stream of one Envoy listener."""
 
     __slots__ = ("destination", "held", "later", "modes")

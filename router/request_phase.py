@@ -15,7 +15,7 @@ from router.bodies import Body, read_request, strip_query, takes_body, upstream_
 from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, no_body
 from router.fleet import Candidates
 from router.limits import Grant
-from router.modes import UNKNOWN_MODES, Peer
+from router.modes import UNKNOWN_MODES, EnvoyPeer
 from router.policy import NO_POLICY, Policy
 from router.profiles import effective_strategy
 from router.replies import Reply
@@ -86,7 +86,7 @@ class RequestPhase:
     def __init__(
         self,
         scheduler: Scheduler,
-        peer: Peer,
+        peer: EnvoyPeer,
         new_request_id: Callable[[], bytes],
         max_body_bytes: int,
         policy: Policy = NO_POLICY,

@@ -12,7 +12,7 @@ from fleet import chat, header_mutation, loads, read, request_body, request_head
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 from router.exchange import Exchange
 from router.limits import Gate, Limits, SharedCounters, digest_of, effective
-from router.modes import Peer
+from router.modes import EnvoyPeer
 from router.policy import Policy
 from router.scheduler import Scheduler
 from router.strategies import Context
@@ -133,7 +133,11 @@ class Stream:
     def __init__(self, contract: Contract, accounting: str, destination: str) -> None:
         self.contract = contract
         self.exchange = Exchange(
-            contract.scheduler, Peer(accounting, destination), lambda: REQUEST_ID.encode(), 1 << 20, contract.policy
+            contract.scheduler,
+            EnvoyPeer(accounting, destination),
+            lambda: REQUEST_ID.encode(),
+            1 << 20,
+            contract.policy,
         )
         self.said: list[Said] = []
 

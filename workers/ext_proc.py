@@ -17,7 +17,7 @@ from state.tables import Tables
 from workers.calls import Method, Methods
 from workers.config import Config
 from workers.h2.limits import TransportCounters
-from workers.health import EXT_PROC_SERVICE, Health
+from workers.health import EXT_PROC_SERVICE, HealthService
 from workers.last_users import LastUsers
 from workers.limits import open_gate
 from workers.process import Stop
@@ -42,7 +42,7 @@ def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = N
     return Method(Exchanges(scheduler, max_body_bytes, policy).open, listens=True)
 
 
-def methods(scheduler: Scheduler, health: Health, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:
+def methods(scheduler: Scheduler, health: HealthService, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:
     """Everything a worker answers."""
     return {
         PROCESS: process_method(scheduler, max_body_bytes, policy),
@@ -70,7 +70,7 @@ async def run_worker(
 ) -> None:
     """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
     stop = Stop()
-    health = Health()
+    health = HealthService()
     counters = TransportCounters()
     context = Context(
         prefixes=prefix_knowledge(config, tables),

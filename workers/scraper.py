@@ -68,7 +68,7 @@ class _Watched:
     restarts: float = 0.0
     good: int = 0
     bad: int = 0
-    disbelieved: tuple[str, ...] = ()
+    implausible: tuple[str, ...] = ()
     task: asyncio.Task[None] | None = None
 
 
@@ -274,11 +274,11 @@ class Scraper:
             watched.restarts = state.restarts
             watched.incarnation += 1
             log.info("an engine has restarted", pod=watched.pod.name)
-        if sample.disbelieved != watched.disbelieved:
-            watched.disbelieved = sample.disbelieved
-            if sample.disbelieved:
+        if sample.implausible != watched.implausible:
+            watched.implausible = sample.implausible
+            if sample.implausible:
                 log.warning(
-                    "metrics that cannot be true are left out", pod=watched.pod.name, of=", ".join(sample.disbelieved)
+                    "metrics that cannot be true are left out", pod=watched.pod.name, of=", ".join(sample.implausible)
                 )
         row, slot = watched.row, watched.slot
         row[_COLUMNS] = [state[place] for place in _PLACES]
@@ -289,7 +289,7 @@ class Scraper:
         ledger = self._tables.ledger
         own, tokens = ledger.load(slot)
         # What an engine says wrongly is not what it does not have.
-        engine = math.nan if sample.disbelieved else sample.running + _or_zero(sample.waiting)
+        engine = math.nan if sample.implausible else sample.running + _or_zero(sample.waiting)
         mine, my_tokens = own, tokens
         if ledger.held_by(REPLICATOR, slot)[0]:
             mine, my_tokens = max(self._of_this_replica(slot), self._of_this_replica(slot))

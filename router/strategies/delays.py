@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 
 from router.attention import SENT_SECONDS
-from router.backlog import FIRST_STEPS, Backlog, Excess
+from router.backlog import FIRST_STEPS, Backlog, BacklogCorrection
 from router.fleet import Candidates
 from router.prefix_index import MAX_HEARD, PrefixIndex
 from router.rates import Speeds
@@ -285,7 +285,7 @@ class Delays:
     def _take_loads(self, now: float) -> None:
         """Each pod's load, steps and waits, as ledger and polls have them now."""
         candidates, speeds, pods = self._candidates, self.speeds, self._pods
-        excess = self._backlog.excess(candidates, speeds, now)
+        correction = self._backlog.correction(candidates, speeds, now)
         loads, until = candidates.loads(), candidates.busy_until()
         requests: list[int] = loads[0].tolist()
         tokens: list[int] = loads[1].tolist()
@@ -304,8 +304,8 @@ class Delays:
             pod.shared = decoding * pod.decode
             pod.step = (decoding * self._of_request + context * self._per_token + pod.idle_step) * pod.decode
             pod.answer = max(pod.step, pod.token_interval) * output_tokens
-        if excess.any:
-            self._apply_poll_correction(excess, now)
+        if correction.any:
+            self._apply_poll_correction(correction, now)
         for pod in pods:
             if self._kv_known:
                 pod.kv_wait_per_token = pod.kv_share_per_token * pod.answer
@@ -352,10 +352,10 @@ class Delays:
             if prefixes is not None:
                 pod.loss = prefixes.recompute_per_token[pod.slot] * pod.prefill * (1.0 - slack)
 
-    def _apply_poll_correction(self, excess: Excess, now: float) -> None:
+    def _apply_poll_correction(self, correction: BacklogCorrection, now: float) -> None:
         """Waits that the last polls show to be shorter."""
-        since: list[float] = excess.since.tolist()
-        seconds: list[float] = excess.seconds.tolist()
+        since: list[float] = correction.since.tolist()
+        seconds: list[float] = correction.seconds.tolist()
         for pod in self._pods:
             if since[pod.index] > now:
                 pod.wait = max(pod.busy_until - now - seconds[pod.index], 0.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protos.access_log_pb2 import StreamAccessLogsMessage
 from router.access_log import AccessLog
 from router.exchange import Exchange, MessageError
-from router.modes import Peer
+from router.modes import EnvoyPeer
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.request_ids import RequestIds
 from router.scheduler import Scheduler
@@ -28,7 +28,7 @@ def scheduler(tables: Tables) -> Scheduler:
 
 def route(by: Scheduler) -> dict[str, str]:
     """Send one request; what Envoy would keep as dynamic metadata."""
-    exchange = Exchange(by, Peer("access-log"), lambda: b"0" * 36, 10_000)
+    exchange = Exchange(by, EnvoyPeer("access-log"), lambda: b"0" * 36, 10_000)
     exchange.receive(request_headers())
     (reply,) = read(exchange.receive(request_body(chat())))
     exchange.close()
@@ -73,7 +73,7 @@ def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() ->
     """Envoy took the decision after all, but had no pod for it, which another worker hears."""
     tables = fleet.make_fleet(1)
     one, two = scheduler(tables), scheduler(Tables.attach(tables.segment.fd, 5))
-    exchange = Exchange(one, Peer("access-log"), RequestIds().new, 10_000)
+    exchange = Exchange(one, EnvoyPeer("access-log"), RequestIds().new, 10_000)
     exchange.receive(request_headers())
     (reply,) = read(exchange.receive(request_body(chat())))
     exchange.close()

@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
-from router.exchange import Exchange, MessageError, Peer
+from router.exchange import EnvoyPeer, Exchange, MessageError
 from router.replies import DESTINATION_HEADERS, NAMESPACE
 from router.scheduler import Scheduler
 from router.strategies import Context
@@ -51,7 +51,7 @@ class Stream:
         self.scheduler = Scheduler(
             self.tables, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1))
         )
-        self.exchange = Exchange(self.scheduler, Peer(accounting, destination), lambda: REQUEST_ID, LIMIT)
+        self.exchange = Exchange(self.scheduler, EnvoyPeer(accounting, destination), lambda: REQUEST_ID, LIMIT)
 
     def send(self, message: bytes) -> list[ProcessingResponse]:
         return read(self.exchange.receive(message))
@@ -601,7 +601,7 @@ _SCHEDULER = Scheduler(_FLEET, "least-request", itertools.count(1000, 0.001).__n
 def test_any_sequence_of_messages_leaves_the_ledger_at_zero(
     messages: Sequence[bytes], destination: str, cut: int
 ) -> None:
-    exchange = Exchange(_SCHEDULER, Peer("stream", destination), lambda: REQUEST_ID, 10_000)
+    exchange = Exchange(_SCHEDULER, EnvoyPeer("stream", destination), lambda: REQUEST_ID, 10_000)
     charged = 0
     for message in messages[: cut + 3]:
         try:
@@ -635,7 +635,7 @@ def test_every_message_in_a_sequence_that_envoy_may_send_gets_its_reply_in_order
     if response_mode != NONE:
         messages += [("response_body", response_body(b"a")), ("response_body", response_body(b"", eos=True))]
     accounting = "access-log" if by_log else "stream"
-    exchange = Exchange(_SCHEDULER, Peer(accounting), lambda: REQUEST_ID, 10_000)
+    exchange = Exchange(_SCHEDULER, EnvoyPeer(accounting), lambda: REQUEST_ID, 10_000)
     given_kinds: list[str] = []
     sent_kinds: list[str] = []
     for kind, message in messages:

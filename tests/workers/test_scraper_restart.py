@@ -239,9 +239,9 @@ def test_nor_the_end_of_the_process(tmp_path: Path) -> None:
     assert [pod.address for pod in tables.catalog.read()[1].pods] == ["127.0.0.1:9"]
 
 
-@pytest.mark.parametrize(("disbelieved", "left"), [((), 2), (("waiting",), 5)])
+@pytest.mark.parametrize(("implausible", "left"), [((), 2), (("waiting",), 5)])
 async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
-    tmp_path: Path, engines: list[Engine], disbelieved: tuple[str, ...], left: int
+    tmp_path: Path, engines: list[Engine], implausible: tuple[str, ...], left: int
 ) -> None:
     tables = make_tables(writer=SCRAPER)
     scraper = Scraper(configuration(tmp_path, engines), tables)
@@ -250,7 +250,7 @@ async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
     for _ in range(5):
         tables.ledger.charge(0, 100, 100, held=False)
     for poll in range(10):
-        scraper._take(watched, Sample(running=2.0, disbelieved=disbelieved, found=1), 1000.0 + 3 * poll)
+        scraper._take(watched, Sample(running=2.0, implausible=implausible, found=1), 1000.0 + 3 * poll)
     assert tables.ledger.load(0)[0] == left
     stop_polling(scraper)
 

@@ -12,9 +12,9 @@ from router.request import RoutingRequest
 from router.scheduler import Decision, Scheduler
 from router.strategies import Context
 from state.pods import FIELDS
-from workers.scrape.belief import bounds
 from workers.scrape.engines import VLLM
 from workers.scrape.page import KnownLines, PageReader
+from workers.scrape.plausibility import bounds
 from workers.scrape.window import Window
 
 PODS = 4
