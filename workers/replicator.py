@@ -36,11 +36,10 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from protos.access_log_pb2 import HTTPAccessLogEntry
-from router.access_log import AccessLog, passed_on
+from router.access_log import AccessLog
 from router.mirror import Mirror
 from router.scheduler import Scheduler
 from router.strategies import Context
-from state.prefix_log import LogReader
 from state.tables import REPLICATOR, Tables
 from state.updates import FORMAT, UpdateError, read_users, write_users
 from state.user_tokens import CELLS, ROWS
@@ -158,7 +157,7 @@ class Replicator:
         assert config.redis
         self._mirror = Mirror(tables)
         self._replica = tables.replica
-        self._ended_log = LogReader(tables.ended_log)
+        self._ended_log = tables.ended_log
         self._ended_log.skip()
         self._scheduler = Scheduler(tables, "random", clock, Context())
         self._access_log = AccessLog(self._scheduler)
@@ -265,8 +264,7 @@ class Replicator:
 
     def _ends(self) -> Iterator[bytes]:
         """Replica, entry, replica, entry ...: what Envoy told workers here of others' requests."""
-        for record in self._ended_log.read(MAX_ENDS):
-            replica, entry = passed_on(record)
+        for replica, entry in self._ended_log.read(MAX_ENDS):
             yield replica.encode()
             yield entry
 
