@@ -22,6 +22,7 @@ import yaml
 from fleet import end_of, in_child
 
 import workers.process
+import workers.rolling_restart
 import workers.supervisor
 from bench.lab import Lab, free_ports, get
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
@@ -163,7 +164,7 @@ def _explain_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
         await run_worker(config, *rest)
 
     monkeypatch.setattr(workers.supervisor, "run_worker", run)
-    monkeypatch.setattr(workers.supervisor, "READY_SECONDS", 1.0)
+    monkeypatch.setattr(workers.rolling_restart, "READY_SECONDS", 1.0)
 
 
 @pytest.mark.usefixtures("_explain_breaks")
