@@ -23,10 +23,10 @@ GROUPS = {
         state/ledger state/pods state/prefix_log state/series
     """,
     "router._decision": """
-        router/attention router/backlog router/fleet router/prefix_hash router/prefix_index router/prefixes router/rates
-        router/scheduler router/strategies/base router/strategies/delays router/strategies/least_request
-        router/strategies/marginal_delay router/strategies/prefix_aware router/strategies/random_choice
-        router/strategies/weighted
+        router/attention router/backlog router/cache_turnover router/fleet router/prefix_hash router/prefix_index
+        router/prefix_match router/prefixes router/rates router/scheduler router/strategies/base
+        router/strategies/delays router/strategies/least_request router/strategies/marginal_delay
+        router/strategies/prefix_aware router/strategies/random_choice router/strategies/weighted
     """,
     "router._exchange": """
         router/access_log router/bodies/base router/bodies/by_path router/bodies/chat router/bodies/completions
@@ -34,9 +34,9 @@ GROUPS = {
         router/request_ids router/request_phase router/response router/usage router/wire
     """,
     "workers.h2._engine": """
-        workers/calls workers/h2/connection workers/h2/control workers/h2/dialogue workers/h2/faults workers/h2/frames
-        workers/h2/hpack_decoder workers/h2/inbound workers/h2/limits workers/h2/messages workers/h2/outbound
-        workers/h2/protocol workers/h2/requests workers/h2/responses workers/h2/stream
+        workers/calls workers/h2/call_handler workers/h2/connection workers/h2/control workers/h2/faults
+        workers/h2/frames workers/h2/hpack_decoder workers/h2/inbound workers/h2/limits workers/h2/messages
+        workers/h2/outbound workers/h2/protocol workers/h2/requests workers/h2/responses workers/h2/stream
     """,
 }
 """What is compiled, by the library it goes into: within a library calls are cheapest, and libraries compile side by

@@ -54,7 +54,7 @@ class Setting:
         )
         self.fleet = Fleet(self.tables)
         self.prefixes = Prefixes.of(self.tables, seed=1)
-        self.context = Context(1, prefixes=self.prefixes, user_tokens=self.tables.user_tokens)
+        self.context = Context(random.Random(1), prefixes=self.prefixes, user_tokens=self.tables.user_tokens)
         self.strategy = STRATEGIES[strategy](self.context)
         self.now = 2.0
 

@@ -29,11 +29,12 @@ from protos.access_log_pb2 import HTTPAccessLogEntry
 from protos.ext_proc_pb2 import ProcessingRequest
 from router import log_wire, wire
 from router.bodies import read_body
-from router.exchange import Exchange, Peer, _plain
+from router.exchange import EnvoyPeer, Exchange, _plain
 from router.prefixes import Prefixes
 from router.replies import NAMESPACE
 from router.request_ids import RequestIds
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.catalog import CatalogDocument, PodRecord
 from state.pods import FIELDS, Health
 from state.tables import FIRST_WORKER, Capacity, Tables
@@ -103,8 +104,8 @@ def exchanges(strategy: str, pods: int, size: int) -> Callable[[], None]:
     others are open."""
     tables = fleet(pods)
     clock = itertools.count(1000.0, 0.00005).__next__
-    scheduler = Scheduler(tables, strategy, clock, seed=1, prefixes=Prefixes.of(tables))
-    peer, new_id = Peer(), RequestIds().new
+    scheduler = Scheduler(tables, strategy, clock, Context(random.Random(1), prefixes=Prefixes.of(tables)))
+    peer, new_id = EnvoyPeer(), RequestIds().new
     chance = random.Random(1)
     sessions = ["".join(chance.choices("abcdefghij klmnop", k=size * 7 // 10)) for _ in range(200)]
     headers, _, _ = messages(size)
@@ -171,8 +172,8 @@ def main() -> int:
             print(f"  {name:45} {count:5}")
         return 0
 
-    scheduler = Scheduler(fleet(chosen.pods), chosen.strategy, time.monotonic)
-    peer, new_id = Peer(), RequestIds().new
+    scheduler = Scheduler(fleet(chosen.pods), chosen.strategy, time.monotonic, Context())
+    peer, new_id = EnvoyPeer(), RequestIds().new
     headers, body, document = messages(chosen.size)
     headers_part, body_part = wire.phase_part(headers), wire.phase_part(body)
     assert headers_part is not None and body_part is not None

@@ -16,7 +16,7 @@ import hpack
 from workers.calls import Metadata, Method
 from workers.h2.connection import Connection
 from workers.h2.hpack_decoder import HpackDecoder
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FIELDS = [
@@ -87,7 +87,7 @@ def lockstep(sizes: list[int]) -> float:
     methods = {FIELDS[2][1]: Method(Constant)}
 
     def once() -> int:
-        receive = Connection(methods, Limits(), Counters(), time.monotonic).receive
+        receive = Connection(methods, TransportLimits(), TransportCounters(), time.monotonic).receive
         for read in reads:
             receive(read)
         return STREAMS
@@ -114,7 +114,7 @@ def as_envoy() -> float:
     methods = {FIELDS[2][1]: Method(Ending)}
 
     def once() -> int:
-        receive = Connection(methods, Limits(), Counters(), time.monotonic).receive
+        receive = Connection(methods, TransportLimits(), TransportCounters(), time.monotonic).receive
         for read in reads:
             receive(read)
         return STREAMS

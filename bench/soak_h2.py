@@ -25,7 +25,7 @@ import hpack
 import uvloop
 
 from workers.calls import Metadata, Method, Reply
-from workers.h2.limits import COUNTED, Limits
+from workers.h2.limits import COUNTED, TransportLimits
 from workers.h2.server import H2Server
 
 ECHO = "/soak/Echo"
@@ -71,7 +71,7 @@ def rss_mib() -> float:
 
 async def serve() -> None:
     """The server process: prints its address, then its state once a second, as JSON lines."""
-    server = H2Server({ECHO: Method(SoakCall)}, limits=Limits(stall_seconds=3, handshake_seconds=3))
+    server = H2Server({ECHO: Method(SoakCall)}, limits=TransportLimits(stall_seconds=3, handshake_seconds=3))
     await server.listen("127.0.0.1:0")
     print(json.dumps(server.addresses[0]), flush=True)
     while True:

@@ -10,7 +10,6 @@ Where Envoy may retry on another pod it was given several addresses in order. Th
 those before it have failed (`router/retries.py`).
 """
 
-import re
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -22,11 +21,8 @@ from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.retries import answered_after_retries
 from router.scheduler import Scheduler
 from state.ledger import Charge
-from state.prefix_log import Routed
-from state.tables import Tables
 
-_REPLICA: Final = re.compile("[0-9a-f]{8}")
-MOST_ENDPOINTS: Final = 17
+MAX_ENDPOINTS: Final = 17
 """The longest list that a configuration can ask for."""
 
 
@@ -84,7 +80,8 @@ class AccessLog:
         if replica != scheduler.tables.replica:
             scheduler.series.add(1.0, "foreign")
             if scheduler.passes_on:
-                pass_on(scheduler.tables, replica, entry, scheduler.clock())
+                passed_on = _only_ours(entry).SerializeToString()
+                scheduler.tables.ended_log.append(replica, passed_on, scheduler.clock())
             return
         charge = _charge(ticket.encode())
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
@@ -114,7 +111,7 @@ class AccessLog:
             return None
         host = f"[{upstream.address}]" if ":" in upstream.address else upstream.address
         address = f"{host}:{upstream.port_value}"
-        tried = fields[ENDPOINT].string_value.split(",")[:MOST_ENDPOINTS]
+        tried = fields[ENDPOINT].string_value.split(",")[:MAX_ENDPOINTS]
         pod = answered_after_retries(self._scheduler, charge, tried, address)
         return None if pod is None else (Charge(pod.slot, pod.generation, 0), pod.name)
 
@@ -131,25 +128,13 @@ class AccessLog:
         """Nothing is held."""
 
 
-def pass_on(tables: Tables, replica: str, entry: HTTPAccessLogEntry, now: float) -> None:
-    """Put an entry down for the replica that routed the request, without what is of no use there."""
-    if not _REPLICA.fullmatch(replica):
-        return
+def _only_ours(entry: HTTPAccessLogEntry) -> HTTPAccessLogEntry:
+    """The entry without what is of no use to the replica that routed the request."""
     metadata = entry.common_properties.metadata.filter_metadata
     for namespace in [name for name in metadata if name not in (NAMESPACE, ENVOY_LB)]:
         del metadata[namespace]
     entry.DiscardUnknownFields()
-    text = entry.SerializeToString()
-    room = 8 * tables.ended_log.max_hashes
-    if 4 + len(text) <= room:
-        padding = bytes(-(4 + len(text)) % 8)
-        tables.ended_log.append(0, int(replica, 16), now, 1, len(text).to_bytes(4, "little") + text + padding)
-
-
-def passed_on(record: Routed) -> tuple[str, bytes]:
-    """What `pass_on` put down: the replica and the entry."""
-    length = int.from_bytes(record.hashes[:4], "little")
-    return f"{record.pod:08x}", record.hashes[4 : 4 + length]
+    return entry
 
 
 def _charge(ticket: bytes) -> Charge | None:

@@ -44,22 +44,22 @@ class Backlog:
         """Tokens still to do on each candidate."""
         until = candidates.busy_until()
         todo = until - now
-        excess = self.excess(candidates, speeds, now)
-        if excess.any:
-            todo -= np.where(excess.since > now, excess.seconds, 0.0)
-        todo *= speeds.drain
+        correction = self.correction(candidates, speeds, now)
+        if correction.any:
+            todo -= np.where(correction.since > now, correction.seconds, 0.0)
+        todo *= speeds.prefill_tokens_per_second
         return np.maximum(todo, 0.0, out=todo)
 
-    def excess(self, candidates: Candidates, speeds: Speeds, now: float) -> "Excess":
+    def correction(self, candidates: Candidates, speeds: Speeds, now: float) -> "BacklogCorrection":
         """By how much the account is too high, seen from the last polls; worked out once per epoch."""
-        found: Excess | None = candidates.derived.get(Backlog)
+        found: BacklogCorrection | None = candidates.derived.get(Backlog)
         if found is None:
             found = candidates.derived[Backlog] = self._hold_against_poll(
                 candidates, speeds, candidates.busy_until(), now
             )
         return found
 
-    def chose(
+    def promise(
         self,
         candidates: Candidates,
         index: int,
@@ -85,7 +85,9 @@ class Backlog:
         candidates.occupy(index, until)
         return until
 
-    def _hold_against_poll(self, candidates: Candidates, speeds: Speeds, until: Floats, now: float) -> "Excess":
+    def _hold_against_poll(
+        self, candidates: Candidates, speeds: Speeds, until: Floats, now: float
+    ) -> "BacklogCorrection":
         """What engines say is waiting: raise the account where it is too low, and find where it is too high."""
         waiting = candidates.metric("waiting")
         tokens = self.mean_tokens
@@ -95,13 +97,13 @@ class Backlog:
                 least = float(sampled[i] + waiting[i] * tokens * speeds.prefill_seconds[i])
                 if least > max(until[i], now):
                     candidates.occupy(i, least)
-        there = np.maximum(candidates.metric("running"), candidates.metric("own_requests_at_sample"))
+        there = np.maximum(candidates.metric("running"), candidates.metric("tracked_requests_at_sample"))
         most = 2.0 * waiting * tokens + np.where(there == 0, 0.0, self.largest_tokens + tokens)
-        most += candidates.promised() - candidates.metric("own_promised_at_sample")
-        return Excess(until, np.maximum(until - (now + most * speeds.prefill_seconds), 0.0))
+        most += candidates.promised() - candidates.metric("tracked_promised_at_sample")
+        return BacklogCorrection(until, np.maximum(until - (now + most * speeds.prefill_seconds), 0.0))
 
 
-class Excess:
+class BacklogCorrection:
     """By how many seconds the account of each pod is too high, for as long as what was promised by then may last."""
 
     __slots__ = ("any", "seconds", "since")

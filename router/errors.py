@@ -32,7 +32,7 @@ WRONG_KEY: Final = "Incorrect API key provided"
 BAD_BODY: Final = "error processing request body"
 TRUE: Final = b"true"
 
-LONGEST_ECHO: Final = 256
+MAX_ECHO_LENGTH: Final = 256
 """Characters of a client's own text that a message or a header may repeat."""
 
 _TYPES: Final = {
@@ -51,8 +51,8 @@ def error_type(status: int) -> str:
 
 
 def shortened(text: str) -> str:
-    """At most `LONGEST_ECHO` characters of a client's text."""
-    return text if len(text) <= LONGEST_ECHO else text[:LONGEST_ECHO] + "…"
+    """At most `MAX_ECHO_LENGTH` characters of a client's text."""
+    return text if len(text) <= MAX_ECHO_LENGTH else text[:MAX_ECHO_LENGTH] + "…"
 
 
 def header_value(text: str) -> bytes:

@@ -28,15 +28,16 @@ from protos import MessageError
 from protos.ext_proc_pb2 import HttpHeaders, ProcessingRequest
 from router import replies, wire
 from router.errors import RequestError
-from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, Modes, Peer
+from router.modes import ACCOUNTING_KEY, DESTINATION_KEY, EnvoyPeer, Modes
 from router.policy import NO_POLICY, Policy
+from router.replies import Reply
 from router.request_ids import RequestIds
-from router.request_phase import Reply, RequestPhase
+from router.request_phase import RequestPhase
 from router.response import Response
 from router.scheduler import Scheduler
 from router.wire import REQUEST_BODY, REQUEST_HEADERS, RESPONSE_BODY, RESPONSE_HEADERS
 
-_MOST_PEERS: Final = 256
+_MAX_PEERS: Final = 256
 _ATTRIBUTES: Final = "envoy.filters.http.ext_proc"
 
 
@@ -67,8 +68,8 @@ class Exchange(RequestPhase):
             if phase == REQUEST_BODY:
                 body = wire.read_body(message, part)
                 if body is not None:
-                    start, end, over = body
-                    return self._on_request_body(message[start:end], over)
+                    start, stop, end_of_stream = body
+                    return self._on_request_body(message[start:stop], end_of_stream)
             elif phase == REQUEST_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.request_names)
                 if headers is not None:
@@ -76,8 +77,8 @@ class Exchange(RequestPhase):
             elif phase == RESPONSE_BODY:
                 body = wire.read_body(message, part)
                 if body is not None:
-                    start, end, over = body
-                    return self._on_response_body(message[start:end], over)
+                    start, stop, end_of_stream = body
+                    return self._on_response_body(message[start:stop], end_of_stream)
             elif phase == RESPONSE_HEADERS:
                 headers = wire.read_headers(message, part, self._modes.response_names)
                 if headers is not None:
@@ -119,7 +120,7 @@ class Exchange(RequestPhase):
     def close(self) -> None:
         """The stream is over, whatever the reason. Releases what this stream still holds."""
         self._closed = True
-        if self._over or self._served is None:
+        if self._settled or self._served is None:
             return
         response = self._response
         if response is not None:
@@ -139,10 +140,10 @@ class Exchange(RequestPhase):
         """Envoy is done with the stream. If it has shown no response to a decision, the client has left, and Envoy may
         not have taken the decision: no log entry will give the charge back. (Should one come: `state.abandoned`.)"""
         decision = self._decision
-        if decision is not None and not decision.held and self._response is None and not self._over:
+        if decision is not None and not decision.held and self._response is None and not self._settled:
             self._scheduler.abandon(decision, self._request_id)
             self._decision = None
-            self._over = True
+            self._settled = True
 
     # -- phases, in the order in which Envoy goes through them
 
@@ -156,11 +157,11 @@ class Exchange(RequestPhase):
             if "request.path" in fields:
                 self._headers[":path"] = fields["request.path"].string_value.encode()
 
-    def _on_response_headers(self, found: dict[str, bytes], over: bool) -> Reply:
+    def _on_response_headers(self, found: dict[str, bytes], end_of_stream: bool) -> Reply:
         response = self._response
         if response is None:
             # Also when Envoy answered by itself before the request's body was complete.
-            self._request_done = True
+            self._request_handled = True
             self._body = None
             response = self._response = Response(
                 self._scheduler,
@@ -171,51 +172,51 @@ class Exchange(RequestPhase):
                 self._served,
                 refused=self._refused,
             )
-        reply = response.headers(found, over)
+        reply = response.headers(found, end_of_stream)
         self.idle = not response.holds_back
-        self._look_at(response)
+        self._settle_if_done(response)
         return reply
 
-    def _on_response_body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
+    def _on_response_body(self, piece: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         response = self._response
         if response is None:
-            self._request_done = True  # too late to decide
+            self._request_handled = True  # too late to decide
             self._body = None
-            if over:
+            if end_of_stream:
                 self._end(0)
                 self.finished = True
             if self._modes.duplex_response:
-                return replies.streamed_body(piece, request=False, end=over)
+                return replies.streamed_body(piece, request=False, end_of_stream=end_of_stream)
             return replies.RESPONSE_BODY
-        reply = response.body(piece, over)
+        reply = response.body(piece, end_of_stream)
         self.idle = not response.holds_back
         if isinstance(reply, bytes | tuple) or reply is None:
-            if response.over:
-                self._look_at(response)
+            if response.done:
+                self._settle_if_done(response)
             return reply
         return self._later(reply, partial(self._counted, response))
 
     def _counted(self, response: Response, reply: Reply) -> Reply:
-        self._look_at(response)
+        self._settle_if_done(response)
         return reply
 
     def _on_response_trailers(self) -> Reply:
         response = self._response
         self.finished = True
         if response is None:
-            self._request_done = True
+            self._request_handled = True
             self._body = None
             self._end(0)
             return replies.RESPONSE_TRAILERS
         reply = response.trailers()
-        self._look_at(response)
+        self._settle_if_done(response)
         return reply
 
     # -- ends
 
-    def _look_at(self, response: Response) -> None:
+    def _settle_if_done(self, response: Response) -> None:
         """Has the response come to its end?"""
-        if response.over:
+        if response.done:
             self._end(response.status)
         if response.finished:
             self.finished = True
@@ -223,9 +224,9 @@ class Exchange(RequestPhase):
     def _end(self, status: int) -> None:
         """The request is over: give its charge back and count it, once. Status 0 is not known. Where Envoy's access
         log tells of it, that does both."""
-        if self._over:
+        if self._settled:
             return
-        self._over = True
+        self._settled = True
         decision = self._decision
         if decision is None:
             if self._served is not None and status:
@@ -246,9 +247,9 @@ class Exchanges:
         self._max_body_bytes = max_body_bytes
         self._policy = policy
         self._new_request_id = RequestIds().new
-        self._peers: dict[tuple[str, str], Peer] = {}
+        self._peers: dict[tuple[str, str], EnvoyPeer] = {}
         self._last: Mapping[str, str] | None = None
-        self._last_peer = Peer()
+        self._last_peer = EnvoyPeer()
 
     def open(self, metadata: Mapping[str, str]) -> Exchange:
         """The exchange of a stream with these request headers. The transport gives the same mapping for the same
@@ -258,12 +259,12 @@ class Exchanges:
             self._last = metadata
         return Exchange(self._scheduler, self._last_peer, self._new_request_id, self._max_body_bytes, self._policy)
 
-    def _peer(self, metadata: Mapping[str, str]) -> Peer:
+    def _peer(self, metadata: Mapping[str, str]) -> EnvoyPeer:
         accounting, destination = metadata.get(ACCOUNTING_KEY, "stream"), metadata.get(DESTINATION_KEY, "header")
         peer = self._peers.get((accounting, destination))
         if peer is None:
-            peer = Peer(accounting, destination)
-            if len(self._peers) < _MOST_PEERS:
+            peer = EnvoyPeer(accounting, destination)
+            if len(self._peers) < _MAX_PEERS:
                 self._peers[(accounting, destination)] = peer
         return peer
 
@@ -276,4 +277,4 @@ def _plain(headers: HttpHeaders, names: wire.Names) -> tuple[dict[str, bytes], b
     return found, headers.end_of_stream
 
 
-__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "Exchange", "Exchanges", "MessageError", "Peer"]
+__all__ = ["ACCOUNTING_KEY", "DESTINATION_KEY", "EnvoyPeer", "Exchange", "Exchanges", "MessageError"]

@@ -11,14 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from state.catalog import PodRecord
 from state.ledger import Entry
-from state.pods import COLUMN, Floats, Health
+from state.pods import COLUMN, Floats, Health, Ints
 from state.tables import Tables
-
-Ints = npt.NDArray[np.int64]
 
 _HEALTH: Final = COLUMN["health"]
 _REQUESTS: Final = int(Entry.REQUESTS)  # plain integers: an enumeration member costs four times as much to look up
@@ -126,11 +123,11 @@ class Candidates:
 
     def requests_since_sample(self) -> Floats:
         """Requests sent since the pod was last polled and not finished: what its metrics cannot show yet."""
-        return np.maximum(self.requests() - self.metric("own_requests_at_sample"), 0.0)
+        return np.maximum(self.requests() - self.metric("tracked_requests_at_sample"), 0.0)
 
     def tokens_since_sample(self) -> Floats:
         """Their prompt tokens."""
-        return np.maximum(self.tokens() - self.metric("own_tokens_at_sample"), 0.0)
+        return np.maximum(self.tokens() - self.metric("tracked_tokens_at_sample"), 0.0)
 
     def subset(self, indices: Sequence[int]) -> "Candidates":
         """The same view of fewer pods."""

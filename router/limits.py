@@ -48,7 +48,7 @@ TOKENS_PER_REQUEST: Final = 1000
 """A record whose tpm is 0 means so many times its rpm."""
 KEY_PREFIX: Final = "pm-"
 """Every API key begins so. Other bearer tokens are the pods' business, unless a key is required."""
-LONGEST_USER: Final = 256
+MAX_USER_LENGTH: Final = 256
 """Characters of a user's name."""
 
 _PREFIX: Final = KEY_PREFIX.encode()
@@ -282,7 +282,7 @@ class Gate:
         name = user.decode("utf-8", "replace")
         if not self._counters.has_users:
             return Grant(name)
-        if len(name) > LONGEST_USER:
+        if len(name) > MAX_USER_LENGTH:
             raise unknown_user(name)
         ask = Ask(name, key)
         answer = self._counters.ask(ask)

@@ -2,14 +2,14 @@
 
 So nothing that decides needs to know of replicas: requests and tokens in flight are a row of the ledger like any
 other, prompts are records in a ring of the prefix log. One process does this for the whole replica, and tells the
-others what the workers here do. It speaks with nobody itself: news come in and go out as bytes (`state.news`).
+others what the workers here do. It speaks with nobody itself: updates come in and go out as bytes (`state.updates`).
 
-- **Loads** are told whole. What all other replicas have in flight on a pod is one number here, set anew when there are
-  news; what a replica had that is heard of no more is taken off.
-- **Promised prompt tokens** only ever go up. What was added since the last news lengthens the pod's wait here, at the
+- **Loads** are told whole. What all other replicas have in flight on a pod is one number here, set anew with each
+  update; what a replica had that is heard of no more is taken off.
+- **Promised prompt tokens** only ever go up. What was added since the last update lengthens the pod's wait here, at the
   prefill speed that this replica has learnt.
-- **Prompts** are believed of the life of the engine that they were sent to. Where an engine does not say when it
-  started, of the life that this replica knows of, and from when it was first seen.
+- **Prompts** are believed of the incarnation of the engine that they were sent to. Where an engine does not say when it
+  started, of the incarnation that this replica knows of, and from when it was first seen.
 
 Cost: `python -m bench.mirror_cost`.
 """
@@ -20,34 +20,33 @@ import numpy as np
 
 from router.fleet import Fleet, Pod
 from router.rates import Prior, Rates
-from state.ledger import Ints
-from state.news import LOADS, Told, pod_key, read_loads, read_routed, write_routed
-from state.pods import COLUMN, Floats
+from state.pods import COLUMN, Floats, Ints
 from state.prefix_log import REMOTE, ROUTED, LogReader, Routed, pod_tag
 from state.tables import REPLICATOR, Tables
+from state.updates import LOADS, PromptUpdate, pod_key, read_loads, read_routed, write_routed
 
 LEARN_SECONDS: Final = 1.0
 """Between two looks at the prefill speeds of a model's pods."""
-MOST_REQUESTS: Final = 1 << 24
-MOST_TOKENS: Final = 1 << 40
+MAX_REQUESTS: Final = 1 << 24
+MAX_TOKENS: Final = 1 << 40
 """More than anybody has in flight on a pod, or promises it in one exchange."""
-LONGEST_WAIT: Final = 3600.0
-_LIFE: Final = [COLUMN["incarnation"], COLUMN["start_time_seconds"]]
+MAX_WAIT_SECONDS: Final = 3600.0
+_INCARNATION: Final = [COLUMN["incarnation"], COLUMN["start_time_seconds"]]
 _POLLED: Final = [COLUMN["sampled_at"], COLUMN["failed_polls"]]
 
 
-class _Life:
+class _Incarnation:
     """A pod as it is now."""
 
-    __slots__ = ("known", "pod", "promised", "since", "start", "tag")
+    __slots__ = ("known", "pod", "promised", "since", "started", "tag")
 
-    def __init__(self, pod: Pod, tag: int, start: int, since: float, known: bool, promised: int) -> None:
+    def __init__(self, pod: Pod, tag: int, started: int, since: float, known: bool, promised: int) -> None:
         self.pod = pod
         self.tag = tag
-        self.start = start
-        """As in `Told.life`."""
+        self.started = started
+        """As in `PromptUpdate.started`."""
         self.since = since
-        """When this process first saw this life, in monotonic seconds."""
+        """When this process first saw this incarnation, in monotonic seconds."""
         self.known = known
         """Whether a poll has succeeded, or failed."""
         self.promised = promised
@@ -67,7 +66,7 @@ class _Other:
         self.requests: Floats = np.empty(0)
         self.tokens: Floats = np.empty(0)
         self.promised: dict[int, int] | None = None
-        """By key, all in all. None before the first news."""
+        """By key, all in all. None before the first update."""
 
 
 class Mirror:
@@ -87,7 +86,7 @@ class Mirror:
         self._version = self._epoch = -1
         self._rows = b""
         self._pods: list[Pod] = []
-        self._lives: dict[int, _Life] = {}
+        self._incarnations: dict[int, _Incarnation] = {}
         """By row."""
         self._slots: dict[int, int] = {}
         """Rows, by key."""
@@ -114,10 +113,12 @@ class Mirror:
         return list(self._others)
 
     def ready(self, now: float) -> bool:
-        """Whether there are pods, and each has been polled, so that it is known which life is meant by what others tell
-        of it. Those that do not answer are not waited for."""
+        """Whether there are pods, and each has been polled, so that it is known which incarnation is meant by what
+        others tell of it. Those that do not answer are not waited for."""
         self._follow(now)
-        return bool(self._lives) and all(life.known or life.pod.record.draining for life in self._lives.values())
+        return bool(self._incarnations) and all(
+            one.known or one.pod.record.draining for one in self._incarnations.values()
+        )
 
     # -- what is told
 
@@ -126,16 +127,16 @@ class Mirror:
         self._follow(now)
         high = self._tables.pods.high
         own = self._ledger.of_this_replica(high, REPLICATOR)
-        slots = [slot for slot in np.flatnonzero(own.any(axis=0)).tolist() if slot in self._lives]
+        slots = [slot for slot in np.flatnonzero(own.any(axis=0)).tolist() if slot in self._incarnations]
         rows = np.zeros(len(slots), LOADS)
-        rows["pod"] = [pod_key(self._lives[slot].pod.address) for slot in slots]
+        rows["pod"] = [pod_key(self._incarnations[slot].pod.address) for slot in slots]
         requests, tokens, promised = own[:, slots]
-        rows["requests"] = np.clip(requests, 0, MOST_REQUESTS)
-        rows["tokens"] = np.clip(tokens, 0, MOST_TOKENS)
+        rows["requests"] = np.clip(requests, 0, MAX_REQUESTS)
+        rows["tokens"] = np.clip(tokens, 0, MAX_TOKENS)
         rows["promised"] = [
-            total - self._lives[slot].promised for slot, total in zip(slots, promised.tolist(), strict=True)
+            total - self._incarnations[slot].promised for slot, total in zip(slots, promised.tolist(), strict=True)
         ]
-        rows["wait"] = np.clip(self._ledger.busy_until(high)[slots] - now, 0.0, LONGEST_WAIT)
+        rows["wait"] = np.clip(self._ledger.busy_until(high)[slots] - now, 0.0, MAX_WAIT_SECONDS)
         return rows.tobytes()
 
     def routed(self, now: float, most_bytes: int) -> bytes:
@@ -153,12 +154,14 @@ class Mirror:
             record = self._untold.pop()
             if record.kind != ROUTED:
                 continue
-            life = self._lives.get(record.slot)
-            if life is None or life.tag != record.pod:
+            incarnation = self._incarnations.get(record.slot)
+            if incarnation is None or incarnation.tag != record.pod:
                 continue
             age = max(now - record.at, 0.0)
-            told = Told(pod_key(life.pod.address), life.start, age, record.block_bytes, record.hashes)
-            out.append(write_routed(told))
+            prompt = PromptUpdate(
+                pod_key(incarnation.pod.address), incarnation.started, age, record.block_bytes, record.hashes
+            )
+            out.append(write_routed(prompt))
             self._last_told.append(record)
             size += len(out[-1])
         self.told += len(out)
@@ -173,9 +176,9 @@ class Mirror:
 
     # -- what is heard
 
-    def hear_loads(self, replica: str, news: bytes, now: float) -> None:
-        """All that another replica has in flight. Takes effect with `enter`. Raises NewsError."""
-        rows = read_loads(news)
+    def apply_loads(self, replica: str, update: bytes, now: float) -> None:
+        """All that another replica has in flight. Takes effect with `enter`. Raises UpdateError."""
+        rows = read_loads(update)
         self._follow(now)
         other = self._others.get(replica)
         if other is None:
@@ -184,31 +187,31 @@ class Mirror:
         if pods != other.pods:
             other.pods = pods
             self._place(other)
-        other.requests = np.clip(rows["requests"], 0, MOST_REQUESTS).astype(float)
-        other.tokens = np.clip(rows["tokens"], 0, MOST_TOKENS).astype(float)
+        other.requests = np.clip(rows["requests"], 0, MAX_REQUESTS).astype(float)
+        other.tokens = np.clip(rows["tokens"], 0, MAX_TOKENS).astype(float)
         promised = dict(zip(pods, rows["promised"].tolist(), strict=True))
         slots = other.slots.tolist()
         if other.promised is None:
             self._wait(slots, rows["wait"].tolist(), now)
         else:
             before = other.promised
-            more = [min(total - before.get(pod, 0), MOST_TOKENS) for pod, total in promised.items()]
+            more = [min(total - before.get(pod, 0), MAX_TOKENS) for pod, total in promised.items()]
             self._promise(slots, more, now)
         other.promised = promised
 
-    def hear_routed(self, news: bytes, age: float, now: float) -> None:
-        """Prompts that another replica has sent, told `age` seconds ago. Raises NewsError, having taken in what came
+    def apply_routed(self, update: bytes, age: float, now: float) -> None:
+        """Prompts that another replica has sent, told `age` seconds ago. Raises UpdateError, having taken in what came
         before what is wrong."""
         self._follow(now)
         append = self._tables.prefix_log.append
-        for told in read_routed(news):
-            slot = self._slots.get(told.pod, -1)
-            life = self._lives.get(slot)
-            at = now - told.age - age
-            if life is None or not _same(told.life, life, at):
+        for prompt in read_routed(update):
+            slot = self._slots.get(prompt.pod, -1)
+            incarnation = self._incarnations.get(slot)
+            at = now - prompt.age - age
+            if incarnation is None or not _same(prompt.started, incarnation, at):
                 self.unknown += 1
                 continue
-            append(slot, life.tag, at, told.block_bytes, told.hashes, REMOTE)
+            append(slot, incarnation.tag, at, prompt.block_bytes, prompt.hashes, REMOTE)
             self.heard += 1
 
     def forget(self, replica: str) -> None:
@@ -236,7 +239,7 @@ class Mirror:
     # -- the pods
 
     def _follow(self, now: float) -> None:
-        """See which pods there are, and which life each has."""
+        """See which pods there are, and which incarnation each has."""
         tables = self._tables
         moved = tables.catalog.version != self._version
         if not moved and tables.pods.epoch == self._epoch:
@@ -247,29 +250,29 @@ class Mirror:
             models = self._fleet.models.values()
             self._pods = list({pod.slot: pod for model in models for pod in model.pods}.values())
         self._epoch, values = tables.pods.snapshot()
-        rows = np.column_stack([tables.pods.generation[: len(values)], values[:, _LIFE], values[:, _POLLED] > 0])
+        rows = np.column_stack([tables.pods.generation[: len(values)], values[:, _INCARNATION], values[:, _POLLED] > 0])
         seen = rows.tobytes()
         if seen == self._rows and not moved:
             return
         self._rows = seen
-        lives: dict[int, _Life] = {}
+        incarnations: dict[int, _Incarnation] = {}
         listed = rows.tolist()
         promised = self._ledger.of_this_replica(len(values), REPLICATOR)[2].tolist()
         for pod in self._pods:
             slot = pod.slot
             if slot >= len(listed) or listed[slot][0] != pod.generation:
                 continue
-            _, incarnation, start, sampled, failed = listed[slot]
-            tag = pod_tag(pod.generation, int(incarnation))
-            before = self._lives.get(slot)
+            _, number, start, sampled, failed = listed[slot]
+            tag = pod_tag(pod.generation, int(number))
+            before = self._incarnations.get(slot)
             since = before.since if before is not None and before.tag == tag else now
             same = before is not None and before.pod.generation == pod.generation
             base = before.promised if before is not None and same else promised[slot]
             started = round(start * 1000) if 0 < start < 1e15 else 0
-            lives[slot] = _Life(pod, tag, started, since, bool(sampled or failed), base)
-        self._lives = lives
+            incarnations[slot] = _Incarnation(pod, tag, started, since, bool(sampled or failed), base)
+        self._incarnations = incarnations
         if moved:
-            self._slots = {pod_key(life.pod.address): slot for slot, life in lives.items()}
+            self._slots = {pod_key(one.pod.address): slot for slot, one in incarnations.items()}
             for other in self._others.values():
                 self._place(other)
 
@@ -283,19 +286,19 @@ class Mirror:
         until = self._ledger.busy_until(self._tables.pods.high)
         for slot, wait in zip(slots, waits, strict=True):
             if slot >= 0 and now + wait > until[slot] and wait > 0:
-                self._ledger.occupy(slot, now + min(wait, LONGEST_WAIT))
+                self._ledger.occupy(slot, now + min(wait, MAX_WAIT_SECONDS))
 
     def _promise(self, slots: list[int], more: list[int], now: float) -> None:
         """Another replica has promised pods so many tokens more."""
         until: Floats | None = None
         for slot, tokens in zip(slots, more, strict=True):
-            if slot < 0 or tokens <= 0 or slot not in self._lives:
+            if slot < 0 or tokens <= 0 or slot not in self._incarnations:
                 continue
             if until is None:
                 until = self._ledger.busy_until(self._tables.pods.high)
-            self._learn(self._lives[slot].pod.record.models[0], now)
+            self._learn(self._incarnations[slot].pod.record.models[0], now)
             wait = max(float(until[slot]) - now, 0.0) + tokens * float(self._seconds[slot])
-            self._ledger.occupy(slot, now + min(wait, LONGEST_WAIT))
+            self._ledger.occupy(slot, now + min(wait, MAX_WAIT_SECONDS))
             self._ledger.promise(slot, tokens)
 
     def _learn(self, model: str, now: float) -> None:
@@ -308,6 +311,6 @@ class Mirror:
             self._seconds[candidates.slots] = self._rates.speeds(candidates, now).prefill_seconds
 
 
-def _same(told: int, life: _Life, at: float) -> bool:
-    """Whether what was told of a pod, as of monotonic seconds `at`, is about the life that it has now."""
-    return told == life.start if told and life.start else at >= life.since
+def _same(started: int, incarnation: _Incarnation, at: float) -> bool:
+    """Whether what was told of a pod, as of monotonic seconds `at`, is about the incarnation that it has now."""
+    return started == incarnation.started if started and incarnation.started else at >= incarnation.since

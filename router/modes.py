@@ -15,8 +15,8 @@ DESTINATION_KEY: Final = "x-pointsman-destination"
 _FULL_DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
 _BUFFERED: Final = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
 
-_MOST_KNOWN: Final = 64
-_LONGEST_KNOWN: Final = 256
+_MAX_KNOWN: Final = 64
+_MAX_KNOWN_LENGTH: Final = 256
 
 
 class Modes:
@@ -56,13 +56,14 @@ class Modes:
             self.ask_for_body = replies.REQUEST_HEADERS_ASK_FOR_BODY.get(self.response_mode)
 
 
-class Peer:
+class EnvoyPeer:
     """What is the same for every stream of one Envoy listener."""
 
-    __slots__ = ("by_log", "destination", "later", "modes")
+    __slots__ = ("destination", "held", "later", "modes")
 
     def __init__(self, accounting: str = "stream", destination: str = "header") -> None:
-        self.by_log = accounting == "access-log"
+        self.held = accounting != "access-log"
+        """Charges are held by the streams, whose ends release them, and not left to the access log."""
         try:
             self.destination = Destination(destination)
         except ValueError:
@@ -75,13 +76,13 @@ class Peer:
     def remember(self, request: ProcessingRequest, modes: Modes, *, first: bool) -> None:
         """Know this message's modes by its bytes from now on, if they are all that follows the phase."""
         known = len(self.modes) if first else len(self.later)
-        if request.attributes or len(request.metadata_context.filter_metadata) or known >= _MOST_KNOWN:
+        if request.attributes or len(request.metadata_context.filter_metadata) or known >= _MAX_KNOWN:
             return
         rest = ProcessingRequest()
         rest.CopyFrom(request)
         rest.ClearField(request.WhichOneof("request") or "observability_mode")
         remainder = rest.SerializeToString()
-        if len(remainder) > _LONGEST_KNOWN:
+        if len(remainder) > _MAX_KNOWN_LENGTH:
             return
         if first:
             self.modes[remainder] = modes

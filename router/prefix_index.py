@@ -21,13 +21,14 @@ anything since the last time, 3 µs per record when somebody has.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from math import exp, inf
+from math import inf
 from typing import Final
 
 import numpy as np
 
+from router.cache_turnover import TAIL, Turnover
 from router.prefix_hash import NOMINAL_BYTES_PER_TOKEN, Chain
+from router.prefix_match import Match, Run, close_group, common_blocks, faded
 from state.pods import COLUMN, PodTable
 from state.prefix_log import ROUTED, LogReader, PrefixLog, pod_tag
 
@@ -37,143 +38,8 @@ _BLOCK_SIZE: Final = COLUMN["block_size"]
 
 RECORDS_PER_DRAIN: Final = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
-MOST_HEARD: Final = 256
+MAX_HEARD: Final = 256
 BLOCKS_PER_PAIR: Final = 8
-DEMAND_SECONDS: Final = 10.0
-"""Uses of a run count for this long, on average, as demand for it."""
-PLACES_KEPT: Final = 1024
-TAIL: Final = 0.5
-"""Of the time that runs stay in a cache: a run used again after more of it is used in the tail."""
-FORGIVEN: Final = 0.5
-"""Of a token written for each: the view takes pods to hold more than they do, so some of the tail is gone anyway."""
-
-
-class Run:
-    """Consecutive blocks held by the same pods."""
-
-    __slots__ = ("answered", "block_bytes", "blocks", "hashes", "holders", "key", "parent", "start", "used_at", "uses")
-
-    def __init__(self, key: bytes, parent: "Run | None", start: int, hashes: bytes, block_bytes: int) -> None:
-        self.key = key
-        self.parent = parent
-        self.start = start
-        self.hashes = hashes
-        self.blocks = len(hashes) >> 3
-        self.block_bytes = block_bytes
-        self.holders = 0
-        self.answered = 0
-        """The pods whose last prompt along here ended with this run: they have its answer too."""
-        self.uses = 0.0
-        """How often it was routed of late, as of `used_at`: fading over DEMAND_SECONDS."""
-        self.used_at = 0.0
-
-
-class Match:
-    """What a look-up found. `groups` holds (blocks matched, bitmap of slots) with the bitmaps disjoint; pods in none
-    of them have no block. `runs` are those that some pod holds, with the blocks matched up to the end of each.
-    `answers` says of a group whose length includes an answer, by its bitmap, where the answer begins."""
-
-    __slots__ = ("answers", "chain", "groups", "runs")
-
-    def __init__(
-        self, chain: Chain, groups: list[tuple[int, int]], runs: list[tuple[int, Run]], answers: dict[int, int]
-    ) -> None:
-        self.answers = answers
-        self.chain = chain
-        self.groups = groups
-        self.runs = runs
-
-    def split(self, slots: "SlotIndex") -> tuple[int, list[tuple[int, int]]]:
-        """The length that most candidates have, and the groups that have another one."""
-        groups = self.groups
-        left = slots.mask
-        common = most = 0
-        for length, bitmap in groups:
-            left ^= bitmap
-            count = bitmap.bit_count()
-            if count > most:
-                common, most = length, count
-        if not common or left.bit_count() >= most:
-            return 0, groups
-        others = [group for group in groups if group[0] != common]
-        if left:
-            others.append((0, left))
-        return common, others
-
-    def blocks(self, slots: "SlotIndex") -> list[int]:
-        """Matched blocks for each candidate, in their order."""
-        common, others = self.split(slots)
-        out = [common] * slots.count
-        for length, bitmap in others:
-            for place in slots.places(bitmap):
-                out[place] = length
-        return out
-
-
-class SlotIndex:
-    """Where the pods with given slots stand among the candidates."""
-
-    __slots__ = ("_places", "count", "mask", "positions")
-
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.count = len(slots)
-        self.positions = {1 << slot: position for position, slot in enumerate(slots)}
-        self.mask = sum(self.positions)
-        self._places: dict[int, list[int]] = {}
-
-    def places(self, bitmap: int) -> list[int]:
-        """Where the pods of a bitmap stand. The same sets of pods come again and again."""
-        found = self._places.get(bitmap)
-        if found is None:
-            if len(self._places) >= PLACES_KEPT:
-                self._places.clear()
-            found, rest = [], bitmap
-            while rest:
-                low = rest & -rest
-                found.append(self.positions[low])
-                rest ^= low
-            self._places[bitmap] = found
-        return found
-
-
-class Turnover:
-    """What comes and goes in one pod's full cache: means over as much as the cache holds, however long that takes to be
-    written. A few prompts say little of what comes back, and pods that only seem to differ draw prompts to and fro."""
-
-    __slots__ = ("room", "stay", "tail", "written")
-
-    def __init__(self) -> None:
-        self.room = 0.0
-        """Bytes that the cache holds."""
-        self.stay = inf
-        """Seconds from a run's last use to when it was dropped for want of room; infinite while nothing was."""
-        self.tail = 0.0
-        """Bytes that were used again after more than TAIL of that time."""
-        self.written = 0.0
-        """Bytes that were new."""
-
-    def drop(self, stay: float, room: float) -> None:
-        """A run is dropped so many seconds after its last use. At the first the whole cache has just been written."""
-        self.room = room
-        stay = max(stay, 0.0)
-        if self.stay < inf:
-            self.stay += 0.1 * (stay - self.stay)
-        else:
-            self.stay, self.written = stay, room
-
-    def add(self, new: int, again: int) -> float:
-        """Bytes come in that are new, and bytes are used again that were last used in the tail. Returns how many must
-        be written again for each one that is written now.
-
-        It shortens the stay of all others by its share of the cache, and the uses that come at the very end of the
-        stay come too late then. In the tail there are `tail` of them, while (1 - TAIL) of a cache is written. So there
-        is nothing to lose on a pod that keeps all it needs for long enough, nor on one where little is found anyway;
-        most of all there is where the next request more would push out what is about to be used.
-        """
-        kept = exp(-new / self.room)
-        self.written = self.written * kept + new
-        self.tail = self.tail * kept + again
-        return max(self.tail / ((1.0 - TAIL) * self.written) - FORGIVEN, 0.0)
 
 
 class PrefixIndex:
@@ -201,7 +67,7 @@ class PrefixIndex:
         self._runs: dict[bytes, Run] = {}  # by the hash of the first block, packed
         self._orders: list[OrderedDict[Run, float]] = []
         self._turnovers: list[Turnover] = []
-        self.lost: list[float] = []
+        self.recompute_per_token: list[float] = []
         """By row of the pod: tokens that must be computed again for each one that is computed there."""
         self._used: list[int] = []
         self._room: list[float] = []  # tokens
@@ -211,7 +77,7 @@ class PrefixIndex:
         self._sweep_at = 0.0
         self._uses = 0.0
         self._used_at = 0.0
-        self.heard: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_HEARD)
+        self.heard: deque[tuple[int, int, int, float]] = deque(maxlen=MAX_HEARD)
         """What other processes of this replica have routed, the newest last: the row of the pod, the bytes of the
         prompt, how many of them are new to the pod, and when."""
         self.heard_count = 0
@@ -285,7 +151,7 @@ class PrefixIndex:
             holding = left & run.holders
             if holding != left:
                 if place:
-                    _end(groups, answers, place, left ^ holding, answered, min(answer_blocks, n - place))
+                    close_group(groups, answers, place, left ^ holding, answered, min(answer_blocks, n - place))
                 left = holding
                 if not left:
                     break
@@ -295,16 +161,16 @@ class PrefixIndex:
                 runs.append((place, run))
             else:
                 answered = 0
-                place += _common_blocks(run.hashes, packed, place)
+                place += common_blocks(run.hashes, packed, place)
                 runs.append((place, run))
                 break
         if left and place:
-            _end(groups, answers, place, left, answered, min(answer_blocks, n - place))
+            close_group(groups, answers, place, left, answered, min(answer_blocks, n - place))
         return Match(chain, groups, runs, answers)
 
-    def heat(self, now: float) -> float:
+    def recent_prompts(self, now: float) -> float:
         """How many prompts were routed of late, at least 1: a run's share of them is the demand for it."""
-        return max(self._uses * exp((self._used_at - now) / DEMAND_SECONDS), 1.0)
+        return max(faded(self._uses, self._used_at, now), 1.0)
 
     def remember(self, chain: Chain, slot: int, now: float) -> None:
         """The prompt goes to the pod in row `slot`: tell everybody."""
@@ -339,7 +205,7 @@ class PrefixIndex:
             self._tags.append(0)
             self._used.append(0)
             self._room.append(0.0)
-            self.lost.append(0.0)
+            self.recompute_per_token.append(0.0)
             self._orders.append(OrderedDict())
             self._turnovers.append(Turnover())
         for slot, (generation, incarnation, tokens) in enumerate(rows.T.tolist()):
@@ -350,7 +216,7 @@ class PrefixIndex:
                 self.forget(slot)
                 self._tags[slot] = tag
                 self._turnovers[slot] = Turnover()
-                self.lost[slot] = 0.0
+                self.recompute_per_token[slot] = 0.0
             self._room[slot] = tokens if tokens > 0 else self._default_tokens
 
     def _note(self, slot: int, packed: bytes, block_bytes: int, at: float) -> int:
@@ -383,7 +249,7 @@ class PrefixIndex:
             elif run.holders & bit and run.hashes.startswith(packed[byte:]):
                 byte = size  # used in part: no reason to cut it
             else:
-                common = _common_blocks(run.hashes, packed, place)
+                common = common_blocks(run.hashes, packed, place)
                 run = self._split(run, common)
                 byte += common << 3
             if not run.holders & bit:
@@ -403,7 +269,15 @@ class PrefixIndex:
             for run in path:
                 if order.get(run, at) < before:
                     again += run.blocks
-            self.lost[slot] = turnover.add(more, again * block_bytes)
+            self.recompute_per_token[slot] = turnover.add(more, again * block_bytes)
+        self._touch(order, path, at)
+        self._evict_beyond_room(slot, order, at)
+        if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
+            self._make_room()
+        return more
+
+    def _touch(self, order: "OrderedDict[Run, float]", path: list[Run], at: float) -> None:
+        """These runs were used: the last ones go to the end of the pod's order first, and all count as demand."""
         late = at < self._used_at  # told by another replica, perhaps long after
         for run in reversed(path):
             order[run] = at if not late else max(at, order.get(run, at))
@@ -411,20 +285,20 @@ class PrefixIndex:
             since = run.used_at
             if since < at:
                 run.used_at = at
-                run.uses = run.uses * exp((since - at) / DEMAND_SECONDS) + 1.0
+                run.uses = faded(run.uses, since, at) + 1.0
             else:
                 run.uses += 1.0
         since = self._used_at
         if since < at:
             self._used_at = at
-            self._uses = self._uses * exp((since - at) / DEMAND_SECONDS) + 1.0
+            self._uses = faded(self._uses, since, at) + 1.0
         else:
             self._uses += 1.0
+
+    def _evict_beyond_room(self, slot: int, order: "OrderedDict[Run, float]", at: float) -> None:
+        """Bring the pod back to what its KV cache holds."""
         while self._used[slot] > self._room[slot] * self._bytes_per_token and order:
             self._drop_or_cut(slot, order, at)
-        if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
-            self._make_room()
-        return more
 
     def _split(self, run: Run, blocks: int) -> Run:
         """Cut a run after its first `blocks` blocks. Returns the new head; the tail keeps the identity, since what
@@ -513,30 +387,3 @@ class PrefixIndex:
                 return
             del order[run]
             self._drop(slot, run)
-
-
-def _end(
-    groups: list[tuple[int, int]], answers: dict[int, int], place: int, pods: int, answered: int, answer: int
-) -> None:
-    """The match of these pods ends here; `answered` of them hold `answer` blocks more."""
-    more = pods & answered if answer > 0 else 0
-    if more:
-        answers[more] = place
-        groups.append((place + answer, more))
-        pods ^= more
-    if pods:
-        groups.append((place, pods))
-
-
-def _common_blocks(run: bytes, packed: bytes, place: int) -> int:
-    """How many blocks of a run a prompt has from block `place` on, by bisection: a chain of hashes that is equal at
-    one block is equal at all blocks before it. The first block is known to be equal."""
-    low, high = 1, min(len(run) >> 3, (len(packed) >> 3) - place)
-    start = place << 3
-    while low < high:
-        middle = (low + high + 1) // 2
-        if run[middle * 8 - 8 : middle * 8] == packed[start + middle * 8 - 8 : start + middle * 8]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

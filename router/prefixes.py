@@ -1,14 +1,15 @@
 """Prefix knowledge as strategies use it: a request and candidates in, cached tokens per candidate out."""
 
 from collections.abc import Sequence
-from math import exp, sqrt
+from math import sqrt
 from typing import Any, Final
 
 import numpy as np
 
 from router.fleet import Candidates
 from router.prefix_hash import BLOCK_BYTES, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, block_bytes_for
-from router.prefix_index import DEMAND_SECONDS, Match, PrefixIndex, SlotIndex
+from router.prefix_index import PrefixIndex
+from router.prefix_match import Match, SlotIndex, faded
 from router.request import RoutingRequest
 from state.pods import Floats
 from state.tables import Tables
@@ -18,7 +19,7 @@ SPARE: Final = 2.0
 
 
 Shares = Sequence[tuple[list[int], float, float]]
-"""Candidates, by their places, with the prompt's uncached and scarce tokens on them."""
+"""Candidates, by their indices, with the prompt's uncached and scarce tokens on them."""
 
 
 class LookUp:
@@ -43,10 +44,10 @@ class LookUp:
         out: Floats = np.empty(slots.count)
         out.fill(prompt - self._tokens(common))
         for blocks, bitmap in others:
-            out[slots.places(bitmap)] = prompt - self._tokens(blocks)
+            out[slots.indices(bitmap)] = prompt - self._tokens(blocks)
         return out
 
-    def shares(self, index: PrefixIndex, now: float, full: int = 0) -> tuple[float, float, Shares]:
+    def uncached_and_scarce(self, index: PrefixIndex, now: float, full: int = 0) -> tuple[float, float, Shares]:
         """(uncached, scarce) of most candidates, and the candidates for which they are others. `full` are those that
         have no room for it, as a bitmap of their rows.
 
@@ -61,72 +62,72 @@ class LookUp:
         if not groups:
             return prompt, prompt, ()
         slots, block_tokens = self.slots, self.block_tokens
-        worth = self._worth(index, now, full)
+        prefix_value = self._prefix_value(index, now, full)
         most = prompt - 1.0  # an engine computes at least the last token again
         left = slots.mask
         common = pods = 0
-        usual = (0, prompt, prompt)
+        of_most = (0, prompt, prompt)
         shares: list[tuple[list[int], float, float]] = []
         for blocks, bitmap in groups:
             left ^= bitmap
             tokens = blocks * block_tokens
             uncached = prompt - (tokens if tokens < most else most)
-            if worth is None:
+            if prefix_value is None:
                 scarce = uncached
             else:
                 # What an answer saves is worth as much as the rest of the prompt, block for block.
                 begin = answers.get(bitmap, blocks)
-                scarce = worth[-1] - worth[begin]
+                scarce = prefix_value[-1] - prefix_value[begin]
                 if begin < blocks:
                     scarce *= uncached / (prompt - begin * block_tokens)
             count = bitmap.bit_count()
             if count <= pods:
-                shares.append((slots.places(bitmap), uncached, scarce))
+                shares.append((slots.indices(bitmap), uncached, scarce))
                 continue
             if common:
-                shares.append((slots.places(usual[0]), usual[1], usual[2]))
-            common, pods, usual = blocks, count, (bitmap, uncached, scarce)
+                shares.append((slots.indices(of_most[0]), of_most[1], of_most[2]))
+            common, pods, of_most = blocks, count, (bitmap, uncached, scarce)
         if not left:
-            return usual[1], usual[2], shares
-        scarce = prompt if worth is None else worth[-1]
+            return of_most[1], of_most[2], shares
+        scarce = prompt if prefix_value is None else prefix_value[-1]
         if left.bit_count() < pods:
-            shares.append((slots.places(left), prompt, scarce))
-            return usual[1], usual[2], shares
-        shares.append((slots.places(usual[0]), usual[1], usual[2]))
+            shares.append((slots.indices(left), prompt, scarce))
+            return of_most[1], of_most[2], shares
+        shares.append((slots.indices(of_most[0]), of_most[1], of_most[2]))
         return prompt, scarce, shares
 
-    def _worth(self, index: PrefixIndex, now: float, full: int) -> dict[int, float] | None:
+    def _prefix_value(self, index: PrefixIndex, now: float, full: int) -> dict[int, float] | None:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
-        worth: dict[int, float] | None = None
-        heat = 0.0
+        prefix_value: dict[int, float] | None = None
+        per_copy = 0.0
         before = 0
         for place, run in self.match.runs:
             holders = run.holders & mask
             less = 0.0
             if full and not holders & ~full:
-                uses = run.uses * exp((run.used_at - now) / DEMAND_SECONDS)
+                uses = faded(run.uses, run.used_at, now)
                 less = uses / (1.0 + uses) * (1.0 - full.bit_count() / n)
             elif holders != mask:
-                if not heat:
-                    heat = index.heat(now) / (SPARE * n)
-                wanted = run.uses / heat  # at most, since it fades
+                if not per_copy:
+                    per_copy = index.recent_prompts(now) / (SPARE * n)
+                wanted = run.uses / per_copy  # at most, since it fades
                 copies = holders.bit_count()
                 if copies < wanted:
-                    uses = run.uses * exp((run.used_at - now) / DEMAND_SECONDS)
-                    wanted = min((uses - sqrt(uses)) / heat, n)
+                    uses = faded(run.uses, run.used_at, now)
+                    wanted = min((uses - sqrt(uses)) / per_copy, n)
                     if copies < wanted:
                         less = 1.0 - (copies / wanted) ** 2
             if less > 0.0:
-                if worth is None:
-                    worth = {at: at * block_tokens for at, _ in self.match.runs}
-                    worth[-1] = float(self.prompt_tokens)
+                if prefix_value is None:
+                    prefix_value = {at: at * block_tokens for at, _ in self.match.runs}
+                    prefix_value[-1] = float(self.prompt_tokens)
                 tokens = less * (place - before) * block_tokens
-                for at in worth:
+                for at in prefix_value:
                     if at >= place or at < 0:
-                        worth[at] -= tokens
+                        prefix_value[at] -= tokens
             before = place
-        return worth
+        return prefix_value
 
     def tokens(self) -> list[float]:
         """Cached prompt tokens for each candidate, in their order."""

@@ -52,13 +52,13 @@ twentieth of the time says little of its own factor, since all errors of the oth
 _LIMIT: Final = 50.0
 FULL_USAGE: Final = 0.95
 """Of the KV cache, above which requests may wait for room in it and not for a place."""
-LEAST_PLACES: Final = 16
+MIN_REQUESTS_AT_LIMIT: Final = 16
 """Fewer requests running may be as many as before by chance."""
 FLEETS_KEPT: Final = 256
 LASTING_SAMPLES: Final = 180.0
 """Over which it shows what of a pod's difference from the others lasts: three times what metrics are means of."""
 LOAD_SECONDS: Final = 3.0
-"""Over which a pod's usual load is averaged: a few polls."""
+"""Over which a pod's smoothed load is averaged: a few polls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,32 +80,32 @@ class Speeds:
 
     __slots__ = (
         "decode",
-        "drain",
         "elsewhere",
         "flat",
         "idle_step",
+        "kv_share_per_token",
         "output_tokens",
-        "pace",
         "polled",
         "prefill_seconds",
-        "rooms",
+        "prefill_tokens_per_second",
         "sampled_at",
-        "seats",
         "sent",
+        "share_per_request",
         "slope",
-        "usual",
+        "smoothed_loads",
+        "token_interval",
     )
 
     def __init__(self) -> None:
-        self.usual: Floats
+        self.smoothed_loads: Floats
         """[2][n]: requests and tokens in flight as the ledger had them over the last LOAD_SECONDS."""
-        self.seats: Floats | None = None
+        self.share_per_request: Floats | None = None
         """1 / (requests that the pod can run at once), 0 where that is not known; None if nowhere."""
-        self.rooms: Floats | None = None
+        self.kv_share_per_token: Floats | None = None
         """1 / (prompt tokens in flight that fill the pod's KV cache), 0 where that is not known; None if nowhere."""
         self.prefill_seconds: Floats
         """Per prompt token of the mean cost."""
-        self.drain: Floats
+        self.prefill_tokens_per_second: Floats
         """Such tokens per second."""
         self.decode: Floats
         """Factor on the prior's decode rates."""
@@ -115,7 +115,7 @@ class Speeds:
         """Requests on the pod that this replica does not know of."""
         self.output_tokens = 0.0
         """Mean of a request."""
-        self.pace: Floats
+        self.token_interval: Floats
         """Seconds from token to token of late, others' prefills in between included; 0 where that is not known."""
         self.polled: list[int] = []
         """Candidates with a sample not seen before."""
@@ -193,15 +193,15 @@ class Rates:
             fleet.output_tokens = (float(lengths.sum()) + 0.5 * prior.output_tokens) / (len(lengths) + 0.5)
         factor, decode = fleet.factors(now)
         out.prefill_seconds = factor * prior.prefill_token_seconds
-        out.drain = 1.0 / out.prefill_seconds
+        out.prefill_tokens_per_second = 1.0 / out.prefill_seconds
         out.decode = decode
         out.flat, out.slope = fleet.attention.flat, fleet.attention.slope
         out.sent = fleet.sent
         out.output_tokens = fleet.output_tokens
-        if fleet.crowded:
-            out.seats = fleet.seats
-        out.rooms = fleet.rooms
-        out.usual = fleet.average(candidates.loads()[:2], now)
+        if fleet.limits_seen:
+            out.share_per_request = fleet.share_per_request
+        out.kv_share_per_token = fleet.kv_share_per_token
+        out.smoothed_loads = fleet.average(candidates.loads()[:2], now)
         out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
         self._elsewhere(out, candidates, sampled, now)
         return out
@@ -227,12 +227,12 @@ class Rates:
         """What engines count beyond what the ledger had in flight there (this replica's requests, and with Redis the
         other replicas'): other gateways', or direct traffic."""
         counted = candidates.metric("running") + candidates.metric("waiting")
-        extra = np.maximum(counted - candidates.metric("own_requests_at_sample"), 0.0)
+        extra = np.maximum(counted - candidates.metric("tracked_requests_at_sample"), 0.0)
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0
         out.elsewhere = extra
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
-        out.pace = np.nan_to_num(candidates.metric("itl_mean_seconds"))
-        out.pace[now - sampled > STALE_SECONDS] = 0.0
+        out.token_interval = np.nan_to_num(candidates.metric("itl_mean_seconds"))
+        out.token_interval[now - sampled > STALE_SECONDS] = 0.0
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
 
 
@@ -244,44 +244,44 @@ class _Fleet:
         "_decode",
         "_full",
         "_lasting",
+        "_max_requests",
         "_most",
-        "_places",
         "_pods",
         "_prefill",
         "_queued",
+        "_smoothed_at",
+        "_smoothed_loads",
         "_sums",
-        "_usual",
-        "_usual_at",
         "_watched",
         "_young",
         "attention",
-        "crowded",
+        "kv_share_per_token",
+        "limits_seen",
         "output_tokens",
-        "rooms",
         "sampled_at",
-        "seats",
         "sent",
+        "share_per_request",
         "spread",
     )
 
     def __init__(self, pods: list[_Pod], prior: Prior) -> None:
         self._pods = pods
         self.sampled_at: Floats = np.zeros(len(pods))
-        self.seats: Floats = np.zeros(len(pods))
-        self.crowded = False
-        self.rooms: Floats | None = None
+        self.share_per_request: Floats = np.zeros(len(pods))
+        self.limits_seen = False
+        self.kv_share_per_token: Floats | None = None
         self.spread = 1.0
         self._queued: Floats = np.zeros(len(pods))
         self._full: Floats = np.zeros(len(pods))
-        self._places: Floats = np.zeros(len(pods))
+        self._max_requests: Floats = np.zeros(len(pods))
         self._most: Floats = np.zeros(len(pods))
         self.output_tokens = prior.output_tokens
         self._young = max((pod.seen for pod in pods), default=0.0)
         self._sums: Floats = np.array([pod.sums for pod in pods], float).T.copy()
         self._prefill: Floats | None = None
         self._decode: Floats = np.zeros(0)
-        self._usual: Floats | None = None
-        self._usual_at = 0.0
+        self._smoothed_loads: Floats | None = None
+        self._smoothed_at = 0.0
         self.attention = Attention(len(pods))
         self.sent = [pod.sent for pod in pods]
         # Of the logarithms of prefill factors: how far each pod is off the mean, and by how much that varies.
@@ -301,7 +301,7 @@ class _Fleet:
     def measure_room(self, polled: list[int], candidates: Candidates) -> None:
         """See how many requests and tokens the pods can take at once.
 
-        Places show where requests wait in polls one after the other and the same number runs. Where that is not for
+        A limit shows where requests wait in polls one after the other and the same number runs. Where that is not for
         want of room in the KV cache it is the engine's limit, which is remembered, and expected of pods that were never
         seen at theirs too. Room in the KV cache is known; how much of it a prompt token takes is learnt where nobody
         waits: less than its own where prompts share blocks, more for the answers.
@@ -310,38 +310,41 @@ class _Fleet:
         capacity = candidates.metric("num_gpu_blocks") * candidates.metric("block_size")
         usage = candidates.metric("kv_usage")
         used = usage * capacity
-        tokens = candidates.metric("own_tokens_at_sample")
+        tokens = candidates.metric("tracked_tokens_at_sample")
         for i in polled:
             runs = float(running[i])
             queued = runs if waiting[i] > 0 else 0.0
-            stands = queued >= LEAST_PLACES and queued == self._queued[i]
+            stands = queued >= MIN_REQUESTS_AT_LIMIT and queued == self._queued[i]
             self._full[i] = queued if stands else 0.0
             self._queued[i] = queued
             self._most[i] = max(self._most[i], runs)
             if stands and not usage[i] > FULL_USAGE:
-                self._places[i] = runs
-            elif runs > self._places[i]:
-                self._places[i] = 0.0
+                self._max_requests[i] = runs
+            elif runs > self._max_requests[i]:
+                self._max_requests[i] = 0.0
             if waiting[i] == 0 and tokens[i] > 0 and used[i] > 0:
                 self.spread += 0.1 * min(used[i] / tokens[i], 2.0) - 0.1 * self.spread
-        usual = float(self._places.max())
-        places = np.where(self._places > 0, self._places, np.where(self._most <= usual, usual, 0.0))
-        places = np.where(self._full > 0, self._full, places)
-        self.crowded = bool(places.any())
-        self.seats = np.where(places > 0, 1.0 / np.maximum(places, 1.0), 0.0)
+        largest = float(self._max_requests.max())
+        expected = np.where(self._most <= largest, largest, 0.0)
+        limits = np.where(self._max_requests > 0, self._max_requests, expected)
+        limits = np.where(self._full > 0, self._full, limits)
+        self.limits_seen = bool(limits.any())
+        self.share_per_request = np.where(limits > 0, 1.0 / np.maximum(limits, 1.0), 0.0)
         known = capacity > 0
         if known.any():
-            self.rooms = np.where(known, self.spread / np.where(known, capacity, 1.0), 0.0)
+            self.kv_share_per_token = np.where(known, self.spread / np.where(known, capacity, 1.0), 0.0)
 
     def average(self, loads: Ints, now: float) -> Floats:
         """Take in what the load is now."""
-        usual: Floats
-        if self._usual is None:
-            usual = loads.astype(float)
+        smoothed: Floats
+        if self._smoothed_loads is None:
+            smoothed = loads.astype(float)
         else:
-            usual = self._usual + (1.0 - exp((self._usual_at - now) / LOAD_SECONDS)) * (loads - self._usual)
-        self._usual, self._usual_at = usual, now
-        return usual
+            smoothed = self._smoothed_loads + (1.0 - exp((self._smoothed_at - now) / LOAD_SECONDS)) * (
+                loads - self._smoothed_loads
+            )
+        self._smoothed_loads, self._smoothed_at = smoothed, now
+        return smoothed
 
     def _what_lasts(self, prefill: Floats) -> Floats:
         """Prefill factors, each off their mean for the share of its distance that lasts: square of the mean distance /
@@ -383,8 +386,8 @@ _USED: Final = (
     "prefill_mean_seconds",
     "prompt_tokens_mean",
     "generation_tokens_mean",
-    "own_requests_at_sample",
-    "own_tokens_at_sample",
+    "tracked_requests_at_sample",
+    "tracked_tokens_at_sample",
 )
 
 
@@ -402,8 +405,8 @@ def _solve(sums: Floats) -> Floats:
     decode, prefill = _two(dd_fleet, dp, pp_fleet, d + (dd_fleet - dd) * both, p + (pp_fleet - pp) * both)
     # The fleet's equations, at the weight of FLEET_SAMPLES of a pod's own, come to those of each pod.
     own = sums[5]
-    usual = (sums[0] + sums[2] + 1e-9) / np.maximum(own, 1e-9)
-    share = FLEET_SAMPLES / (dd + pp) * np.where(own > 0.1, usual, (dd + pp) / samples)
+    mean = (sums[0] + sums[2] + 1e-9) / np.maximum(own, 1e-9)
+    share = FLEET_SAMPLES / (dd + pp) * np.where(own > 0.1, mean, (dd + pp) / samples)
     ddf, dpf, ppf = dd_fleet * share, dp * share, pp_fleet * share
     result: Floats = np.array(
         _two(
@@ -438,8 +441,8 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
     computed = _known(row["computed_prompt_tokens_per_second"], row["prompt_tokens_per_second"] * (1.0 - hit))
     computed = max(_known(computed, 0.0), 0.0)
     # The requests in flight are those that are being computed; what has finished may have been others.
-    mine = row["own_requests_at_sample"]
-    prompt = row["own_tokens_at_sample"] / mine if mine > 0 else _known(row["prompt_tokens_mean"], 1000.0)
+    tracked = row["tracked_requests_at_sample"]
+    prompt = row["tracked_tokens_at_sample"] / tracked if tracked > 0 else _known(row["prompt_tokens_mean"], 1000.0)
     context = prompt + _known(row["generation_tokens_mean"], 200.0) / 2
     per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
     steps = row["steps_per_second"]

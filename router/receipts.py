@@ -10,9 +10,9 @@ from router.fleet import Candidates
 from router.request import RoutingRequest
 from router.strategies.base import Scoring, Strategy
 
-MOST_CANDIDATES: Final = 16
+MAX_CANDIDATES: Final = 16
 """The best so many are listed; a receipt is 4 KB at most, unless pods have long names."""
-LONGEST_TEXT: Final = 128
+MAX_TEXT_LENGTH: Final = 128
 
 
 class Receipt:
@@ -40,8 +40,8 @@ class Receipt:
         matched = [round(tokens) for tokens in request.prefix.tokens()] if request.prefix is not None else None
         listed = sorted(range(len(candidates)), key=lambda i: (i != index, scores[i] is None, scores[i] or 0.0, i))
         rows: list[dict[str, Any]] = []
-        for i in listed[:MOST_CANDIDATES]:
-            row: dict[str, Any] = {"pod": candidates.pods[i].name[:LONGEST_TEXT], "requests": requests[i]}
+        for i in listed[:MAX_CANDIDATES]:
+            row: dict[str, Any] = {"pod": candidates.pods[i].name[:MAX_TEXT_LENGTH], "requests": requests[i]}
             score = scores[i]
             if score is not None:
                 row["score"] = float(f"{score:.6g}")
@@ -51,9 +51,9 @@ class Receipt:
                 row["matched_tokens"] = matched[i]
             rows.append(row)
         self.document: dict[str, Any] = {
-            "strategy": value[:LONGEST_TEXT],
-            "model": request.model[:LONGEST_TEXT],
-            "pod": candidates.pods[index].name[:LONGEST_TEXT],
+            "strategy": value[:MAX_TEXT_LENGTH],
+            "model": request.model[:MAX_TEXT_LENGTH],
+            "pod": candidates.pods[index].name[:MAX_TEXT_LENGTH],
             "prompt_tokens": request.prompt_tokens,
             "candidates": rows,
             "of": len(candidates),

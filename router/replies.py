@@ -19,8 +19,10 @@ from protos.ext_proc_pb2 import (
     ProcessingMode,
     ProcessingResponse,
 )
+from router.errors import Header
 
-Header = tuple[str, bytes]
+Reply = bytes | tuple[bytes, ...] | None
+"""What one message is answered with: a message, several, or none."""
 
 TARGET_POD: Final = "target-pod"
 """The pod's ip:port in a request (Envoy's ORIGINAL_DST reads it), its name in a response. AIBrix's header."""
@@ -44,7 +46,7 @@ DESTINATION_HEADERS: Final = (TARGET_POD, ENDPOINT, "model")
 CHUNK_BYTES: Final = 62_000
 """Largest piece of a body given back in full duplex mode: some Envoys refuse more than 64 KiB."""
 
-MOST_TOKENS: Final = 99_999_999
+MAX_TOKENS: Final = 99_999_999
 """The largest number of tokens that a ticket can say."""
 _DIGITS: Final = [b"%04d" % number for number in range(10_000)]
 """Half of them each: a look-up costs a tenth of what formatting does."""
@@ -196,7 +198,7 @@ class RoutedReplies:
 
     def request_body(self, request_id: bytes, tokens: int) -> bytes:
         """The reply that routes: to the request body, or in full duplex mode to the headers held back until now.
-        `tokens` are MOST_TOKENS at most."""
+        `tokens` are MAX_TOKENS at most."""
         return self._body.fill(request_id, _DIGITS[tokens // 10_000] + _DIGITS[tokens % 10_000])
 
     def response_headers(self, request_id: bytes, status: bytes) -> bytes:
@@ -314,7 +316,7 @@ def unrouted_response_headers(request_id: bytes, status: bytes) -> bytes:
     return response_headers(response_pairs(request_id, status), clear_route_cache=True)
 
 
-def streamed_body(body: bytes, *, request: bool, end: bool) -> tuple[bytes, ...]:
+def streamed_body(body: bytes, *, request: bool, end_of_stream: bool) -> tuple[bytes, ...]:
     """A body given back piece by piece, as full duplex mode wants it."""
     replies = []
     for start in range(0, max(len(body), 1), CHUNK_BYTES):
@@ -322,7 +324,7 @@ def streamed_body(body: bytes, *, request: bool, end: bool) -> tuple[bytes, ...]
         common: CommonResponse = (reply.request_body if request else reply.response_body).response
         piece = common.body_mutation.streamed_response
         piece.body = body[start : start + CHUNK_BYTES]
-        piece.end_of_stream = end and start + CHUNK_BYTES >= len(body)
+        piece.end_of_stream = end_of_stream and start + CHUNK_BYTES >= len(body)
         replies.append(reply.SerializeToString())
     return tuple(replies)
 

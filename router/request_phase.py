@@ -15,17 +15,16 @@ from router.bodies import Body, read_request, strip_query, takes_body, upstream_
 from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, no_body, unknown_path
 from router.fleet import Candidates
 from router.limits import Grant
-from router.modes import UNKNOWN_MODES, Peer
+from router.modes import UNKNOWN_MODES, EnvoyPeer
 from router.policy import NO_POLICY, Policy
 from router.profiles import effective_strategy
-from router.replies import Destination
+from router.replies import Destination, Reply
 from router.request import RoutingRequest
 from router.response import Response, Served
 from router.rules import Rules
 from router.scheduler import Decision, Scheduler
 from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
 
-Reply = bytes | tuple[bytes, ...] | None
 Awaited = TypeVar("Awaited")
 
 EXPLAIN: Final = "x-pointsman-explain"
@@ -37,7 +36,28 @@ _WITHOUT_USAGE: Final = frozenset({"media", "audio"})
 
 
 class RequestPhase:
-    """`max_body_bytes` bounds what is collected of a body that comes in pieces."""
+    """The request half of `Exchange`: admission, the request's headers, body and trailers, rules, decision, refusals.
+    It declares all state of a stream, that of the response half too, and is never used alone. `max_body_bytes` bounds
+    what is collected of a body that comes in pieces.
+
+    attribute           set                                             read
+    _modes              first message: how this Envoy is set up         in every phase
+    _headers            first message, request headers                  admission, the decision; None: no message yet
+    _request_id         first message, or from `traceparent`            every reply that tells it, the response
+    _grant              admission                                       the decision, limits, usage of the response
+    _headers_deferred   request headers, in full duplex                 the decision: one reply for headers and body
+    _body, _body_bytes  request body, piece by piece                    routing, when the body is complete
+    _request_handled    routed, refused, or a response came first       request body and trailers: nothing to decide
+    _decision           the decision; None again once abandoned         response, `late`, settling
+    _served             the decision, if the response will be seen      response, `close`, settling
+    _refused            refused, or only explained                      response: Envoy's own reply passes as it is
+    _response           first message of the response                   all others of the response, `close`, `late`
+    _closed             the stream has ended                            the decision: nobody is there any more
+    _settled            charge given back and counted, or left to the   settling: once
+                        access log
+    finished            nothing more is to be said on this stream       the transport: ends it; `late`
+    idle                no reply is due that the client would miss      the transport: may end it when it drains
+    """
 
     __slots__ = (
         "_body",
@@ -46,19 +66,19 @@ class RequestPhase:
         "_decision",
         "_grant",
         "_headers",
-        "_held_back",
+        "_headers_deferred",
         "_max_body_bytes",
         "_modes",
         "_new_request_id",
-        "_over",
         "_peer",
         "_policy",
         "_refused",
-        "_request_done",
+        "_request_handled",
         "_request_id",
         "_response",
         "_scheduler",
         "_served",
+        "_settled",
         "finished",
         "idle",
     )
@@ -66,7 +86,7 @@ class RequestPhase:
     def __init__(
         self,
         scheduler: Scheduler,
-        peer: Peer,
+        peer: EnvoyPeer,
         new_request_id: Callable[[], bytes],
         max_body_bytes: int,
         policy: Policy = NO_POLICY,
@@ -83,19 +103,19 @@ class RequestPhase:
         self._body_bytes = 0
         self._decision: Decision | None = None
         self._served: Served | None = None
-        self._request_done = False
+        self._request_handled = False
         self._refused = False
         self._modes = UNKNOWN_MODES
-        self._held_back = False
+        self._headers_deferred = False
         self._closed = False
         self._response: Response | None = None
-        self._over = False
+        self._settled = False
         self.finished = False
         self.idle = False
 
     # -- headers
 
-    def _on_request_headers(self, found: dict[str, bytes], over: bool) -> Reply | Awaitable[Reply]:
+    def _on_request_headers(self, found: dict[str, bytes], end_of_stream: bool) -> Reply | Awaitable[Reply]:
         seen = self._headers
         assert seen is not None
         seen.update(found)
@@ -104,9 +124,10 @@ class RequestPhase:
             if len(parts) == 4 and _TRACE_ID.fullmatch(parts[1]):
                 self._request_id = parts[1]
         gate = self._policy.gate
-        if ((gate is not None and gate.needed) or "user" in found) and self._grant is None and not self._request_done:
-            return self._admit(partial(self._after_admission, over))
-        return self._after_admission(over)
+        needed = (gate is not None and gate.needed) or "user" in found
+        if needed and self._grant is None and not self._request_handled:
+            return self._admit(partial(self._after_admission, end_of_stream))
+        return self._after_admission(end_of_stream)
 
     def _admit(self, then: Callable[[], Reply | Awaitable[Reply]]) -> Reply | Awaitable[Reply]:
         """Ask who this is and whether they may, then go on."""
@@ -126,19 +147,19 @@ class RequestPhase:
         self._grant = grant
         return then()
 
-    def _after_admission(self, over: bool) -> Reply:
+    def _after_admission(self, end_of_stream: bool) -> Reply:
         modes = self._modes
-        if over:
+        if end_of_stream:
             # Nothing to route: it passes as it is, but without a destination of the client's choosing.
             self._check_bodyless()
-            self._request_done = True
+            self._request_handled = True
             self.idle = True
-            self.finished = self._peer.by_log and not modes.duplex_response
+            self.finished = not self._peer.held and not modes.duplex_response
             return replies.REQUEST_HEADERS
-        if modes.duplex_request and not self._request_done:
-            self._held_back = True
+        if modes.duplex_request and not self._request_handled:
+            self._headers_deferred = True
             return None
-        if self._watches and modes.buffered:
+        if self._needs_response and modes.buffered:
             return replies.REQUEST_HEADERS_WATCH
         return modes.ask_for_body or replies.REQUEST_HEADERS
 
@@ -154,57 +175,59 @@ class RequestPhase:
             raise unknown_path()
 
     @property
-    def _watches(self) -> bool:
+    def _needs_response(self) -> bool:
         """Whether the response of a request that ends by access log must be seen all the same."""
         grant = self._grant
-        return self._peer.by_log and (self._policy.usage_metrics or (grant is not None and grant.limited))
+        return not self._peer.held and (self._policy.usage_metrics or (grant is not None and grant.limited))
 
-    def _on_request_body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
+    def _on_request_body(self, piece: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         modes = self._modes
-        if self._request_done:
+        if self._request_handled:
             if modes.duplex_request:
-                return replies.streamed_body(piece, request=True, end=over)
+                return replies.streamed_body(piece, request=True, end_of_stream=end_of_stream)
             return replies.REQUEST_BODY
         # What Envoy buffers it sends once. When trailers follow that is not marked as the end.
-        end = over or modes.buffered
-        if end and self._body is None:
-            return self._route(piece, end=over)
+        body_complete = end_of_stream or modes.buffered
+        if body_complete and self._body is None:
+            return self._route(piece, end_of_stream=end_of_stream)
         self._body_bytes += len(piece)
         if self._body_bytes > self._max_body_bytes:
             raise body_too_large(self._max_body_bytes)
         if self._body is None:
             self._body = []
         self._body.append(piece)
-        if end:
-            return self._route(b"".join(self._body), end=over)
+        if body_complete:
+            return self._route(b"".join(self._body), end_of_stream=end_of_stream)
         return None if modes.duplex_request else replies.REQUEST_BODY
 
     def _on_request_trailers(self) -> Reply | Awaitable[Reply]:
-        if self._request_done:
+        if self._request_handled:
             return replies.REQUEST_TRAILERS
         body = self._body
         if body is None or not self._modes.duplex_request:
             # Either nothing to route by, or a body that was streamed to the pod already.
             if body is None and self._peer.destination is Destination.OVERRIDE_HOST:
                 self._check_bodyless()
-            self._request_done = True
+            self._request_handled = True
             self._body = None
             self.idle = True
-            return (replies.REQUEST_HEADERS, replies.REQUEST_TRAILERS) if self._held_back else replies.REQUEST_TRAILERS
-        routed = self._route(b"".join(body), end=False)
+            if self._headers_deferred:
+                return (replies.REQUEST_HEADERS, replies.REQUEST_TRAILERS)
+            return replies.REQUEST_TRAILERS
+        routed = self._route(b"".join(body), end_of_stream=False)
         return _with_trailers(routed) if isinstance(routed, bytes | tuple | None) else _trailers_later(routed)
 
-    def _route(self, body: bytes, *, end: bool = True) -> Reply | Awaitable[Reply]:
+    def _route(self, body: bytes, *, end_of_stream: bool = True) -> Reply | Awaitable[Reply]:
         """The whole body is here: read it."""
-        self._request_done = True
+        self._request_handled = True
         self._body = None
         gate = self._policy.gate
         if self._grant is None and gate is not None and gate.needed:
             # An Envoy that sends no headers: nobody in particular, if that will do.
-            return self._admit(partial(self._read, body, end))
-        return self._read(body, end)
+            return self._admit(partial(self._read, body, end_of_stream))
+        return self._read(body, end_of_stream)
 
-    def _read(self, body: bytes, end: bool) -> Reply | Awaitable[Reply]:
+    def _read(self, body: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         if len(body) > self._max_body_bytes:
             raise body_too_large(self._max_body_bytes)
         headers = self._headers
@@ -220,11 +243,13 @@ class RequestPhase:
         if "routing-strategy" in headers:
             strategy = headers["routing-strategy"].decode("utf-8", "replace").strip()
         if rules is not None:
-            return self._by_rules(rules, strategy, parsed, candidates, body, end)
-        return self._choose(strategy or scheduler.default_strategy, parsed, candidates, started, b"", body, end)
+            return self._by_rules(rules, strategy, parsed, candidates, body, end_of_stream)
+        return self._choose(
+            strategy or scheduler.default_strategy, parsed, candidates, started, b"", body, end_of_stream
+        )
 
     def _by_rules(
-        self, rules: Rules, strategy: str, parsed: Body, candidates: Candidates, body: bytes, end: bool
+        self, rules: Rules, strategy: str, parsed: Body, candidates: Candidates, body: bytes, end_of_stream: bool
     ) -> Reply | Awaitable[Reply]:
         """Of a model that has rules: its profile, strategy and engine, and its requests per second."""
         headers = self._headers
@@ -243,15 +268,17 @@ class RequestPhase:
             per_second = profile.requests_per_second if profile is not None else 0
         if strategy:
             scheduler.strategy(strategy)
-        more = b""
+        extra_mutations = b""
         new_path = None
         if rules.engine:
             path = headers.get(":path", b"").decode("utf-8", "replace")
             new_path = upstream_path(strip_query(path), rules.engine)
         if new_path is not None:
-            more = replies.request_body_more(((":path", new_path.encode()),), duplex=self._held_back)
+            extra_mutations = replies.request_body_more(((":path", new_path.encode()),), duplex=self._headers_deferred)
         gate = self._policy.gate
-        choose = partial(self._choose, strategy, parsed, candidates, None, more, body, end, profile_name)
+        choose = partial(
+            self._choose, strategy, parsed, candidates, None, extra_mutations, body, end_of_stream, profile_name
+        )
         if gate is None or per_second <= 0:
             return choose()
         answer = gate.admit_model(parsed.model, per_second)
@@ -276,9 +303,9 @@ class RequestPhase:
         parsed: Body,
         candidates: Candidates,
         started: float | None,
-        more: bytes,
+        extra_mutations: bytes,
         body: bytes,
-        end: bool,
+        end_of_stream: bool,
         profile_name: str = "",
     ) -> Reply:
         """Decide, and say so."""
@@ -287,14 +314,13 @@ class RequestPhase:
         headers = self._headers
         assert headers is not None
         modes, peer, scheduler = self._modes, self._peer, self._scheduler
-        by_log = peer.by_log
-        duplex = self._held_back
+        duplex = self._headers_deferred
         grant = self._grant
         request = RoutingRequest(parsed.model, parsed.approximate_tokens, parsed.max_tokens, parsed.routing_text)
         if grant is not None:
             request.user = grant.user
         if not strategy:
-            return self._leave_to_envoy(parsed, more, body, end, profile_name)
+            return self._leave_to_envoy(parsed, extra_mutations, body, end_of_stream, profile_name)
         explain = False
         if _any_of(_RARE, headers):
             scheduler.strategy(strategy)  # that it is none comes before that a filter leaves nobody
@@ -303,18 +329,26 @@ class RequestPhase:
             if explain and headers[EXPLAIN].strip().lower() == b"only":
                 return self._explained(scheduler.explain(request, strategy, candidates).text())
         decision = self._decision = scheduler.decide(
-            request, strategy, peer.destination, not by_log, duplex, candidates, started, explain, len(self._request_id)
+            request,
+            strategy,
+            candidates,
+            destination=peer.destination,
+            held=peer.held,
+            duplex=duplex,
+            started=started,
+            explain=explain,
+            id_bytes=len(self._request_id),
         )
         self.idle = not (modes.duplex_request or modes.duplex_response)
         extra: tuple[tuple[str, str], ...] = ()
         if profile_name or explain or request.notes is not None:
             extra = _extra_headers(profile_name, request.notes, decision)
-        if by_log:
-            watches = self._watches
+        if not peer.held:
+            needs_response = self._needs_response
             if extra:
-                more += replies.for_the_response(extra)
-            self.finished = not modes.duplex_response and not watches
-            if watches or modes.duplex_response:
+                extra_mutations += replies.for_the_response(extra)
+            self.finished = not modes.duplex_response and not needs_response
+            if needs_response or modes.duplex_response:
                 self._serve(parsed, ())
         else:
             self._serve(parsed, extra)
@@ -322,9 +356,9 @@ class RequestPhase:
         if not modes.known and not self._body_bytes:
             # AIBrix sets it. An Envoy that says how it is set up does not need it: the body is not changed.
             reply += replies.content_length(len(body))
-        if more or decision.endpoints:
-            reply += decision.endpoints + more
-        return self._with_body(reply, body, end) if modes.duplex_request else reply
+        if extra_mutations or decision.endpoints:
+            reply += decision.endpoints + extra_mutations
+        return self._with_body(reply, body, end_of_stream) if modes.duplex_request else reply
 
     def _by_headers(self, headers: dict[str, bytes], request: RoutingRequest, candidates: Candidates) -> Candidates:
         """What few requests say of where they want to go. Raises RequestError."""
@@ -346,22 +380,24 @@ class RequestPhase:
             options = parsed.json.get("stream_options")
             served.continuous = type(options) is dict and options.get("continuous_usage_stats") is True
 
-    def _leave_to_envoy(self, parsed: Body, more: bytes, body: bytes, end: bool, profile_name: str) -> Reply:
+    def _leave_to_envoy(
+        self, parsed: Body, extra_mutations: bytes, body: bytes, end_of_stream: bool, profile_name: str
+    ) -> Reply:
         """Nobody has named a strategy: Envoy finds the model's service by the `model` header."""
-        duplex = self._held_back
+        duplex = self._headers_deferred
         self.idle = not (self._modes.duplex_request or self._modes.duplex_response)
-        self.finished = self._peer.by_log and not self._modes.duplex_response and not self._watches
+        self.finished = not self._peer.held and not self._modes.duplex_response and not self._needs_response
         self._serve(parsed, (("x-aibrix-config-profile", profile_name),) if profile_name else ())
         reply = replies.request_body_more((("model", parsed.model.encode()),), duplex=duplex)
         if duplex:
             reply = replies.REQUEST_HEADERS + reply
-        return self._with_body(reply + more, body, end)
+        return self._with_body(reply + extra_mutations, body, end_of_stream)
 
-    def _with_body(self, reply: bytes, body: bytes, end: bool) -> Reply:
+    def _with_body(self, reply: bytes, body: bytes, end_of_stream: bool) -> Reply:
         if not self._modes.duplex_request:
             return reply
-        pieces = replies.streamed_body(body, request=True, end=end)
-        if self._held_back:
+        pieces = replies.streamed_body(body, request=True, end_of_stream=end_of_stream)
+        if self._headers_deferred:
             return (reply, *pieces)
         # An Envoy that sends no headers: the mutation goes with the first piece (two messages after each other are
         # one with the fields of both).
@@ -384,7 +420,7 @@ class RequestPhase:
         return replies.immediate(200, (), text.encode(), "explained")
 
     def _refuse(self, error: RequestError) -> bytes:
-        self._request_done = True
+        self._request_handled = True
         self._refused = True
         self._body = None
         self.idle = True

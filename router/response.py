@@ -27,18 +27,16 @@ import orjson
 
 from protos.ext_proc_pb2 import ProcessingMode
 from router import replies
-from router.errors import INVALID_API_KEY, WRONG_KEY, RequestError
+from router.errors import INVALID_API_KEY, WRONG_KEY, Header, RequestError
 from router.limits import Grant, Totals
 from router.modes import Modes
 from router.policy import Policy
-from router.replies import TARGET_POD_IP, Header
+from router.replies import TARGET_POD_IP, Reply
 from router.retries import answered_after_retries
 from router.scheduler import Decision, Scheduler
-from router.upstream_errors import MOST_BYTES, Normalised, disguised, normalise, without_words
+from router.upstream_errors import MAX_BYTES, Normalised, disguised, normalise, without_words
 from router.usage import PARSED_WHOLE, SseUsage, Usage, read_end, read_reply
 from state.ledger import Charge
-
-Reply = bytes | tuple[bytes, ...] | None
 
 SMALL_BODY_BYTES: Final = 32 << 10
 """What any Envoy buffers: the smallest limit met is Envoy Gateway's default."""
@@ -74,24 +72,24 @@ class Response:
 
     __slots__ = (
         "_answered",
+        "_body_in_one_message",
         "_decision",
+        "_error_body",
         "_events",
         "_expects_body",
-        "_held",
-        "_in_one",
-        "_json",
-        "_large",
+        "_json_body",
+        "_json_truncated",
         "_length",
         "_modes",
-        "_passes",
+        "_pass_through",
         "_policy",
         "_request_id",
         "_scheduler",
         "_served",
         "_sse",
         "_status",
+        "done",
         "finished",
-        "over",
         "status",
     )
 
@@ -114,21 +112,21 @@ class Response:
         self._answered: Charge | None = None
         """In the name of the pod that answered, where that is not the one first chosen."""
         self._served = served
-        self._passes = refused
+        self._pass_through = refused
         self._status = b""
-        self._held: bytearray | None = None
+        self._error_body: bytearray | None = None
         self._sse: SseUsage | None = None
         self._events = 0
         """Of the stream that has ended."""
-        self._json: bytearray | None = None
-        self._large = False
+        self._json_body: bytearray | None = None
+        self._json_truncated = False
         self._length = -1
         self._expects_body = modes.response_body_comes
-        self._in_one = modes.known and modes.response_mode == _BUFFERED
+        self._body_in_one_message = modes.known and modes.response_mode == _BUFFERED
         """The body comes in one message, which is not marked as the end when trailers follow."""
         self.status = 0
         """What the client gets, as far as that is known; 0 before the headers."""
-        self.over = False
+        self.done = False
         """The request is done with: its charge can be given back."""
         self.finished = False
         """Nothing more needs to be said on this stream."""
@@ -141,11 +139,11 @@ class Response:
     @property
     def holds_back(self) -> bool:
         """Whether the client would miss something if the stream ended now."""
-        return bool(self._held) or (self._modes.duplex_response and not self.over)
+        return bool(self._error_body) or (self._modes.duplex_response and not self.done)
 
     # -- headers
 
-    def headers(self, found: dict[str, bytes], over: bool) -> Reply:
+    def headers(self, found: dict[str, bytes], end_of_stream: bool) -> Reply:
         """The reply to the response headers."""
         if self.status:
             return replies.response_headers(())  # a second time: nothing is said twice
@@ -153,7 +151,7 @@ class Response:
         if status and not (len(status) == 3 and status.isdigit() and b"100" <= status < b"600"):
             self.status = 500
             self._status = b""
-            return self._instead(_internal_error())
+            return self._immediate(_internal_error())
         code = self.status = int(status) if status else 200
         decision = self._decision
         if decision is not None and decision.tried and TARGET_POD_IP in found:
@@ -164,18 +162,18 @@ class Response:
         served = self._served
         if served is not None and served.extra:
             reply += replies.response_headers(served.extra)
-        if over:
-            if code in _REPLACED and not self._passes:
-                return self._instead(_REPLACED[code]())
+        if end_of_stream:
+            if code in _REPLACED and not self._pass_through:
+                return self._immediate(_REPLACED[code]())
             self._end()
             return reply
-        if not self._passes and found.get("content-encoding", b"identity") != b"identity":
-            self._passes = True
+        if not self._pass_through and found.get("content-encoding", b"identity") != b"identity":
+            self._pass_through = True
             if code < 400 and served is not None and served.tells_usage and self._usage_is_wanted(served):
                 self._count(None)
         length = found.get("content-length", b"")
         self._length = int(length) if length.isdigit() and len(length) < 16 else -1
-        if not self._passes:
+        if not self._pass_through:
             if code >= 400:
                 return reply + self._prepare_error(found.get("content-type", b""))
             if served is not None and served.tells_usage and self._usage_is_wanted(served):
@@ -205,25 +203,25 @@ class Response:
     def _prepare_error(self, content_type: bytes) -> bytes:
         modes = self._modes
         if not modes.known:
-            self._held = bytearray()
+            self._error_body = bytearray()
             return b""
         small = self._length <= SMALL_BODY_BYTES
         if not modes.response_body_comes:
             if not small:
                 return b""
-            self._held = bytearray()
-            self._in_one = True
+            self._error_body = bytearray()
+            self._body_in_one_message = True
             return replies.RESPONSE_BODY_MODE[_BUFFERED]
-        self._held = bytearray()
+        self._error_body = bytearray()
         if not modes.response_flows:
             return b""
         set_type: tuple[Header, ...] = ()
         if not content_type.startswith(_JSON):
             set_type = (("content-type", _JSON),)
-        more = replies.response_headers(set_type, remove=("content-length",))
+        extra_mutations = replies.response_headers(set_type, remove=("content-length",))
         if small and self._length >= 0 and not modes.duplex_response:
-            more += replies.RESPONSE_BODY_MODE[_BUFFERED]
-        return more
+            extra_mutations += replies.RESPONSE_BODY_MODE[_BUFFERED]
+        return extra_mutations
 
     def _usage_is_wanted(self, served: Served) -> bool:
         grant = served.grant
@@ -235,7 +233,7 @@ class Response:
         if sse:
             self._sse = SseUsage()
         else:
-            self._json = bytearray()
+            self._json_body = bytearray()
         if not modes.known or modes.duplex_response:
             return b""
         if not sse and 0 <= self._length <= SMALL_BODY_BYTES:
@@ -253,58 +251,60 @@ class Response:
 
     # -- body
 
-    def body(self, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
+    def body(self, piece: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         """The reply to a piece of the response's body."""
         self._expects_body = True
-        if not self.over:
-            if self._held is not None:
-                return self._error_piece(self._held, piece, over)
+        if not self.done:
+            if self._error_body is not None:
+                return self._error_piece(self._error_body, piece, end_of_stream)
             if self._sse is not None:
-                return self._sse_piece(self._sse, piece, over)
-            if self._json is not None:
-                return self._json_piece(self._json, piece, over)
-        if over:
+                return self._sse_piece(self._sse, piece, end_of_stream)
+            if self._json_body is not None:
+                return self._json_piece(self._json_body, piece, end_of_stream)
+        if end_of_stream:
             self._end()
-        return self._pass(piece, over)
+        return self._pass(piece, end_of_stream)
 
     def trailers(self) -> Reply:
         """The reply to the response's trailers. They stand for the end of a body whose last piece did not say so."""
-        held = self._held
-        self._held = None
+        error_body = self._error_body
+        self._error_body = None
         self._end()
-        if held is not None and self._modes.duplex_response:
-            normalised = self._normalised(bytes(held))
-            body = bytes(held) if normalised is None else normalised.body
-            return (*replies.streamed_body(body, request=False, end=False), replies.RESPONSE_TRAILERS)
+        if error_body is not None and self._modes.duplex_response:
+            normalised = self._normalised(bytes(error_body))
+            body = bytes(error_body) if normalised is None else normalised.body
+            return (*replies.streamed_body(body, request=False, end_of_stream=False), replies.RESPONSE_TRAILERS)
         if self._sse is not None:
             self._sse.finish()
             self._count(self._sse.usage)
-        elif self._json is not None:
-            collected = bytes(self._json)
-            self._count(read_end(collected) if self._large else read_reply(collected)[0])
+        elif self._json_body is not None:
+            collected = bytes(self._json_body)
+            self._count(read_end(collected) if self._json_truncated else read_reply(collected)[0])
         return replies.RESPONSE_TRAILERS
 
-    def _error_piece(self, held: bytearray, piece: bytes, over: bool) -> Reply:
+    def _error_piece(self, error_body: bytearray, piece: bytes, end_of_stream: bool) -> Reply:
         """Hold an error back until it is whole."""
-        first = not held
-        held += piece
+        first = not error_body
+        error_body += piece
         duplex = self._modes.duplex_response
-        whole = over or self._in_one or len(held) == self._length or _is_json_object(held)
-        if not whole and len(held) <= MOST_BYTES and self._modes.response_mode != ProcessingMode.BUFFERED_PARTIAL:
+        whole = (
+            end_of_stream or self._body_in_one_message or len(error_body) == self._length or _is_json_object(error_body)
+        )
+        if not whole and len(error_body) <= MAX_BYTES and self._modes.response_mode != ProcessingMode.BUFFERED_PARTIAL:
             return None if duplex else replies.RESPONSE_BODY_HELD_BACK
-        self._held = None
-        body = bytes(held)
+        self._error_body = None
+        body = bytes(error_body)
         normalised = self._normalised(body) if whole else None
         if normalised is not None and not self._modes.known:
-            return self._instead(normalised)
-        if over:
+            return self._immediate(normalised)
+        if end_of_stream:
             self._end()
         if normalised is None:
             if duplex:
-                return replies.streamed_body(body, request=False, end=over)
+                return replies.streamed_body(body, request=False, end_of_stream=end_of_stream)
             return replies.RESPONSE_BODY if first else replies.response_body(body=body)
         if duplex:
-            return replies.streamed_body(normalised.body, request=False, end=over)
+            return replies.streamed_body(normalised.body, request=False, end_of_stream=end_of_stream)
         length = ("content-length", b"%d" % len(normalised.body))
         return replies.response_body((("content-type", _JSON), length, *normalised.headers), body=normalised.body)
 
@@ -315,14 +315,14 @@ class Response:
             return without_words(self.status)
         return normalise(self.status, body)
 
-    def _sse_piece(self, sse: SseUsage, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
+    def _sse_piece(self, sse: SseUsage, piece: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         sse.feed(piece)
-        if over:
+        if end_of_stream:
             sse.finish()
         elif self._modes.duplex_response or not self._usage_is_complete(sse):
-            return self._pass(piece, over)
+            return self._pass(piece, end_of_stream)
         self._sse, self._events = None, sse.events
-        return self._used(sse.usage, piece, over, wait=not self._modes.known)
+        return self._used(sse.usage, piece, end_of_stream, wait=not self._modes.known)
 
     def _usage_is_complete(self, sse: SseUsage) -> bool:
         """Whether what the stream has told is all. AIBrix takes the first usage for the last; that is right as long as
@@ -335,47 +335,47 @@ class Response:
             return True
         return not self._modes.known and not served.continuous
 
-    def _json_piece(self, collected: bytearray, piece: bytes, over: bool) -> Reply | Awaitable[Reply]:
+    def _json_piece(self, collected: bytearray, piece: bytes, end_of_stream: bool) -> Reply | Awaitable[Reply]:
         collected += piece
         if len(collected) > PARSED_WHOLE:
-            self._large = True
-        if self._large:
+            self._json_truncated = True
+        if self._json_truncated:
             del collected[:-KEPT_OF_LARGE_REPLIES]
-        if not over:
-            return self._pass(piece, over)
-        self._json = None
-        if self._large:
-            return self._used(read_end(bytes(collected)), piece, over, wait=False)
+        if not end_of_stream:
+            return self._pass(piece, end_of_stream)
+        self._json_body = None
+        if self._json_truncated:
+            return self._used(read_end(bytes(collected)), piece, end_of_stream, wait=False)
         usage, document = read_reply(bytes(collected))
         modes = self._modes
         if not modes.known or modes.response_mode == _BUFFERED:
             error = disguised(document)
             if error is not None:
                 self._end()
-                return self._instead(error)
-        return self._used(usage, piece, over, wait=True)
+                return self._immediate(error)
+        return self._used(usage, piece, end_of_stream, wait=True)
 
-    def _used(self, usage: Usage | None, piece: bytes, over: bool, *, wait: bool) -> Reply | Awaitable[Reply]:
+    def _used(self, usage: Usage | None, piece: bytes, end_of_stream: bool, *, wait: bool) -> Reply | Awaitable[Reply]:
         """The usage is known, or that there is none: the end for us, though more of the body may come."""
         counted = self._count(usage)
         if isinstance(counted, Totals) or counted is None:
             self._end()
-            return self._used_reply(usage, counted, piece, over)
+            return self._used_reply(usage, counted, piece, end_of_stream)
         if not wait:
             self._end()
-            return self._used_reply(usage, None, piece, over)
-        return self._used_later(usage, counted, piece, over)
+            return self._used_reply(usage, None, piece, end_of_stream)
+        return self._used_later(usage, counted, piece, end_of_stream)
 
     async def _used_later(
-        self, usage: Usage | None, counted: Awaitable[Totals | None], piece: bytes, over: bool
+        self, usage: Usage | None, counted: Awaitable[Totals | None], piece: bytes, end_of_stream: bool
     ) -> Reply:
         totals = await counted
         self._end()
-        return self._used_reply(usage, totals, piece, over)
+        return self._used_reply(usage, totals, piece, end_of_stream)
 
-    def _used_reply(self, usage: Usage | None, totals: Totals | None, piece: bytes, over: bool) -> Reply:
+    def _used_reply(self, usage: Usage | None, totals: Totals | None, piece: bytes, end_of_stream: bool) -> Reply:
         if usage is None or self._modes.duplex_response:
-            return self._pass(piece, over)
+            return self._pass(piece, end_of_stream)
         pairs: tuple[Header, ...] = (("request-id", self._request_id),)
         if totals is not None:
             pairs = (("x-update-rpm", b"%d" % totals.requests), ("x-update-tpm", b"%d" % totals.tokens), *pairs)
@@ -383,7 +383,7 @@ class Response:
 
     def cut(self) -> None:
         """The stream is over before the response: the client has left, say. What was used till then is counted."""
-        if not self.over and (self._sse is not None or self._json is not None):
+        if not self.done and (self._sse is not None or self._json_body is not None):
             self._count(self._sse.usage if self._sse is not None else None)
 
     def _estimated(self) -> Usage:
@@ -417,17 +417,17 @@ class Response:
     # -- ends
 
     def _end(self) -> None:
-        self.over = True
+        self.done = True
         self.finished = True
 
-    def _pass(self, piece: bytes, over: bool) -> Reply:
+    def _pass(self, piece: bytes, end_of_stream: bool) -> Reply:
         if self._modes.duplex_response:
-            return replies.streamed_body(piece, request=False, end=over)
+            return replies.streamed_body(piece, request=False, end_of_stream=end_of_stream)
         return replies.RESPONSE_BODY
 
-    def _instead(self, error: Normalised) -> bytes:
+    def _immediate(self, error: Normalised) -> bytes:
         """An ImmediateResponse, with the headers that the response would have had. The peer ends the stream."""
-        self.over = True
+        self.done = True
         decision, served = self._decision, self._served
         pairs = (
             replies.response_pairs(self._request_id, self._status)

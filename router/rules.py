@@ -19,7 +19,7 @@ CONFIG: Final = "model.aibrix.ai/config"
 ENGINE: Final = "model.aibrix.ai/engine"
 NAME: Final = "model.aibrix.ai/name"
 PORT: Final = "model.aibrix.ai/port"
-_MOST_SELECTORS: Final = 64
+_MAX_SELECTORS: Final = 64
 
 
 class Rules:
@@ -82,7 +82,7 @@ def filtered(candidates: Candidates, selector: str) -> Candidates | None:
         except SelectorError:
             return None
         places = [i for i, pod in enumerate(candidates.pods) if matches(labels_of(pod))]
-        if len(known) >= _MOST_SELECTORS:
+        if len(known) >= _MAX_SELECTORS:
             known.clear()
         found = known[selector] = candidates if len(places) == len(candidates) else candidates.subset(places)
     return found

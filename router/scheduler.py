@@ -6,12 +6,12 @@ at most; `marginal-delay` hears of it at its next decision, through the prefix l
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from router.errors import header_value, model_asleep, no_pods, not_selected, unknown_model
 from router.fleet import Candidates, Fleet, Pod
 from router.receipts import Receipt
-from router.replies import MOST_TOKENS, Destination, RoutedReplies, endpoints_in_order
+from router.replies import MAX_TOKENS, Destination, RoutedReplies, endpoints_in_order
 from router.request import RoutingRequest
 from router.rules import Rules, awake, filtered, rules_of
 from router.strategies import STRATEGIES, Context, Strategy
@@ -21,7 +21,7 @@ from state.ledger import Charge
 from state.series import Histogram
 from state.tables import Tables
 
-_MOST_REPLIES: Final = 8192
+_MAX_REPLIES: Final = 8192
 """Templates kept; clients can ask for many combinations of strategies."""
 
 
@@ -54,10 +54,9 @@ class Scheduler:
         tables: Tables,
         default_strategy: str,
         clock: Callable[[], float],
+        context: Context,
         *,
-        seed: int | None = None,
         retry_candidates: int = 2,
-        **parts: Any,
     ) -> None:
         self.tables = tables
         self.fleet = Fleet(tables)
@@ -66,7 +65,7 @@ class Scheduler:
         self.series = tables.series()
         self._ledger = tables.ledger
         self._retry_candidates = retry_candidates
-        self._strategies = Strategies(STRATEGIES, Context(seed, **parts))
+        self._strategies = Strategies(STRATEGIES, context)
         self.wake: Callable[[Pod, str], None] | None = None
         """Asks a pod to wake a model; does not wait."""
         self.passes_on = False
@@ -124,16 +123,18 @@ class Scheduler:
         self,
         request: RoutingRequest,
         strategy_name: str,
+        candidates: Candidates | None = None,
+        *,
         destination: Destination,
         held: bool,
         duplex: bool,
-        candidates: Candidates | None = None,
         started: float | None = None,
         explain: bool = False,
         id_bytes: int = 36,
     ) -> Decision:
-        """Choose a pod and charge it. `candidates` are those of `serving`, or fewer; `id_bytes` is the length of the
-        request's id, 36 or 32. Raises RequestError."""
+        """Choose a pod and charge it. `candidates` are those of `serving`, or fewer; `held` says that the charge is
+        held until `release`, and not left to the access log; `id_bytes` is the length of the request's id, 36 or 32.
+        Raises RequestError."""
         if started is None:
             started = self.clock()
         if candidates is None:
@@ -154,10 +155,10 @@ class Scheduler:
         strategy.chosen(request, candidates, index, started)
         pod = candidates.pods[index]
         # What is charged is what the ticket can say, or the access log would not give all of it back.
-        tokens = min(request.prompt_tokens, MOST_TOKENS)
+        tokens = min(request.prompt_tokens, MAX_TOKENS)
         uncached = min(request.uncached_tokens, tokens) if request.uncached_tokens >= 0 else tokens
         charge = self._ledger.charge(pod.slot, tokens, uncached, held=held)
-        replies = self._routed_replies(pod, strategy_name, destination, not held, duplex, id_bytes)
+        replies = self._routed_replies(pod, strategy_name, destination, held, duplex, id_bytes)
         self._count(request.model, pod, label)
         self._latency.observe(self.clock() - started)
         decision = Decision(pod, request.model, strategy_name, charge, held, replies)
@@ -194,7 +195,7 @@ class Scheduler:
         key = (duplex, tuple([pod.slot for pod in pods]))
         found = self._endpoints.get(key)
         if found is None:
-            if len(self._endpoints) >= _MOST_REPLIES:
+            if len(self._endpoints) >= _MAX_REPLIES:
                 self._endpoints.clear()
             found = endpoints_in_order(",".join(pod.address for pod in pods), duplex=duplex)
             self._endpoints[key] = found
@@ -202,9 +203,7 @@ class Scheduler:
 
     def response_of(self, decision: Decision, pod: Pod, id_bytes: int) -> RoutedReplies:
         """The replies to a response of another pod than the one decided on."""
-        return self._routed_replies(
-            pod, decision.strategy, Destination.OVERRIDE_HOST, not decision.held, False, id_bytes
-        )
+        return self._routed_replies(pod, decision.strategy, Destination.OVERRIDE_HOST, decision.held, False, id_bytes)
 
     def release(self, decision: Decision) -> None:
         """The request is over. Only for held charges: the others are released by the access log."""
@@ -247,12 +246,12 @@ class Scheduler:
         self.series.values[cell] += 1.0
 
     def _routed_replies(
-        self, pod: Pod, strategy: str, destination: Destination, to_log: bool, duplex: bool, id_bytes: int
+        self, pod: Pod, strategy: str, destination: Destination, held: bool, duplex: bool, id_bytes: int
     ) -> RoutedReplies:
-        key = (pod.slot, pod.generation, strategy, destination, to_log, duplex, id_bytes)
+        key = (pod.slot, pod.generation, strategy, destination, held, duplex, id_bytes)
         found = self._replies.get(key)
         if found is None:
-            if len(self._replies) >= _MOST_REPLIES:
+            if len(self._replies) >= _MAX_REPLIES:
                 self._replies.clear()
             plain = strategy.isascii() and strategy.isprintable()
             found = self._replies[key] = RoutedReplies(
@@ -260,7 +259,7 @@ class Scheduler:
                 address=pod.address,
                 strategy=strategy if plain else header_value(strategy).decode(),
                 destination=destination,
-                ticket=f"{self.tables.replica}.{pod.slot}.{pod.generation}" if to_log else None,
+                ticket=None if held else f"{self.tables.replica}.{pod.slot}.{pod.generation}",
                 duplex=duplex,
                 id_bytes=id_bytes,
                 told_as=self._strategies.get(strategy).told_as,

@@ -17,8 +17,8 @@ from typing import Final
 Labels = Mapping[str, str]
 Requirement = Callable[[Labels], bool]
 
-LONGEST_SELECTOR: Final = 4096
-MOST_CACHED: Final = 256
+MAX_SELECTOR_LENGTH: Final = 4096
+MAX_CACHED: Final = 256
 
 _TOKEN: Final = re.compile(r"\s*(?:(==|!=|[=<>!(),])|([^\s=<>!(),]+))")
 _NAME: Final = re.compile(r"(?:[A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
@@ -45,11 +45,11 @@ class Selector:
         return all(requirement(labels) for requirement in self._requirements)
 
 
-@lru_cache(MOST_CACHED)
+@lru_cache(MAX_CACHED)
 def parse_selector(text: str) -> Selector:
     """The selector for this text; the last few hundred are remembered. Raises SelectorError."""
-    if len(text) > LONGEST_SELECTOR:
-        raise SelectorError(f"selector is longer than {LONGEST_SELECTOR} characters")
+    if len(text) > MAX_SELECTOR_LENGTH:
+        raise SelectorError(f"selector is longer than {MAX_SELECTOR_LENGTH} characters")
     parser = _Parser(_tokens(text))
     requirements: list[Requirement] = []
     if not parser.ended:

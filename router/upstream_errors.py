@@ -12,7 +12,7 @@ import orjson
 
 from router.errors import SERVICE_UNAVAILABLE, TRUE, X_ERROR_RESPONSE_UNKNOWN, Header, error_body, error_type
 
-MOST_BYTES: Final = 1 << 20
+MAX_BYTES: Final = 1 << 20
 """An error longer than this is passed on as it is."""
 UNKNOWN: Final = "unknown response"
 
@@ -28,7 +28,7 @@ class Normalised(NamedTuple):
 def normalise(status: int, body: bytes) -> Normalised | None:
     """The reply for a response with a status of 400 or more and this whole body. None: leave it alone, because it is
     empty, too long, or no text (compressed, say)."""
-    if not body or len(body) > MOST_BYTES:
+    if not body or len(body) > MAX_BYTES:
         return None
     found = _error_in(_parsed(body))
     if found is not None:

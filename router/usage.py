@@ -8,7 +8,7 @@ Events are told apart as HTML 9.2.6 says: a blank line ends one, several `data:`
 end a line. Two liberties for servers that take them: blanks before `data:`, and one event per line without blank
 lines between.
 
-Memory is bounded by `MOST_EVENT_BYTES`. An event that does not fit is read line by line as far as it goes. Of a line
+Memory is bounded by `MAX_EVENT_BYTES`. An event that does not fit is read line by line as far as it goes. Of a line
 that does not fit only the last bytes are kept, since the one event that grows long (`response.completed`, with the
 whole answer in it) has its usage near the end; if it is not there, `overflowed` says so. Nothing here raises.
 
@@ -21,11 +21,11 @@ from typing import Any, Final
 
 import orjson
 
-MOST_EVENT_BYTES: Final = 256 << 10
+MAX_EVENT_BYTES: Final = 256 << 10
 KEPT_OF_LONG_LINES: Final = 4096
 PARSED_WHOLE: Final = 1 << 20
 """Bytes. Of larger JSON replies (embeddings) only the usage object is parsed."""
-MOST_TOKENS: Final = 1 << 40
+MAX_TOKENS: Final = 1 << 40
 """Larger counts are cut to this, so that a sum of them stays an integer wherever it is kept."""
 
 _ENDS: Final = (b"\n\n", b"\r\n\r\n")
@@ -63,7 +63,7 @@ class SseUsage:
         "usage",
     )
 
-    def __init__(self, limit: int = MOST_EVENT_BYTES) -> None:
+    def __init__(self, limit: int = MAX_EVENT_BYTES) -> None:
         self.usage: Usage | None = None
         """The latest; with continuous usage it grows until the stream is done."""
         self.done = False
@@ -268,8 +268,8 @@ def _count(value: Any) -> int:
             value = float(value)
         except ValueError:
             return -1
-    if type(value) is int or (type(value) is float and abs(value) < MOST_TOKENS):
-        return min(max(int(value), 0), MOST_TOKENS)
+    if type(value) is int or (type(value) is float and abs(value) < MAX_TOKENS):
+        return min(max(int(value), 0), MAX_TOKENS)
     return -1
 
 

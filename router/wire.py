@@ -126,9 +126,9 @@ def read_headers(message: bytes, part: Part, names: Names) -> tuple[dict[str, by
     if not begin or stop > end:
         return None
     if stop == end:
-        over = False
+        end_of_stream = False
     elif message[stop:end] == _END_OF_HEADERS:
-        over = True
+        end_of_stream = True
     else:
         return None
     of, any_case, lengths = names.of, names.any_case, names.lengths
@@ -169,7 +169,7 @@ def read_headers(message: bytes, part: Part, names: Names) -> tuple[dict[str, by
             place = after
     except IndexError:
         return None
-    return found, over
+    return found, end_of_stream
 
 
 def read_body(message: bytes, part: Part) -> tuple[int, int, bool] | None:

@@ -30,8 +30,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from state.pods import Floats, Ints
 
 _HEADER: Final = 64
 
@@ -64,11 +63,11 @@ class Entry(IntEnum):
 
 FRESH_SECONDS: Final = 0.001
 """How long `follow` takes the other processes' rows to be as they were."""
-MOST_CHARGED: Final = 256
+MAX_CHARGED: Final = 256
 _LOADS: Final = -1
 _REQUESTS: Final = int(Entry.REQUESTS)
 _BUSY_UNTIL: Final = int(Entry.BUSY_UNTIL)
-_MOST_VIEWS: Final = 256
+_MAX_VIEWS: Final = 256
 _sum: Final = np.add.reduce
 
 
@@ -110,7 +109,7 @@ class Ledger:
         self.requests_now = [0] * pods
         """Requests in flight on each pod as of the last `follow`, and what this process did since."""
         self._read_at = -inf
-        self.charged: deque[tuple[int, int, int]] = deque(maxlen=MOST_CHARGED)
+        self.charged: deque[tuple[int, int, int]] = deque(maxlen=MAX_CHARGED)
         """What this process has charged, the newest last: pod, tokens, tokens not in its cache."""
         self.charges = 0
         """How many charges that ever were."""
@@ -153,7 +152,7 @@ class Ledger:
         key = (entry, self._header[0], high)
         view = self._views.get(key)
         if view is None:
-            if len(self._views) >= _MOST_VIEWS:
+            if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
             _, writers, _ = key
             if entry == _LOADS:

@@ -47,9 +47,9 @@ FIELDS: Final = (
     "sampled_at",  # monotonic seconds of the last good poll, 0 before the first
     "incarnation",  # goes up each time the engine was seen to have restarted
     "failed_polls",  # in a row
-    "own_requests_at_sample",  # requests in flight by the ledger (with Redis, other replicas' too) when it was taken
-    "own_tokens_at_sample",  # and their prompt tokens
-    "own_promised_at_sample",  # and the prompt tokens ever promised to the pod
+    "tracked_requests_at_sample",  # in flight when the sample was taken, by the ledger: all replicas' that share load
+    "tracked_tokens_at_sample",  # and their prompt tokens
+    "tracked_promised_at_sample",  # and the prompt tokens ever promised to the pod, by the same ledger
     "running",  # requests in the batch
     "waiting",  # requests queued in the engine
     "swapped",  # requests swapped out or retracted

@@ -7,6 +7,7 @@ import orjson
 
 from state.abandoned import Abandoned
 from state.catalog import Catalog
+from state.ended_log import EndedLog
 from state.ledger import Ledger
 from state.limits import Windows
 from state.pods import PodTable
@@ -33,7 +34,6 @@ class Capacity:
 SUPERVISOR, SCRAPER, ADMIN, REPLICATOR = 0, 1, 2, 3
 """Writer rows of the processes of which there is one. Workers have the rows from FIRST_WORKER on."""
 FIRST_WORKER = 4
-ENDED_RING_BYTES = 1 << 18
 _ID_BYTES = 4
 
 
@@ -83,7 +83,7 @@ class Tables:
         self.ledger = Ledger(segment.region("ledger"), self.pods.generation, capacity.writers, capacity.pods, writer)
         self.roster = Roster(segment.region("roster"), capacity.writers)
         self.prefix_log = PrefixLog(segment.region("prefix_log"), capacity.writers, capacity.prefix_ring_bytes, writer)
-        self.ended_log = PrefixLog(segment.region("ended_log"), capacity.writers, ENDED_RING_BYTES, writer)
+        self.ended_log = EndedLog(segment.region("ended_log"), capacity.writers, writer)
         """What Envoy told workers here of requests that other replicas had routed (`router.access_log`)."""
         self.abandoned = Abandoned(segment.region("abandoned"), capacity.writers, writer)
         self.user_tokens = UserTokens(segment.region("user_tokens"), capacity.writers, writer)
@@ -111,7 +111,7 @@ class Tables:
                 "ledger": Ledger.size(capacity.writers, capacity.pods),
                 "roster": Roster.size(capacity.writers),
                 "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
-                "ended_log": PrefixLog.size(capacity.writers, ENDED_RING_BYTES),
+                "ended_log": EndedLog.size(capacity.writers),
                 "abandoned": Abandoned.size(capacity.writers),
                 "user_tokens": UserTokens.size(capacity.writers),
                 "user_minutes": Windows.size(capacity.limited_users, capacity.writers),

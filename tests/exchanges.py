@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Awaitable, Mapping, Sequence
+from random import Random
 from typing import Any
 
 import fleet
@@ -11,9 +12,10 @@ from fleet import chat, header_mutation, loads, read, request_body, request_head
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 from router.exchange import Exchange
 from router.limits import Gate, Limits, SharedCounters, digest_of, effective
-from router.modes import Peer
+from router.modes import EnvoyPeer
 from router.policy import Policy
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.catalog import CatalogDocument, PodRecord
 from state.ledger import Entry
 
@@ -60,9 +62,8 @@ class Contract:
             self.tables.catalog.publish(CatalogDocument(chosen, settings))
         self.clock = itertools.count(1_000_000, 0.0001)
         tick = self.clock.__next__
-        self.scheduler = Scheduler(
-            self.tables, strategy, tick, seed=1, session_secret=b"s" * 32, user_tokens=self.tables.user_tokens
-        )
+        context = Context(Random(1), session_secret=b"s" * 32, user_tokens=self.tables.user_tokens)
+        self.scheduler = Scheduler(self.tables, strategy, tick, context)
         book = None if users is None else Book(users, keys)
         counters = SharedCounters(self.tables.user_minutes, self.tables.model_seconds, book, tick)
         gate = Gate(counters, self.scheduler.series, static_token=token)
@@ -132,7 +133,11 @@ class Stream:
     def __init__(self, contract: Contract, accounting: str, destination: str) -> None:
         self.contract = contract
         self.exchange = Exchange(
-            contract.scheduler, Peer(accounting, destination), lambda: REQUEST_ID.encode(), 1 << 20, contract.policy
+            contract.scheduler,
+            EnvoyPeer(accounting, destination),
+            lambda: REQUEST_ID.encode(),
+            1 << 20,
+            contract.policy,
         )
         self.said: list[Said] = []
 

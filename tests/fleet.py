@@ -65,8 +65,8 @@ def set_row(tables: Tables, slot: int, health: Health = Health.READY, **metrics:
     row[COLUMN["health"]] = health
     row[COLUMN["sampled_at"]] = metrics.pop("sampled_at", 1000.0)
     requests, tokens = tables.ledger.load(slot)
-    row[COLUMN["own_requests_at_sample"]] = requests
-    row[COLUMN["own_tokens_at_sample"]] = tokens
+    row[COLUMN["tracked_requests_at_sample"]] = requests
+    row[COLUMN["tracked_tokens_at_sample"]] = tokens
     for name, value in metrics.items():
         row[COLUMN[name]] = value
     tables.pods.write(slot, row)

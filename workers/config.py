@@ -31,7 +31,7 @@ from state.tables import FIRST_WORKER, Capacity
 from workers.address import Parsed, parse_address
 from workers.documents import NotYaml, read_yaml
 from workers.origins import Origins, unknown_variable
-from workers.problems import Misfit, check_strategy, kinds_of, numbers_only, problems_of
+from workers.problems import ConflictingKeys, check_strategy, kinds_of, numbers_only, problems_of
 from workers.redis_link import parse_redis_url
 
 NO_STRATEGY = "none"
@@ -82,7 +82,7 @@ class ScrapeConfig(_Section):
     @model_validator(mode="after")
     def _ordered(self) -> "ScrapeConfig":
         if self.interval_max_seconds < self.interval_min_seconds:
-            raise Misfit(
+            raise ConflictingKeys(
                 "interval_max_seconds must not be below interval_min_seconds",
                 "interval_max_seconds",
                 "interval_min_seconds",
@@ -196,7 +196,7 @@ class EnvoyConfig(_Section):
     @model_validator(mode="after")
     def _pair(self) -> "EnvoyConfig":
         if (self.client_certificate is None) != (self.client_key is None):
-            raise Misfit(
+            raise ConflictingKeys(
                 "client_certificate and client_key: one needs the other; set both or neither",
                 "client_certificate",
                 "client_key",
@@ -276,36 +276,36 @@ class Config(BaseSettings):
             try:
                 check_strategy(self.strategy)
             except ValueError as error:
-                raise Misfit(f"strategy: {error}", "strategy") from None
+                raise ConflictingKeys(f"strategy: {error}", "strategy") from None
         self._check_users()
         limit = self.envoy.body_limit_bytes
         if "body_limit_bytes" in self.envoy.model_fields_set and limit > self.max_message_bytes - ENVELOPE_BYTES:
-            raise Misfit(
+            raise ConflictingKeys(
                 f"max_message_bytes: {self.max_message_bytes} has no room for a body of envoy.body_limit_bytes, "
                 f"{limit}, and its envelope; set at least {limit + ENVELOPE_BYTES}",
                 "max_message_bytes",
                 "envoy.body_limit_bytes",
             )
         if self.tls is not None and self.transport != "h2":
-            raise Misfit("tls: only transport h2 serves TLS", "tls", "transport")
+            raise ConflictingKeys("tls: only transport h2 serves TLS", "tls", "transport")
         if parse_address(self.listen).kind == "unix" and self.workers > 1:
-            raise Misfit(
+            raise ConflictingKeys(
                 "listen: a unix path serves one worker; with more give a port, or use worker_listen alone",
                 "listen",
                 "workers",
             )
         most = self.max_workers
         if most < self.workers:
-            raise Misfit(
+            raise ConflictingKeys(
                 f"capacity.workers: {most} is fewer than the {self.workers} workers to start",
                 "capacity.workers",
                 "workers",
             )
         kind, place, port = parse_address(self.worker_listen)
         if kind == "unix" and most > 1 and "{i}" not in place:
-            raise Misfit("worker_listen: a unix path needs {i} for the worker's number", "worker_listen")
+            raise ConflictingKeys("worker_listen: a unix path needs {i} for the worker's number", "worker_listen")
         if kind == "tcp" and port + most - 1 > 65535:
-            raise Misfit(
+            raise ConflictingKeys(
                 f"worker_listen: port {port} leaves no room for {most} workers",
                 "worker_listen",
                 "workers",
@@ -313,12 +313,12 @@ class Config(BaseSettings):
             )
         listen, admin = parse_address(self.listen), parse_address(self.admin)
         if _collide(listen, admin):
-            raise Misfit(
+            raise ConflictingKeys(
                 f"listen: {self.listen} and admin, {self.admin}, use the same address; change one", "listen", "admin"
             )
         for name, other in (("listen", listen), ("admin", admin)):
             if kind == other.kind == "tcp" and port <= other.port < port + most and _overlap(place, other.place):
-                raise Misfit(
+                raise ConflictingKeys(
                     f"worker_listen: the ports {port} to {port + most - 1} of {most} workers include that of {name}, "
                     f"{other.port}",
                     "worker_listen",
@@ -327,7 +327,7 @@ class Config(BaseSettings):
                     "capacity.workers",
                 )
             if kind == "unix" and any(_collide(parse_address(self.worker_address(i)), other) for i in range(most)):
-                raise Misfit(
+                raise ConflictingKeys(
                     f"worker_listen: {self.worker_listen} is also that of {name}; change one", "worker_listen", name
                 )
         return self
@@ -337,15 +337,15 @@ class Config(BaseSettings):
             try:
                 parse_redis_url(self.redis)
             except ValueError as error:
-                raise Misfit(f"redis: {error}", "redis") from None
+                raise ConflictingKeys(f"redis: {error}", "redis") from None
             if self.limits.users_file is not None:
-                raise Misfit(
+                raise ConflictingKeys(
                     "limits.users_file: where `redis` is set, users are kept there; leave one of them out",
                     "limits.users_file",
                     "redis",
                 )
         elif self.limits.require_key and self.limits.users_file is None:
-            raise Misfit(
+            raise ConflictingKeys(
                 "limits.require_key: there are no users to have keys; set limits.users_file or redis",
                 "limits.require_key",
             )

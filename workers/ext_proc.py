@@ -13,11 +13,12 @@ from router.exchange import Exchanges
 from router.policy import NO_POLICY, Policy
 from router.prefixes import Prefixes
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.tables import Tables
 from workers.calls import Method, Methods
 from workers.config import Config
-from workers.h2.limits import Counters
-from workers.health import EXT_PROC_SERVICE, Health
+from workers.h2.limits import TransportCounters
+from workers.health import EXT_PROC_SERVICE, HealthService
 from workers.last_users import LastUsers
 from workers.limits import open_gate
 from workers.process import Stop
@@ -42,7 +43,7 @@ def process_method(scheduler: Scheduler, max_body_bytes: int, policy: Policy = N
     return Method(Exchanges(scheduler, max_body_bytes, policy).open, listens=True)
 
 
-def methods(scheduler: Scheduler, health: Health, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:
+def methods(scheduler: Scheduler, health: HealthService, max_body_bytes: int, policy: Policy = NO_POLICY) -> Methods:
     """Everything a worker answers."""
     return {
         PROCESS: process_method(scheduler, max_body_bytes, policy),
@@ -70,16 +71,15 @@ async def run_worker(
 ) -> None:
     """Serve until told to stop, then drain. `ready` is called once every address is listened on."""
     stop = Stop()
-    health = Health()
-    counters = Counters()
-    scheduler = Scheduler(
-        tables,
-        config.default_strategy,
-        time.monotonic,
-        retry_candidates=config.retry_candidates,
+    health = HealthService()
+    counters = TransportCounters()
+    context = Context(
         prefixes=prefix_knowledge(config, tables),
         user_tokens=tables.user_tokens,
         session_secret=session_secret(config),
+    )
+    scheduler = Scheduler(
+        tables, config.default_strategy, time.monotonic, context, retry_candidates=config.retry_candidates
     )
     waker = Waker()
     scheduler.wake = waker.ask
@@ -87,9 +87,9 @@ async def run_worker(
     async with open_gate(config, tables, scheduler.series, last_users) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
         server = make_server(config, methods(scheduler, health, config.max_message_bytes, policy), counters)
-        context = tls_context(config.tls)
-        await server.listen(config.listen, context)
-        await server.listen(config.worker_address(index), context)
+        tls = tls_context(config.tls)
+        await server.listen(config.listen, tls)
+        await server.listen(config.worker_address(index), tls)
         ready()
         copying = asyncio.ensure_future(_copy_counters(Meter(counters, scheduler.series), scheduler))
         catching_up = asyncio.ensure_future(_catch_up(scheduler))

@@ -21,7 +21,7 @@ def _service(message: bytes) -> str:
         raise CallError(Status.INVALID_ARGUMENT, "not a HealthCheckRequest") from None
 
 
-class Health:
+class HealthService:
     """Serving until `stop` is called."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Check:
 
     __slots__ = ("_health", "finished", "idle")
 
-    def __init__(self, health: Health, metadata: Metadata) -> None:
+    def __init__(self, health: HealthService, metadata: Metadata) -> None:
         self._health = health
         self.finished = False
         self.idle = False
@@ -86,7 +86,7 @@ class Watch:
 
     __slots__ = ("__weakref__", "_health", "_known", "_push", "finished", "idle")
 
-    def __init__(self, health: Health, metadata: Metadata) -> None:
+    def __init__(self, health: HealthService, metadata: Metadata) -> None:
         self._health = health
         self._push: Push | None = None
         self._known = False

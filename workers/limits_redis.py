@@ -23,7 +23,7 @@ from workers.redis_link import RedisLink, ReplyError, Script
 USER_PREFIX: Final = "aibrix-users/"
 KEY_PREFIX: Final = "pointsman-keys/"
 USER_KEYS_PREFIX: Final = "pointsman-user-keys/"
-MOST_REMEMBERED_KEYS: Final = 10_000
+MAX_REMEMBERED_KEYS: Final = 10_000
 
 ADMIT: Final = Script("""
 local user, key, model, model_rps = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -138,7 +138,7 @@ class RedisCounters:
         if outcome == Outcome.WRONG_KEY:
             self._owners.pop(key, None)
         elif self._owners.get(key) != user:
-            if len(self._owners) >= MOST_REMEMBERED_KEYS:
+            if len(self._owners) >= MAX_REMEMBERED_KEYS:
                 del self._owners[next(iter(self._owners))]
             self._owners[key] = user
 

@@ -20,7 +20,7 @@ _SHAPES = {
 """For what pydantic says in terms of Python."""
 
 
-class Misfit(ValueError):
+class ConflictingKeys(ValueError):
     """What is wrong with several keys together, or with one that only the whole can judge. `keys` are these, dotted, as
     seen from where it is raised."""
 
@@ -86,7 +86,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[Prob
         if isinstance(value, str | int | float) and repr(value) not in text and not _is_secret(model, place):
             text += f" (got {value!r})"
         cause = found.get("ctx", {}).get("error")
-        keys = cause.keys if isinstance(cause, Misfit) else ()
+        keys = cause.keys if isinstance(cause, ConflictingKeys) else ()
         yield Problem(place, text, culprits=tuple((*place, *key.split(".")) for key in keys))
 
 

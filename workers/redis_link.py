@@ -39,12 +39,12 @@ log = structlog.get_logger()
 
 HANDSHAKE_SECONDS: Final = 1.0
 FIRST_PAUSE_SECONDS: Final = 0.05
-LONGEST_PAUSE_SECONDS: Final = 1.0
+MAX_PAUSE_SECONDS: Final = 1.0
 STEADY_SECONDS: Final = 5.0
 """A connection that lasted as long was all right: its end is told in the log, and a new one is tried soon."""
 COMPLAIN_SECONDS: Final = 10.0
 """Between two lines in the log about calls that the server refused."""
-MOST_WAITING: Final = 8192
+MAX_WAITING: Final = 8192
 """Calls without a reply on one connection; further ones are LOST."""
 _GRACE_SECONDS: Final = 0.002
 _UNUSABLE: Final = re.compile(r"(?:.* -)?(?:READONLY|MASTERDOWN|LOADING|NOAUTH)\b")
@@ -195,7 +195,7 @@ class _Connection(asyncio.Protocol):
     ) -> "asyncio.Future[Any]":
         """Write one command. The future never has an exception."""
         future = self._loop.create_future()
-        if self._transport is None or self.lost.done() or len(self._waiting) >= MOST_WAITING:
+        if self._transport is None or self.lost.done() or len(self._waiting) >= MAX_WAITING:
             future.set_result(LOST)
             return future
         deadline = self._loop.time() + self._timeout_seconds
@@ -338,7 +338,7 @@ class RedisLink:
                 log.warning("Redis cannot be reached", address=self._address.place, reason=reason)
                 told = True
             await asyncio.sleep(pause * random.uniform(0.75, 1.25))
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
     def _complain(self, error: ReplyError) -> None:
         """Say what the server has against a call, but not for each of thousands."""

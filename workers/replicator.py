@@ -36,12 +36,12 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from protos.access_log_pb2 import HTTPAccessLogEntry
-from router.access_log import AccessLog, passed_on
+from router.access_log import AccessLog
 from router.mirror import Mirror
 from router.scheduler import Scheduler
-from state.news import FORMAT, NewsError, read_users, write_users
-from state.prefix_log import LogReader
+from router.strategies import Context
 from state.tables import REPLICATOR, Tables
+from state.updates import FORMAT, UpdateError, read_users, write_users
 from state.user_tokens import CELLS, ROWS
 from workers.config import Config
 from workers.process import Stop, until_stopped
@@ -56,11 +56,11 @@ ALONE_SECONDS: Final = 0.5
 PATIENCE_SECONDS: Final = 10.0
 """For the first polls of all pods, before the stream is read."""
 NICENESS: Final = 5
-MOST_TOLD_BYTES: Final = 256 << 10
+MAX_TOLD_BYTES: Final = 256 << 10
 """In one call. More waits in the prefix log for the next."""
-MOST_HEARD: Final = 64
+MAX_HEARD: Final = 64
 """Entries of the stream in one call."""
-MOST_ENDS: Final = 2000
+MAX_ENDS: Final = 2000
 USERS_SECONDS: Final = 1.0
 """Between two times that it is told what users have used."""
 USERS_GONE_SECONDS: Final = 60.0
@@ -158,9 +158,9 @@ class Replicator:
         assert config.redis
         self._mirror = Mirror(tables)
         self._replica = tables.replica
-        self._ended_log = LogReader(tables.ended_log)
+        self._ended_log = tables.ended_log
         self._ended_log.skip()
-        self._scheduler = Scheduler(tables, "random", clock)
+        self._scheduler = Scheduler(tables, "random", clock, Context())
         self._access_log = AccessLog(self._scheduler)
         self._series = self._scheduler.series
         self._user_tokens = tables.user_tokens
@@ -200,13 +200,13 @@ class Replicator:
         mirror, now = self._mirror, self._clock()
         if self._waits_until is not None and (now >= self._waits_until or mirror.ready(now)):
             self._waits_until = None
-        most = MOST_HEARD if self._waits_until is None else 0
+        most = MAX_HEARD if self._waits_until is None else 0
         call = self._link.call(
             EXCHANGE,
             self._names,
             self._replica.encode(),
             mirror.loads(now),
-            mirror.routed(now, MOST_TOLD_BYTES),
+            mirror.routed(now, MAX_TOLD_BYTES),
             self._place.following(),
             b"%d" % most,
             b"%d" % self._room,
@@ -221,16 +221,16 @@ class Replicator:
         time_ms, others, heard, last, more, ended, newest = answer
         now = self._heard_at = self._clock()
         gone = set(mirror.others)
-        for name, news in others:
+        for name, update in others:
             replica = name.decode("ascii", "replace")
             gone.discard(replica)
-            self._take(mirror.hear_loads, replica, news, now)
+            self._take(mirror.apply_loads, replica, update, now)
         for replica in gone:
             mirror.forget(replica)
         mirror.enter(now)
-        for place, news in heard:
+        for place, update in heard:
             told_ms, _, _ = place.partition(b"-")
-            self._take(mirror.hear_routed, news, max(int(time_ms) - int(told_ms), 0) / 1000, now)
+            self._take(mirror.apply_routed, update, max(int(time_ms) - int(told_ms), 0) / 1000, now)
         if last:
             self._place.put(last)
         elif self._place.beyond(newest):
@@ -255,14 +255,13 @@ class Replicator:
         if isinstance(answer, ReplyError):
             return  # what was heard is forgotten with its window
         heard = []
-        for news in answer:
-            self._take(lambda news: heard.append(read_users(news)), news)
+        for update in answer:
+            self._take(lambda update: heard.append(read_users(update)), update)
         users.mirror(np.sum(heard, axis=0) if heard else np.zeros((ROWS, CELLS)), self._clock())
 
     def _ends(self) -> Iterator[bytes]:
         """Replica, entry, replica, entry ...: what Envoy told workers here of others' requests."""
-        for record in self._ended_log.read(MOST_ENDS):
-            replica, entry = passed_on(record)
+        for replica, entry in self._ended_log.read(MAX_ENDS):
             yield replica.encode()
             yield entry
 
@@ -273,10 +272,10 @@ class Replicator:
         except DecodeError:
             self._series.add(1.0, "exchanges", "not-understood")
 
-    def _take(self, hear: Callable[..., None], *news: Any) -> None:
+    def _take(self, apply: Callable[..., None], *update: Any) -> None:
         try:
-            hear(*news)
-        except NewsError as error:
+            apply(*update)
+        except UpdateError as error:
             self._series.add(1.0, "exchanges", "not-understood")
             if self._clock() - self._complained_at >= COMPLAIN_SECONDS:
                 self._complained_at = self._clock()

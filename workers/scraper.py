@@ -70,7 +70,7 @@ class _Watched:
     """When the engine started, by a predecessor's last poll."""
     good: int = 0
     bad: int = 0
-    disbelieved: tuple[str, ...] = ()
+    implausible: tuple[str, ...] = ()
     task: asyncio.Task[None] | None = None
 
 
@@ -285,10 +285,10 @@ class Scraper:
             watched.restarts = state.restarts
             watched.incarnation += 1
             log.info("an engine has restarted", pod=watched.pod.name)
-        if sample.disbelieved != watched.disbelieved:
-            watched.disbelieved = sample.disbelieved
-            if sample.disbelieved:
-                log.warning("implausible metrics are ignored", pod=watched.pod.name, of=", ".join(sample.disbelieved))
+        if sample.implausible != watched.implausible:
+            watched.implausible = sample.implausible
+            if sample.implausible:
+                log.warning("implausible metrics are ignored", pod=watched.pod.name, of=", ".join(sample.implausible))
         row, slot = watched.row, watched.slot
         row[_COLUMNS] = [state[place] for place in _PLACES]
         row[COLUMN["utilization"]] = sample.utilization
@@ -298,7 +298,7 @@ class Scraper:
         ledger = self._tables.ledger
         own, tokens = ledger.load(slot)
         # What an engine says wrongly is not what it does not have.
-        engine = math.nan if sample.disbelieved else sample.running + _or_zero(sample.waiting)
+        engine = math.nan if sample.implausible else sample.running + _or_zero(sample.waiting)
         mine, my_tokens = own, tokens
         if ledger.held_by(REPLICATOR, slot)[0]:
             mine, my_tokens = max(self._of_this_replica(slot), self._of_this_replica(slot))
@@ -311,9 +311,9 @@ class Scraper:
         elif stray := watched.excess.leftover(mine, my_tokens):
             ledger.settle(slot, 0, stray)
             own, tokens = ledger.load(slot)
-        row[COLUMN["own_requests_at_sample"]] = own
-        row[COLUMN["own_tokens_at_sample"]] = tokens
-        row[COLUMN["own_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)
+        row[COLUMN["tracked_requests_at_sample"]] = own
+        row[COLUMN["tracked_tokens_at_sample"]] = tokens
+        row[COLUMN["tracked_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)
         self._write(watched, now)
         busy = own > 0 or sample.running > 0 or sample.waiting > 0
         self._pace.polled(slot, now, busy=busy, ok=True)

@@ -18,9 +18,7 @@ import selectors
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 
@@ -32,21 +30,17 @@ from workers.admin import run_admin
 from workers.compiled import is_compiled, outdated
 from workers.config import Config, ConfigError
 from workers.ext_proc import run_worker
-from workers.last_users import LastUsers
+from workers.jobs import Child, Job, LaunchSettings, launch_settings
 from workers.ports import Reservation, clear_stale_socket
 from workers.process import run_child, set_up_logging
 from workers.replicator import run_replicator
+from workers.rolling_restart import RollingRestart
 from workers.scraper import run_scraper
-from workers.users import UsersError, read_text
 
 log = structlog.get_logger()
 
-BACK_OFF_SECONDS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""Before the first, second, ... restart in a row; the last one repeats."""
 STEADY_SECONDS = 10.0
 """A child that lived this long was all right: its successor starts at once."""
-READY_SECONDS = 60.0
-"""For a replacement to become ready, before it is killed and the rolling restart ends."""
 LOOK_SECONDS = 2.0
 """Between two looks at whether the children's hearts beat, which they do once a second."""
 HUNG_LOOKS, KILL_LOOKS = 5, 15
@@ -58,83 +52,31 @@ KILL_AFTER_SECONDS = 5.0
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD)
 
 
-@dataclass(eq=False)
-class Plan:
-    """What children are started with."""
-
-    config: Config
-    last_users: LastUsers | None
-
-
-@dataclass(eq=False)
-class Child:
-    """One running process."""
-
-    seat: "Seat"
-    plan: Plan
-    pid: int
-    writer: int
-    started: float
-    ready_fd: int
-    phase: Phase = Phase.STARTING
-    kill_at: float | None = None
-    beats: int = -1
-    silent_looks: int = 0
-
-
-@dataclass(eq=False)
-class Seat:
-    """A job that somebody must be doing: worker 0, the scraper, ..."""
-
-    kind: Kind
-    number: int
-    child: Child | None = None
-    retiring: list[Child] = field(default_factory=list)
-    successor: Child | None = None
-    restarts: int = 0
-    failures_in_a_row: int = 0
-    start_at: float | None = None
-    kept_writer: int | None = None
-    """A dead worker's row, for its successor: until then it says that the worker is down."""
-    closing: bool = False
-
-    @property
-    def name(self) -> str:
-        """For titles and logs."""
-        return f"worker {self.number}" if self.kind is Kind.WORKER else self.kind.name.lower()
-
-
 class Supervisor:
     """See the head of this file. `reload` gives the configuration anew, or raises ConfigError."""
 
     def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
-        self._plan = _plan(config)
-        self._trial: Plan | None = None
-        """Read again, and not yet known to work."""
-        self._reload = reload
+        self.settings = launch_settings(config)
+        self._restart = RollingRestart(self, reload)
         self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
         for writer in (SUPERVISOR, SCRAPER, ADMIN, REPLICATOR):
             self._tables.ledger.admit(writer)
         self._series = self._tables.series()
         self._free_writers = list(range(FIRST_WORKER, self._tables.capacity.writers))
-        self._seats: list[Seat] = [Seat(Kind.SCRAPER, 0), Seat(Kind.ADMIN, 0)]
+        self.jobs: list[Job] = [Job(Kind.SCRAPER, 0), Job(Kind.ADMIN, 0)]
         if config.has_replicas:
-            self._seats.append(Seat(Kind.REPLICATOR, 0))
-        self._seats += [Seat(Kind.WORKER, number) for number in range(config.workers)]
-        self._children: dict[int, Child] = {}
-        self._rolling: deque[Seat] = deque()
-        self._roll_again = False
-        self._roll_at: float | None = None
-        """When the rolling restart goes on, where it has to wait."""
+            self.jobs.append(Job(Kind.REPLICATOR, 0))
+        self.jobs += [Job(Kind.WORKER, number) for number in range(config.workers)]
+        self.children: dict[int, Child] = {}
         self._reservations: list[Reservation] = []
         self._stopping = False
-        self._look_at = 0.0
+        self._check_at = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     @property
     def _config(self) -> Config:
-        return self._plan.config
+        return self.settings.config
 
     def run(self) -> int:
         """Until everything has ended. Returns the exit code."""
@@ -156,16 +98,16 @@ class Supervisor:
         )
         if changed := outdated():
             log.warning("sources were changed after they were compiled: run `make install`", sources=changed)
-        for seat in self._seats:
-            self._fill(seat)
-        while self._children or not self._stopping:
-            self._wait()
+        for job in self.jobs:
+            self._start_job(job)
+        while self.children or not self._stopping:
+            self._wait_for_events()
             self._reap()
             now = time.monotonic()
             self._restart_due(now)
             self._kill_due(now)
-            self._look(now)
-            self._roll()
+            self._check_heartbeats(now)
+            self._restart.step()
             if self._stopping:
                 self._end_services()
         log.info("ended")
@@ -188,13 +130,13 @@ class Supervisor:
         for number in _HANDLED:
             signal.signal(number, lambda *_: None)
 
-    def _wait(self) -> None:
+    def _wait_for_events(self) -> None:
         """Sleep until a signal, a word from a child, or the next thing that is due."""
         now = time.monotonic()
-        due = [seat.start_at for seat in self._seats if seat.start_at is not None]
-        due += [child.kill_at for child in self._children.values() if child.kill_at is not None]
-        due += [self._roll_at] if self._roll_at is not None else []
-        timeout = max(0.0, min([*due, self._look_at]) - now)
+        due = [job.start_at for job in self.jobs if job.start_at is not None]
+        due += [child.kill_at for child in self.children.values() if child.kill_at is not None]
+        due += [self._restart.due_at] if self._restart.due_at is not None else []
+        timeout = max(0.0, min([*due, self._check_at]) - now)
         for key, _ in self._selector.select(timeout):
             if key.fd == self._wake_read:
                 for number in os.read(self._wake_read, 4096):
@@ -205,14 +147,14 @@ class Supervisor:
     def _on_signal(self, number: signal.Signals) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
             if self._stopping:
-                for child in self._children.values():
+                for child in self.children.values():
                     self._signal(child, signal.SIGKILL)
             else:
                 self._stop()
         elif self._stopping:
             return
         elif number is signal.SIGHUP:
-            self._roll_again = True  # after the one under way, whose successors have the old configuration
+            self._restart.request()
         elif number is signal.SIGTTIN:
             self._add_worker()
         elif number is signal.SIGTTOU:
@@ -221,55 +163,54 @@ class Supervisor:
     def _stop(self) -> None:
         log.info("draining", seconds=self._config.drain_seconds)
         self._stopping = True
-        self._roll_again = False
-        self._end_roll()
-        for seat in self._seats:
-            seat.start_at = None
-            if seat.kind is Kind.WORKER:
-                for child in (seat.child, seat.successor):
+        self._restart.cancel()
+        for job in self.jobs:
+            job.start_at = None
+            if job.kind is Kind.WORKER:
+                for child in (job.child, job.successor):
                     if child is not None:
-                        self._retire(child)
+                        self.retire(child)
 
     def _end_services(self) -> None:
         """All but the workers go last: until then there are workers that need them, and people who watch."""
-        if any(child.seat.kind is Kind.WORKER for child in self._children.values()):
+        if any(child.job.kind is Kind.WORKER for child in self.children.values()):
             return
-        for child in self._children.values():
+        for child in self.children.values():
             if child.phase is not Phase.DRAINING:
-                self._retire(child)
+                self.retire(child)
 
     # -- children
 
-    def _fill(self, seat: Seat) -> None:
-        seat.start_at = None
-        seat.child = self._start(seat, self._plan)
-        if seat.child is None:
-            seat.start_at = time.monotonic() + _delay(seat)
+    def _start_job(self, job: Job) -> None:
+        job.start_at = None
+        job.child = self.start(job, self.settings)
+        if job.child is None:
+            job.start_at = time.monotonic() + job.delay
 
-    def _start(self, seat: Seat, plan: Plan) -> Child | None:
+    def start(self, job: Job, settings: LaunchSettings) -> Child | None:
         """Fork one child; None where that cannot be done now, which has been logged, and is to be tried again."""
-        writer = {Kind.SCRAPER: SCRAPER, Kind.ADMIN: ADMIN, Kind.REPLICATOR: REPLICATOR}.get(seat.kind)
+        writer = {Kind.SCRAPER: SCRAPER, Kind.ADMIN: ADMIN, Kind.REPLICATOR: REPLICATOR}.get(job.kind)
         if writer is None:
-            writer = seat.kept_writer if seat.kept_writer is not None else self._free_writers.pop(0)
-            seat.kept_writer = None
+            writer = job.kept_writer if job.kept_writer is not None else self._free_writers.pop(0)
+            job.kept_writer = None
         self._tables.ledger.admit(writer)
         try:
-            pid, ready_fd = self._fork(seat, plan, writer)
+            pid, ready_fd = self._fork(job, settings, writer)
         except OSError as error:
-            if seat.child is not None:  # whose successor it would have been
-                self._free(writer)
+            if job.child is not None:  # whose successor it would have been
+                self._release_writer(writer)
             else:
-                self._keep_down(seat, writer)
-            seat.failures_in_a_row += 1
-            log.error("a child cannot be started", child=seat.name, error=error.strerror, again_in=_delay(seat))
+                self._keep_down(job, writer)
+            job.failures_in_a_row += 1
+            log.error("a child cannot be started", child=job.name, error=error.strerror, again_in=job.delay)
             return None
-        child = Child(seat, plan, pid, writer, time.monotonic(), ready_fd)
-        self._children[pid] = child
+        child = Child(job, settings, pid, writer, time.monotonic(), ready_fd)
+        self.children[pid] = child
         self._selector.register(ready_fd, selectors.EVENT_READ, child)
         self._record(child)
         return child
 
-    def _fork(self, seat: Seat, plan: Plan, writer: int) -> tuple[int, int]:
+    def _fork(self, job: Job, settings: LaunchSettings, writer: int) -> tuple[int, int]:
         """The child's process id, and where it will say that it is ready. Raises OSError."""
         sys.stderr.flush()
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -281,7 +222,7 @@ class Supervisor:
             if pid == 0:
                 code = 1
                 try:
-                    code = self._be_child(seat, plan, writer, write, parent)
+                    code = self._be_child(job, settings, writer, write, parent)
                 finally:
                     os._exit(code)
         except OSError:
@@ -292,13 +233,13 @@ class Supervisor:
             os.close(write)
         return pid, read
 
-    def _keep_down(self, seat: Seat, writer: int) -> None:
-        """Nobody is in this seat for the moment: its row says so."""
-        self._tables.roster.put(writer, Process(seat.kind, seat.number, 0, Phase.DOWN, seat.restarts))
-        if seat.kind is Kind.WORKER:
-            seat.kept_writer = writer
+    def _keep_down(self, job: Job, writer: int) -> None:
+        """Nobody does this job for the moment: its row says so."""
+        self._tables.roster.put(writer, Process(job.kind, job.number, 0, Phase.DOWN, job.restarts))
+        if job.kind is Kind.WORKER:
+            job.kept_writer = writer
 
-    def _be_child(self, seat: Seat, plan: Plan, writer: int, ready_fd: int, parent: int) -> int:
+    def _be_child(self, job: Job, settings: LaunchSettings, writer: int, ready_fd: int, parent: int) -> int:
         signal.set_wakeup_fd(-1)
         for number in _HANDLED:
             ends = number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -307,12 +248,12 @@ class Supervisor:
         self._selector.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
-        for child in self._children.values():
+        for child in self.children.values():
             if child.ready_fd >= 0:
                 os.close(child.ready_fd)
         for reservation in self._reservations:
             reservation.release()
-        config = plan.config
+        config = settings.config
         tables = Tables.attach(self._tables.segment.fd, writer)
 
         def ready() -> None:
@@ -320,16 +261,16 @@ class Supervisor:
             os.close(ready_fd)
 
         async def main() -> None:
-            if seat.kind is Kind.WORKER:
-                await run_worker(config, tables, seat.number, ready, plan.last_users)
-            elif seat.kind is Kind.SCRAPER:
+            if job.kind is Kind.WORKER:
+                await run_worker(config, tables, job.number, ready, settings.last_users)
+            elif job.kind is Kind.SCRAPER:
                 await run_scraper(config, tables, ready)
-            elif seat.kind is Kind.REPLICATOR:
+            elif job.kind is Kind.REPLICATOR:
                 await run_replicator(config, tables, ready)
             else:
                 await run_admin(config, tables, ready)
 
-        return run_child(seat.name, parent, config.log, main, partial(tables.roster.beat, writer))
+        return run_child(job.name, parent, config.log, main, partial(tables.roster.beat, writer))
 
     def _on_ready(self, child: Child) -> None:
         """A child spoke (it is ready) or its pipe closed (it died before)."""
@@ -344,23 +285,23 @@ class Supervisor:
             child.phase = Phase.READY
             child.kill_at = None
             self._record(child)
-            log.info("ready", child=child.seat.name, child_pid=child.pid)
-            if child.plan is self._trial:
-                self._plan, self._trial = self._trial, None
-                self._seat_replicator()
+            log.info("ready", child=child.job.name, child_pid=child.pid)
+            if child.settings is self._restart.trial:
+                self.settings = self._restart.accept()
+                self._add_replicator()
 
-    def _seat_replicator(self) -> None:
+    def _add_replicator(self) -> None:
         """The configuration may speak of replicas since it was read again. Where it does no more, the one that there
         is has nothing to do."""
-        if self._config.has_replicas and not any(seat.kind is Kind.REPLICATOR for seat in self._seats):
-            self._seats.append(Seat(Kind.REPLICATOR, 0))
-            self._fill(self._seats[-1])
+        if self._config.has_replicas and not any(job.kind is Kind.REPLICATOR for job in self.jobs):
+            self.jobs.append(Job(Kind.REPLICATOR, 0))
+            self._start_job(self.jobs[-1])
 
-    def _retire(self, child: Child) -> None:
+    def retire(self, child: Child) -> None:
         """Tell a child to drain and end."""
         if child.phase is Phase.DRAINING:
             return
-        patience = 0.0 if child.phase is Phase.HUNG else child.plan.config.drain_seconds
+        patience = 0.0 if child.phase is Phase.HUNG else child.settings.config.drain_seconds
         child.phase = Phase.DRAINING
         child.kill_at = time.monotonic() + patience + KILL_AFTER_SECONDS
         self._record(child)
@@ -372,19 +313,19 @@ class Supervisor:
             os.kill(child.pid, number)
 
     def _kill_due(self, now: float) -> None:
-        for child in self._children.values():
+        for child in self.children.values():
             if child.kill_at is not None and now >= child.kill_at:
                 what = "did not become ready" if child.phase is Phase.STARTING else "did not exit"
-                log.warning(f"killing a child that {what}", child=child.seat.name, child_pid=child.pid)
+                log.warning(f"killing a child that {what}", child=child.job.name, child_pid=child.pid)
                 child.kill_at = None
                 self._signal(child, signal.SIGKILL)
 
-    def _look(self, now: float) -> None:
+    def _check_heartbeats(self, now: float) -> None:
         """Look after the children that should be at work."""
-        if now < self._look_at:
+        if now < self._check_at:
             return
-        self._look_at = now + LOOK_SECONDS
-        for child in self._children.values():
+        self._check_at = now + LOOK_SECONDS
+        for child in self.children.values():
             if child.phase is Phase.DRAINING:
                 continue
             beats = self._tables.roster.beats(child.writer)
@@ -396,7 +337,7 @@ class Supervisor:
             if child.silent_looks >= HUNG_LOOKS:
                 self._set_hung(child, hung=True)
             if child.silent_looks == KILL_LOOKS:
-                log.error("killing a child that hangs", child=child.seat.name, child_pid=child.pid)
+                log.error("killing a child that hangs", child=child.job.name, child_pid=child.pid)
                 self._signal(child, signal.SIGKILL)
 
     def _set_hung(self, child: Child, *, hung: bool) -> None:
@@ -407,77 +348,80 @@ class Supervisor:
         self._record(child)
         if hung:
             seconds = round(child.silent_looks * LOOK_SECONDS)
-            log.warning("a child hangs", child=child.seat.name, child_pid=child.pid, seconds=seconds)
+            log.warning("a child hangs", child=child.job.name, child_pid=child.pid, seconds=seconds)
         else:
-            log.info("a hung child has recovered", child=child.seat.name, child_pid=child.pid)
+            log.info("a hung child has recovered", child=child.job.name, child_pid=child.pid)
 
     def _reap(self) -> None:
-        while self._children:
+        while self.children:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            child = self._children.pop(pid, None)
+            child = self.children.pop(pid, None)
             if child is not None:
                 self._on_end(child, os.waitstatus_to_exitcode(status))
 
     def _on_end(self, child: Child, code: int) -> None:
         """A child has ended: give back what it held, and decide who comes next."""
-        seat = child.seat
+        job = child.job
         if child.ready_fd >= 0:
             self._selector.unregister(child.ready_fd)
             os.close(child.ready_fd)
         given_back = self._tables.ledger.forfeit(child.writer)
         self._tables.series(child.writer).clear_levels()
-        if child in seat.retiring:
-            seat.retiring.remove(child)
-            self._free(child.writer)
-            if seat.closing and not seat.retiring:
-                self._seats.remove(seat)
+        if child in job.retiring:
+            job.retiring.remove(child)
+            self._release_writer(child.writer)
+            if job.closing and not job.retiring:
+                self.jobs.remove(job)
             return
-        if child is seat.successor:
-            seat.successor = None
-            if self._stopping or seat.child is not None:
-                self._free(child.writer)
+        if child is job.successor:
+            job.successor = None
+            if self._stopping or job.child is not None:
+                self._release_writer(child.writer)
             else:  # there was nobody to replace
-                self._keep_down(seat, child.writer)
-                seat.start_at = time.monotonic() + _delay(seat)
+                self._keep_down(job, child.writer)
+                job.start_at = time.monotonic() + job.delay
             if not self._stopping:
-                self._stop_rolling(seat)
+                self._restart.fail(job)
             return
-        seat.child = None
+        job.child = None
         if self._stopping:
-            self._free(child.writer)
+            self._release_writer(child.writer)
             return
         now = time.monotonic()
         if child.phase is Phase.DRAINING:  # told to, to be replaced
-            self._free(child.writer)
-            seat.start_at = now
+            self._release_writer(child.writer)
+            job.start_at = now
             return
         steady = now - child.started >= STEADY_SECONDS
-        seat.failures_in_a_row = 0 if steady else seat.failures_in_a_row + 1
-        delay = _delay(seat)
-        seat.restarts += 1
-        if child.plan is self._trial:  # it had taken its predecessor's place before it was ready
-            self._stop_rolling(seat)
-        if seat.successor is not None:  # it was about to be replaced anyway
-            self._free(child.writer)
-            seat.child, seat.successor = seat.successor, None
-            with contextlib.suppress(ValueError):
-                self._rolling.remove(seat)
+        job.failures_in_a_row = 0 if steady else job.failures_in_a_row + 1
+        delay = job.delay
+        job.restarts += 1
+        if child.settings is self._restart.trial:  # it had taken its predecessor's place before it was ready
+            self._restart.fail(job)
+        if job.successor is not None:  # it was about to be replaced anyway
+            self._release_writer(child.writer)
+            job.child, job.successor = job.successor, None
+            self._restart.skip(job)
             delay = 0.0
         else:
-            seat.start_at = now + delay
-            self._keep_down(seat, child.writer)
-        self._series.add(1.0, "restarts", seat.name)
+            job.start_at = now + delay
+            self._keep_down(job, child.writer)
+        self._series.add(1.0, "restarts", job.name)
         log.error(
             "a child ended unexpectedly",
-            child=seat.name, child_pid=child.pid, exit_code=code, requests_given_back=given_back, restart_in=delay,
+            child=job.name, child_pid=child.pid, exit_code=code, requests_given_back=given_back, restart_in=delay,
         )  # fmt: skip
 
-    def _free(self, writer: int) -> None:
+    def has_room(self, job: Job) -> bool:
+        """Whether there is a writer row for another child of this job."""
+        return bool(self._free_writers) or job.kept_writer is not None
+
+    def _release_writer(self, writer: int) -> None:
         """Nobody writes this row anymore."""
         self._tables.roster.clear(writer)
         if writer >= FIRST_WORKER:
@@ -485,95 +429,18 @@ class Supervisor:
             self._free_writers.sort()
 
     def _restart_due(self, now: float) -> None:
-        for seat in self._seats:
-            if seat.start_at is not None and now >= seat.start_at:
-                self._fill(seat)
+        for job in self.jobs:
+            if job.start_at is not None and now >= job.start_at:
+                self._start_job(job)
 
     def _record(self, child: Child) -> None:
-        seat = child.seat
-        self._tables.roster.put(child.writer, Process(seat.kind, seat.number, child.pid, child.phase, seat.restarts))
+        job = child.job
+        self._tables.roster.put(child.writer, Process(job.kind, job.number, child.pid, child.phase, job.restarts))
 
-    # -- rolling restart, more and fewer workers
-
-    def _start_rolling(self) -> None:
-        try:
-            config = self._reload()
-        except ConfigError as error:
-            log.error("configuration not reloaded", error=str(error))
-            return
-        fixed = ("listen", "worker_listen", "admin", "capacity", "workers")
-        for name in fixed:
-            if getattr(config, name) != getattr(self._config, name):
-                log.warning("change ignored: it needs a full restart", key=name)
-        if config.prefix.ring_bytes != self._config.prefix.ring_bytes:
-            log.warning("change ignored: it needs a full restart", key="prefix.ring_bytes")
-        keep = {name: getattr(self._config, name) for name in fixed}
-        self._trial = _plan(config.model_copy(update=keep), self._plan)
-        log.info("rolling restart")
-        # The others come last: their old ones end before the new ones start, so there is no going back.
-        seats = [seat for seat in self._seats if not seat.closing]
-        self._rolling = deque(sorted(seats, key=lambda seat: seat.kind is not Kind.WORKER))
-
-    def _stop_rolling(self, seat: Seat) -> None:
-        """A replacement came to nothing."""
-        log.error(
-            "a replacement ended before it was ready; the rolling restart stops here",
-            child=seat.name, configuration="as before" if self._trial is not None else "the new one",
-        )  # fmt: skip
-        self._end_roll()
-
-    def _end_roll(self) -> None:
-        self._rolling.clear()
-        self._roll_at = self._trial = None
-
-    def _roll(self) -> None:
-        """Take the rolling restart one step further, if one is under way."""
-        if self._roll_at is not None:
-            if time.monotonic() < self._roll_at:
-                return
-            self._roll_at = None
-        while self._rolling or self._roll_again:
-            if not self._rolling:
-                self._roll_again = False
-                self._start_rolling()
-                continue
-            seat = self._rolling[0]
-            if seat.closing or (seat.child is None and seat.kind is not Kind.WORKER):
-                self._rolling.popleft()
-            elif seat.successor is not None:
-                if seat.successor.phase is not Phase.READY:
-                    return
-                if seat.child is not None:
-                    self._retire(seat.child)
-                    seat.retiring.append(seat.child)
-                seat.child, seat.successor = seat.successor, None
-                seat.failures_in_a_row = 0
-                self._rolling.popleft()
-            elif any(child.plan is self._trial for child in self._children.values()):
-                return  # one that took its predecessor's place, and is not ready yet
-            elif seat.kind is not Kind.WORKER:
-                # These have one writer row and one address each: the old one ends, then the new one starts.
-                self._rolling.popleft()
-                assert seat.child is not None
-                self._retire(seat.child)
-                seat.failures_in_a_row = 0
-            elif not self._start_successor(seat):
-                return
-
-    def _start_successor(self, seat: Seat) -> bool:
-        """Whether there is one now."""
-        if not self._free_writers and seat.kept_writer is None:
-            return False  # those of earlier rounds are still draining: wait for one to end
-        successor = self._start(seat, self._trial or self._plan)
-        if successor is None:
-            self._roll_at = time.monotonic() + _delay(seat)
-            return False
-        seat.successor, seat.start_at = successor, None
-        successor.kill_at = successor.started + READY_SECONDS
-        return True
+    # -- more and fewer workers
 
     def _add_worker(self) -> None:
-        numbers = {seat.number for seat in self._seats if seat.kind is Kind.WORKER}
+        numbers = {job.number for job in self.jobs if job.kind is Kind.WORKER}
         number = next(number for number in range(len(numbers) + 1) if number not in numbers)
         if number >= self._config.max_workers:
             log.error("no room for another worker: raise capacity.workers", workers=len(numbers))
@@ -586,54 +453,35 @@ class Supervisor:
         except ConfigError as error:
             log.error("no address for another worker", error=str(error))
             return
-        seat = Seat(Kind.WORKER, number)
-        self._seats.append(seat)
-        self._fill(seat)
-        if self._trial is not None:
-            self._rolling.append(seat)
+        job = Job(Kind.WORKER, number)
+        self.jobs.append(job)
+        self._start_job(job)
+        self._restart.add(job)
         log.info("worker added", workers=len(numbers) + 1)
 
     def _remove_worker(self) -> None:
-        workers = [seat for seat in self._seats if seat.kind is Kind.WORKER and not seat.closing]
+        workers = [job for job in self.jobs if job.kind is Kind.WORKER and not job.closing]
         if len(workers) <= 1:
             log.error("the last worker cannot be removed")
             return
-        seat = max(workers, key=lambda seat: seat.number)
-        seat.closing = True
-        seat.start_at = None
-        if seat.kept_writer is not None:
-            self._free(seat.kept_writer)
-            seat.kept_writer = None
-        address = self._config.worker_address(seat.number)
+        job = max(workers, key=lambda job: job.number)
+        job.closing = True
+        job.start_at = None
+        if job.kept_writer is not None:
+            self._release_writer(job.kept_writer)
+            job.kept_writer = None
+        address = self._config.worker_address(job.number)
         for reservation in [held for held in self._reservations if held.address == address]:
             reservation.release()
             self._reservations.remove(reservation)
-        for child in (seat.child, seat.successor):
+        for child in (job.child, job.successor):
             if child is not None:
-                self._retire(child)
-                seat.retiring.append(child)
-        seat.child = seat.successor = None
-        if not seat.retiring:
-            self._seats.remove(seat)
+                self.retire(child)
+                job.retiring.append(child)
+        job.child = job.successor = None
+        if not job.retiring:
+            self.jobs.remove(job)
         log.info("worker removed", workers=len(workers) - 1)
-
-
-def _plan(config: Config, before: Plan | None = None) -> Plan:
-    path = config.limits.users_file
-    if path is None:
-        return Plan(config, None)
-    if before is not None and before.config.limits.users_file == path:
-        return Plan(config, before.last_users)  # what the workers have seen of it since
-    last_users = LastUsers()
-    with contextlib.suppress(UsersError):  # it could be read a moment ago; else the workers will say what is wrong
-        last_users.keep(read_text(path))
-    return Plan(config, last_users)
-
-
-def _delay(seat: Seat) -> float:
-    """Before the next attempt to fill it."""
-    failures = min(seat.failures_in_a_row, len(BACK_OFF_SECONDS))
-    return BACK_OFF_SECONDS[failures - 1] if failures else 0.0
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:

@@ -6,7 +6,7 @@ from typing import Protocol
 from state.series import Series
 from workers.calls import Methods
 from workers.config import Config, ConfigError, TlsConfig
-from workers.h2.limits import COUNTED, Counters, Limits
+from workers.h2.limits import COUNTED, TransportCounters, TransportLimits
 from workers.h2.server import H2Server
 
 _LEVELS = frozenset({"connections_open", "streams_open", "buffered_bytes"})
@@ -22,13 +22,13 @@ class Server(Protocol):
         """Take no new streams, end those nobody waits for, give the others `grace_seconds`."""
 
 
-def make_server(config: Config, methods: Methods, counters: Counters) -> Server:
+def make_server(config: Config, methods: Methods, counters: TransportCounters) -> Server:
     """The transport that the configuration names. Imports grpcio only where it is asked for."""
     if config.transport == "grpcio":
         from workers.grpcio_transport import GrpcioServer
 
         return GrpcioServer(methods, max_message_bytes=config.max_message_bytes)
-    return H2Server(methods, limits=Limits(max_message_bytes=config.max_message_bytes), counters=counters)
+    return H2Server(methods, limits=TransportLimits(max_message_bytes=config.max_message_bytes), counters=counters)
 
 
 def tls_context(config: TlsConfig | None) -> ssl.SSLContext | None:
@@ -65,7 +65,7 @@ def _why(error: OSError) -> str:
 class Meter:
     """Copies a transport's counters into the shared tables."""
 
-    def __init__(self, counters: Counters, series: Series) -> None:
+    def __init__(self, counters: TransportCounters, series: Series) -> None:
         self._counters = counters
         self._series = series
         self._copied: dict[str, int] = {}

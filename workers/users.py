@@ -30,7 +30,7 @@ import orjson
 import structlog
 import yaml
 
-from router.limits import KEY_PREFIX, LONGEST_USER, Limits, effective
+from router.limits import KEY_PREFIX, MAX_USER_LENGTH, Limits, effective
 from workers.documents import NotYaml, read_yaml
 from workers.last_users import LastUsers
 
@@ -91,9 +91,9 @@ def new_key() -> str:
 def checked(record: UserRecord, where: str = "") -> UserRecord:
     """The record itself. Raises UsersError where it cannot be used."""
     name = record.name
-    if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST_USER:
+    if not name or name != name.strip() or not name.isprintable() or len(name) > MAX_USER_LENGTH:
         raise UsersError(
-            f"{where}{name[:LONGEST_USER]!r} is not a valid user name: it needs 1 to {LONGEST_USER} printable "
+            f"{where}{name[:MAX_USER_LENGTH]!r} is not a valid user name: it needs 1 to {MAX_USER_LENGTH} printable "
             "characters, without blanks at its ends"
         )
     for field, value in (("rpm", record.rpm), ("tpm", record.tpm)):

@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 120.0
 """Waking is loading weights; meanwhile the pod is not asked again."""
 PAUSE_SECONDS = 10.0
 """Until a pod that has answered, or could not be reached, is asked again."""
-MOST_AT_ONCE = 64
+MAX_AT_ONCE = 64
 _STATUS_LINE_BYTES = 1024
 
 
@@ -39,7 +39,7 @@ class Waker:
     def ask(self, pod: Pod, model: str) -> None:
         """Have the pod wake the model, unless it was asked to a moment ago or has not answered yet."""
         key = (pod.host_ip, model)
-        if key in self._asking or len(self._asking) >= MOST_AT_ONCE:
+        if key in self._asking or len(self._asking) >= MAX_AT_ONCE:
             return
         task = self._asking[key] = asyncio.get_running_loop().create_task(self._wake(pod, model))
         task.add_done_callback(lambda _: self._asking.pop(key, None))

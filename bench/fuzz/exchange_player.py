@@ -9,6 +9,7 @@ from protos import MessageError
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.ledger import Entry
 from workers.calls import CallError, Reply
 from workers.ext_proc import process_method
@@ -106,7 +107,7 @@ def _check(phase: str, reply: bytes) -> None:
 def make_player() -> Callable[[bytes], None]:
     """A function that plays one input and raises where something does not hold."""
     tables = fleet(4)
-    scheduler = Scheduler(tables, "least-request", time.monotonic)
+    scheduler = Scheduler(tables, "least-request", time.monotonic, Context())
     method = process_method(scheduler, MAX_BODY)
     loop = asyncio.new_event_loop()
 

@@ -21,12 +21,12 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from workers.calls import CallError, Metadata, Method, Push, Reply
+from workers.h2.call_handler import Result
 from workers.h2.connection import Connection
-from workers.h2.dialogue import Result
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-LIMITS = Limits(
+LIMITS = TransportLimits(
     max_message_bytes=5000,
     max_buffered_bytes=20_000,
     max_concurrent_streams=8,
@@ -146,7 +146,7 @@ class World:
         self.calls: list[FuzzCall] = []
         self.answers: list[Answer] = []
         self.now = 100.0
-        self.counters = Counters()
+        self.counters = TransportCounters()
         methods = {
             "/fuzz/Echo": Method(self._open, listens=True),
             "/fuzz/Watch": Method(self._open, pushes=True),

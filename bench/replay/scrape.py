@@ -116,6 +116,6 @@ class Polls:
         row[COLUMN["incarnation"]] = 0
         row[COLUMN["failed_polls"]] = 0
         ledger = self._tables.ledger
-        row[COLUMN["own_requests_at_sample"]] = ledger.total(Entry.REQUESTS, slot)
-        row[COLUMN["own_tokens_at_sample"]] = ledger.total(Entry.TOKENS, slot)
-        row[COLUMN["own_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)
+        row[COLUMN["tracked_requests_at_sample"]] = ledger.total(Entry.REQUESTS, slot)
+        row[COLUMN["tracked_tokens_at_sample"]] = ledger.total(Entry.TOKENS, slot)
+        row[COLUMN["tracked_promised_at_sample"]] = ledger.total(Entry.PROMISED, slot)

@@ -31,6 +31,7 @@ from router.rates import Prior, Rates
 from router.replies import Destination
 from router.request import RoutingRequest
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.catalog import CatalogDocument, PodRecord
 from state.tables import FIRST_WORKER, REPLICATOR, Capacity, Tables
 
@@ -105,15 +106,13 @@ class _Worker:
         self.replica = replica
         self.hasher = NamedBlocks()
         index = PrefixIndex(tables.prefix_log, tables.pods, max_blocks=settings.index_blocks)
-        self.scheduler = Scheduler(
-            tables,
-            strategy,
-            replica.clock,
-            seed=settings.seed * 1000 + replica.number * 100 + number,
+        context = Context(
+            random.Random(settings.seed * 1000 + replica.number * 100 + number),
             prefixes=Prefixes(index, self.hasher),
             rates=Rates(settings.prior, learn=settings.learn),
             user_tokens=tables.user_tokens,
         )
+        self.scheduler = Scheduler(tables, strategy, replica.clock, context)
 
 
 class _Replica:
@@ -146,8 +145,8 @@ class _Replica:
         now = self.clock()
         loads, routed = self.mirror.loads(now), self.mirror.routed(now, 1 << 30)
         for other in others:
-            other.mirror.hear_loads(str(self.number), loads, now)
-            other.mirror.hear_routed(routed, 0.0, now)
+            other.mirror.apply_loads(str(self.number), loads, now)
+            other.mirror.apply_routed(routed, 0.0, now)
             other.mirror.enter(now)
 
 

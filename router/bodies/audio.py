@@ -13,12 +13,12 @@ from typing import ClassVar, Final
 from router.bodies.base import MEDIA_TOKENS, Body
 from router.errors import bad_body, bad_multipart
 
-MOST_PARTS: Final = 256
-LONGEST_PART_HEADER: Final = 16 << 10
-LONGEST_BOUNDARY: Final = 256
-LONGEST_FIELD: Final = 4096
-LONGEST_CONTENT_TYPE: Final = 1024
-MOST_FALSE_BOUNDARIES: Final = 1 << 16
+MAX_PARTS: Final = 256
+MAX_PART_HEADER_LENGTH: Final = 16 << 10
+MAX_BOUNDARY_LENGTH: Final = 256
+MAX_FIELD_LENGTH: Final = 4096
+MAX_CONTENT_TYPE_LENGTH: Final = 1024
+MAX_FALSE_BOUNDARIES: Final = 1 << 16
 """Places in a part that look like its end and are not: a form with more is made to take time."""
 
 _PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))\s*')
@@ -61,7 +61,7 @@ def read_audio(content_type: str, body: bytes) -> AudioBody:
 
 def read_boundary(content_type: str) -> bytes:
     """The boundary of a multipart content type."""
-    if len(content_type) > LONGEST_CONTENT_TYPE:
+    if len(content_type) > MAX_CONTENT_TYPE_LENGTH:
         raise bad_multipart("invalid content-type header")
     media_type = content_type.partition(";")[0].strip().lower()
     if not media_type.startswith("multipart/"):
@@ -77,7 +77,7 @@ def read_boundary(content_type: str) -> bytes:
         at = match.end() if match.end() < len(content_type) else -1
     if not boundary:
         raise bad_multipart("missing boundary in content-type")
-    if len(boundary) > LONGEST_BOUNDARY:
+    if len(boundary) > MAX_BOUNDARY_LENGTH:
         raise bad_multipart("invalid content-type header")
     return boundary.encode("utf-8", "replace")
 
@@ -92,7 +92,7 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
     at += len(delimiter)
     newline = b"\r\n" if body[at : at + 64].lstrip(b" \t").startswith(b"\r\n") else b"\n"
     closing = newline + delimiter
-    for _ in range(MOST_PARTS):
+    for _ in range(MAX_PARTS):
         if body.startswith(b"--", at):
             return
         line_end = body.find(newline, at)
@@ -102,7 +102,7 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
         if body.startswith(newline, start):  # no headers at all
             header_end = start - len(newline)
         else:
-            header_end = body.find(newline + newline, start, start + LONGEST_PART_HEADER)
+            header_end = body.find(newline + newline, start, start + MAX_PART_HEADER_LENGTH)
             if header_end < 0:
                 break
         header = body[start:header_end]
@@ -113,7 +113,7 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
         if value_end < 0:
             yield name, None
             break
-        short = name in (b"model", b"stream") and value_end - value_start <= LONGEST_FIELD
+        short = name in (b"model", b"stream") and value_end - value_start <= MAX_FIELD_LENGTH
         yield name, body[value_start:value_end] if short else b""
         at = value_end + len(closing)
     raise bad_multipart("failed to parse multipart form")
@@ -122,7 +122,7 @@ def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes | N
 def _end_of_value(body: bytes, closing: bytes, start: int) -> int:
     """Where the next delimiter line begins. A boundary that is only the beginning of a longer word is content."""
     at = start
-    for _ in range(MOST_FALSE_BOUNDARIES):
+    for _ in range(MAX_FALSE_BOUNDARIES):
         at = body.find(closing, at)
         if at < 0:
             break

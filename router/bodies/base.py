@@ -25,7 +25,7 @@ SMALL: Final = 8192
 """Bytes. A body this small is not searched for inline media before its tokens are estimated."""
 
 COUNTED_BYTES: Final = 1 << 20
-MOST_VALUES: Final = 1 << 20
+MAX_VALUES: Final = 1 << 20
 """A body longer than the first with more values than the second is refused. Parsed, each takes up to 150 bytes and
 0.6 µs, however short it was sent: 32 MiB of `{},` would take 1.6 GB, and the worker's other requests ten seconds."""
 REPAIRABLE_BYTES: Final = 4 << 20
@@ -98,7 +98,7 @@ class Body:
 def parse(body: bytes) -> Document:
     """The JSON object of a body; `null` counts as one without fields."""
     if len(body) > COUNTED_BYTES and _has_too_many_values(body):
-        raise bad_body(f"request body has more than {MOST_VALUES} JSON values")
+        raise bad_body(f"request body has more than {MAX_VALUES} JSON values")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -111,16 +111,16 @@ def parse(body: bytes) -> Document:
 
 
 def _has_too_many_values(body: bytes) -> bool:
-    if _most_values(body) <= MOST_VALUES:
+    if _max_values(body) <= MAX_VALUES:
         return False
     # It may be a long text with many commas: look again without strings.
     unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    if unescaped.count(b'"') > 2 * MOST_VALUES:
+    if unescaped.count(b'"') > 2 * MAX_VALUES:
         return True
-    return _most_values(b"".join(unescaped.split(b'"')[::2])) > MOST_VALUES
+    return _max_values(b"".join(unescaped.split(b'"')[::2])) > MAX_VALUES
 
 
-def _most_values(json: bytes) -> int:
+def _max_values(json: bytes) -> int:
     """At least as many as there are: each value but the first follows a comma or begins an array or object."""
     return json.count(b",") + json.count(b"[") + json.count(b"{") + 1
 

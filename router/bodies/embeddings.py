@@ -10,10 +10,10 @@ from router.bodies.base import BYTES_PER_TOKEN, Body, Document, read_model, refu
 from router.bodies.text import TURN, Pieces, add_content, counted_tokens, dumped, joined, packed_ids
 from router.errors import RequestError, bad_body
 
-MOST_TOKENS: Final = 8192
+MAX_TOKENS: Final = 8192
 """Per input."""
-MOST_TOKENS_IN_ALL: Final = 300_000
-LONGEST_TOKEN_ARRAY: Final = 2048
+MAX_TOKENS_IN_ALL: Final = 300_000
+MAX_TOKEN_ARRAY_LENGTH: Final = 2048
 
 _FLAT: Final = ("text", "image", "video")
 _STRING_FIELDS: Final = ("type", *_FLAT)
@@ -96,17 +96,17 @@ def _check_texts(texts: list[str]) -> None:
                 "input cannot be an empty string" if single else f"input at index {index} cannot be an empty string"
             )
         tokens = _at_most(text)
-        if tokens > MOST_TOKENS:
+        if tokens > MAX_TOKENS:
             which = "input" if single else f"input at index {index}"
-            raise _wrong(f"{which} exceeds max tokens per model ({MOST_TOKENS}), estimated tokens: {tokens}")
+            raise _wrong(f"{which} exceeds max tokens per model ({MAX_TOKENS}), estimated tokens: {tokens}")
         total += tokens
-    if total > MOST_TOKENS_IN_ALL:
-        raise _wrong(f"total tokens across all inputs exceeds maximum ({MOST_TOKENS_IN_ALL}), estimated total: {total}")
+    if total > MAX_TOKENS_IN_ALL:
+        raise _wrong(f"total tokens across all inputs exceeds maximum ({MAX_TOKENS_IN_ALL}), estimated total: {total}")
 
 
 def _at_most(text: str) -> int:
     """Tokens of a text: counted where it could be over the limit, else a quarter of its characters."""
-    return len(text) // BYTES_PER_TOKEN if len(text) <= MOST_TOKENS else counted_tokens(text)
+    return len(text) // BYTES_PER_TOKEN if len(text) <= MAX_TOKENS else counted_tokens(text)
 
 
 def _check_tokens(arrays: list[list[Any]]) -> None:
@@ -117,13 +117,13 @@ def _check_tokens(arrays: list[list[Any]]) -> None:
         length = len(ids)
         if not length:
             raise _wrong(f"{which} cannot be empty")
-        if length > MOST_TOKENS:
-            raise _wrong(f"{which} exceeds max tokens per model ({MOST_TOKENS}), actual tokens: {length}")
-        if length > LONGEST_TOKEN_ARRAY:
-            raise _wrong(f"{which} exceeds max dimensions ({LONGEST_TOKEN_ARRAY}), actual dimensions: {length}")
+        if length > MAX_TOKENS:
+            raise _wrong(f"{which} exceeds max tokens per model ({MAX_TOKENS}), actual tokens: {length}")
+        if length > MAX_TOKEN_ARRAY_LENGTH:
+            raise _wrong(f"{which} exceeds max dimensions ({MAX_TOKEN_ARRAY_LENGTH}), actual dimensions: {length}")
         total += length
-    if total > MOST_TOKENS_IN_ALL:
-        raise _wrong(f"total tokens across all inputs exceeds maximum ({MOST_TOKENS_IN_ALL}), actual total: {total}")
+    if total > MAX_TOKENS_IN_ALL:
+        raise _wrong(f"total tokens across all inputs exceeds maximum ({MAX_TOKENS_IN_ALL}), actual total: {total}")
 
 
 def _check_parts(parts: list[Any]) -> None:

@@ -11,11 +11,12 @@ is known the strategy cannot do what its name says; it then takes the pod with t
 decision is counted as a fallback.
 """
 
-import random
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from heapq import nsmallest
 from math import inf, isfinite, isnan
-from typing import Any, ClassVar, Final
+from random import Random
+from typing import ClassVar, Final
 
 from mypy_extensions import mypyc_attr
 
@@ -25,35 +26,30 @@ from router.prefixes import Prefixes
 from router.rates import Rates
 from router.request import RoutingRequest
 from state.pods import Floats
+from state.user_tokens import UserTokens
 
 NEAR: Final = 1e-9
 """Scores closer than this share of the best are equal."""
 
 
+@dataclass(eq=False)
 class Context:
-    """What strategies share within one process: a source of chance and, by name, the parts only some need."""
+    """What strategies share within one process."""
 
-    def __init__(self, seed: int | None = None, **parts: Any) -> None:
-        self.random = random.Random(seed)
-        self.parts = parts
+    random: Random = field(default_factory=Random)
+    prefixes: Prefixes | None = None
+    """Prefix knowledge, where the process keeps any."""
+    rates: Rates = field(default_factory=Rates)
+    """Learnt speeds of the pods."""
+    backlog: Backlog = field(init=False)
+    """Promised prefills not done yet."""
+    user_tokens: UserTokens | None = None
+    """What users used of late, where that is counted."""
+    session_secret: bytes = b""
+    """What session ids are made with, the same in every worker and replica; empty for one of this process's own."""
 
-    @property
-    def prefixes(self) -> Prefixes | None:
-        """Prefix knowledge, where the process keeps any."""
-        found: Prefixes | None = self.parts.get("prefixes")
-        return found
-
-    @property
-    def rates(self) -> Rates:
-        """Learnt speeds of the pods."""
-        found: Rates = self.parts.setdefault("rates", Rates())
-        return found
-
-    @property
-    def backlog(self) -> Backlog:
-        """Promised prefills not done yet."""
-        found: Backlog = self.parts.setdefault("backlog", Backlog(self.rates))
-        return found
+    def __post_init__(self) -> None:
+        self.backlog = Backlog(self.rates)
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -142,7 +138,7 @@ def smallest(values: list[float], first: int, count: int) -> list[int]:
     return found
 
 
-def fewest(counts: list[int], rng: random.Random) -> int:
+def fewest(counts: list[int], rng: Random) -> int:
     """Index of the smallest count, at random among equals."""
     best = min(counts)
     ties = counts.count(best)
@@ -153,7 +149,7 @@ def fewest(counts: list[int], rng: random.Random) -> int:
     return [index for index, count in enumerate(counts) if count == best][int(rng.random() * ties)]
 
 
-def lowest(scores: list[float], rng: random.Random) -> int:
+def lowest(scores: list[float], rng: Random) -> int:
     """Index of the lowest score, at random among equals; NaN counts as one of the others; -1 if all are NaN."""
     if isnan(sum(scores)):
         known = [score for score in scores if not isnan(score)]

@@ -1,6 +1,6 @@
 """`MarginalDelay`'s formula for all pods at once and for one. Not a strategy itself.
 
-    score = fixed + (M + F + u / budget) * step + (M + F) * (held + (r + P * k) * shared) + c * price
+    score = fixed + (M + F + u / budget) * step + (M + F) * (prefill_interference + (r + P * k) * shared) + c * price
             + (u + c * (1 + N)) * prefill + u * (1 + N) * loss
 
 is the strategy's formula with what concerns the request taken out of the brackets: P, u, c and M are its prompt, its
@@ -20,9 +20,9 @@ from typing import Final
 import numpy as np
 
 from router.attention import SENT_SECONDS
-from router.backlog import FIRST_STEPS, Backlog, Excess
+from router.backlog import FIRST_STEPS, Backlog, BacklogCorrection
 from router.fleet import Candidates
-from router.prefix_index import MOST_HEARD, PrefixIndex
+from router.prefix_index import MAX_HEARD, PrefixIndex
 from router.rates import Speeds
 from state.pods import Floats
 
@@ -30,9 +30,9 @@ KEPT_SECONDS: Final = 0.01
 """How old finished requests and finished prefills may be."""
 LEAD_SECONDS: Final = 0.0002
 """By how much a record may be older than the charge that it stands for."""
-MOST_ENTERED: Final = 64
+MAX_APPLIED: Final = 64
 """More is worked out anew."""
-MOST_BUSY: Final = 0.98
+MAX_BUSY: Final = 0.98
 """With prefills, of a pod's time: more than all of it may have been promised."""
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
@@ -54,7 +54,7 @@ class Chance:
         return self._table[start : start + n]
 
 
-class Form:
+class PodTerms:
     """What is kept of one pod: the seven numbers of its score, what they are made of, and what they change by when it
     is sent a request. Plain numbers of an object of its own: compiled, that is the cheapest way to read and write
     them."""
@@ -62,85 +62,114 @@ class Form:
     __slots__ = (
         "answer",
         "bit",
+        "busy_until",
+        "capacity_wait",
         "decode",
-        "drain",
         "elsewhere",
         "fixed",
         "full",
         "growth",
-        "held",
         "idle_step",
+        "index",
+        "kv_share_per_token",
+        "kv_wait_base",
+        "kv_wait_per_token",
         "loss",
-        "more",
-        "no_place",
-        "pace",
-        "place",
-        "places",
+        "max_requests",
         "prefill",
+        "prefill_interference",
+        "prefill_tokens_per_second",
         "price",
         "requests",
-        "room",
-        "rooms",
         "score",
-        "seats",
         "served",
+        "share_per_request",
         "shared",
-        "short",
         "slot",
+        "smoothed_requests",
+        "smoothed_tokens",
         "step",
+        "token_interval",
         "tokens",
-        "until",
-        "usual_requests",
-        "usual_tokens",
         "wait",
+        "wait_for_slot",
     )
 
-    def __init__(self, place: int, slot: int) -> None:
+    def __init__(self, index: int, slot: int) -> None:
         self.score = 0.0
-        """Of the request that was asked for last, in seconds."""
+        """Seconds: of the request that was asked for last."""
+        # The seven numbers of the score.
         self.fixed = 0.0
+        """Seconds that any request costs there: the wait for the prefills promised, and what that says of slack."""
         self.step = 0.0
-        self.held = 0.0
+        """Seconds of an engine step."""
+        self.prefill_interference = 0.0
+        """Seconds per token of an answer, that others' prefills add to a step."""
         self.price = 0.0
+        """Seconds per token of prefill, that it costs those whose answers it interrupts and those that wait for it."""
         self.shared = 0.0
+        """Number of requests that decode there, times `decode`: those that a longer step delays."""
         self.prefill = 0.0
+        """Seconds per prompt token of the mean cost."""
         self.loss = 0.0
-        self.room = 0.0
-        """Seconds that the request asked for last would wait for room beyond the prefills before it: for its place, and
-        for its tokens as short + P * more. Negative where there is room."""
-        self.short = 0.0
-        self.more = 0.0
-        self.no_place = 0.0
+        """Seconds per uncached token: to prefill again what it pushes out of the cache."""
+        # How long there is no room for a request beyond the prefills before it.
+        self.capacity_wait = 0.0
+        """Seconds that the request asked for last would wait for a slot or for its tokens' room in the KV cache, not
+        counting `wait`; 0 where there is room."""
+        self.kv_wait_base = 0.0
+        """Seconds that a prompt of no tokens would wait for room in the KV cache, not counting `wait`; negative where
+        there is room."""
+        self.kv_wait_per_token = 0.0
+        """Seconds per prompt token that come to `kv_wait_base`."""
+        self.wait_for_slot = 0.0
+        """Seconds that a request would wait to be one of `max_requests`, not counting `wait`; negative where it would
+        not."""
         self.full = False
-        """Whether `room` is more than 0."""
+        """Yes or no: whether `capacity_wait` is more than 0."""
+        # What the numbers above are made of.
         self.requests = 0.0
+        """Number of requests in flight, others' than this gateway's included."""
         self.served = 0.0
-        """Of the requests, those that the pod has places and room for."""
+        """Number of requests, of those in flight, that the pod has slots and room for."""
         self.tokens = 0.0
-        self.until = 0.0
-        """When it will have done the prefills promised to it."""
+        """Prompt tokens of the requests in flight."""
+        self.busy_until = 0.0
+        """Monotonic seconds: when it will have done the prefills promised to it."""
         self.wait = 0.0
         """Seconds until then, as worked out last."""
         self.answer = 0.0
-        """Seconds of a mean one."""
+        """Seconds that a mean answer takes."""
         self.growth = 0.0
-        """By how much of itself a step grows with the prefills that it was promised of late."""
-        # The rest as in `Speeds`, zero where nobody's is known.
-        self.rooms = 0.0
-        self.seats = 0.0
-        self.places = inf
-        """1 / seats."""
+        """Ratio: by how much of itself a step grows with the prefills that it was promised of late."""
+        # As in `Speeds`, zero where nobody's is known.
+        self.kv_share_per_token = 0.0
+        """1 / prompt tokens: the share of the KV cache that one takes."""
+        self.share_per_request = 0.0
+        """1 / requests: the share of its slots that one takes."""
+        self.max_requests = inf
+        """Number of requests that it can run at once: 1 / share_per_request."""
         self.decode = 0.0
-        self.drain = 0.0
-        self.pace = 0.0
+        """Factor on the prior's decode rates."""
+        self.prefill_tokens_per_second = 0.0
+        """Prompt tokens of the mean cost, per second."""
+        self.token_interval = 0.0
+        """Seconds from token to token of late, by its own metrics."""
         self.elsewhere = 0.0
+        """Number of requests there that this gateway does not know of."""
         self.idle_step = 0.0
-        self.usual_requests = 0.0
-        self.usual_tokens = 0.0
-        self.place = place
+        """Seconds of a step, at factor 1, without this gateway's requests."""
+        self.smoothed_requests = 0.0
+        """Number of requests in flight, averaged over the last seconds."""
+        self.smoothed_tokens = 0.0
+        """Prompt tokens of those, averaged alike."""
+        # Which pod it is.
+        self.index = index
+        """Index among the candidates."""
         self.slot = slot
+        """Row of the tables."""
         self.bit = 1 << slot
-        """The row in a bitmap."""
+        """Bitmap with that row's bit set."""
 
 
 class Delays:
@@ -157,13 +186,13 @@ class Delays:
         self._budget = prior.step_tokens
         # Of a running request half of the output is there, on average.
         self._of_request = self._per_request + 0.5 * speeds.output_tokens * self._per_token
-        self._most_room = float(speeds.rooms.max()) if speeds.rooms is not None else 0.0
-        self._rooms_known, self._seats_known = speeds.rooms is not None, speeds.seats is not None
+        self._most_kv_share = float(speeds.kv_share_per_token.max()) if speeds.kv_share_per_token is not None else 0.0
+        self._kv_known, self._slots_known = speeds.kv_share_per_token is not None, speeds.share_per_request is not None
         self._fullest = self._most_taken = 0.0
         self._full = 0
-        """Those that are `Form.full`, as a bitmap of their rows."""
-        self._forms = [Form(place, pod.slot) for place, pod in enumerate(candidates.pods)]
-        self._form_of = {form.slot: form for form in self._forms}
+        """Those that are `PodTerms.full`, as a bitmap of their rows."""
+        self._pods = [PodTerms(index, pod.slot) for index, pod in enumerate(candidates.pods)]
+        self._pod_at = {pod.slot: pod for pod in self._pods}
         self._flat, self._slope, self._sent = speeds.flat, speeds.slope, speeds.sent
         self._learn(speeds)
         self._mean_tokens = 1.0
@@ -173,182 +202,196 @@ class Delays:
         self._output = 0.0
         self._per_answer = 0.0
         self._cost_of_last = 1.0
-        self._worked_out_at = -inf
+        self._recomputed_at = -inf
         self._charges = candidates.ledger.charges
         self._heard = 0
 
     def _learn(self, speeds: Speeds) -> None:
         """Hand each pod what is known of it."""
         prefill: list[float] = speeds.prefill_seconds.tolist()
-        drain: list[float] = speeds.drain.tolist()
+        tokens_per_second: list[float] = speeds.prefill_tokens_per_second.tolist()
         decode: list[float] = speeds.decode.tolist()
-        pace: list[float] = speeds.pace.tolist()
+        token_interval: list[float] = speeds.token_interval.tolist()
         elsewhere: list[float] = speeds.elsewhere.tolist()
         idle_step: list[float] = speeds.idle_step.tolist()
-        usual_requests: list[float] = speeds.usual[0].tolist()
-        usual_tokens: list[float] = speeds.usual[1].tolist()
-        unknown = [0.0] * self._n
-        rooms: list[float] = speeds.rooms.tolist() if speeds.rooms is not None else unknown
-        seats: list[float] = speeds.seats.tolist() if speeds.seats is not None else unknown
-        for form in self._forms:
-            place = form.place
-            form.prefill, form.drain, form.decode = prefill[place], drain[place], decode[place]
-            form.pace, form.elsewhere, form.idle_step = pace[place], elsewhere[place], idle_step[place]
-            form.usual_requests, form.usual_tokens = usual_requests[place], usual_tokens[place]
-            form.rooms, form.seats = rooms[place], seats[place]
-            if self._seats_known:
-                form.places = 1.0 / max(form.seats, 1e-6)
-            sent = self._sent[place]
-            busy = (self._flat * sent.tokens + self._slope * sent.pairs) * form.prefill / SENT_SECONDS
-            busy = min(busy, MOST_BUSY)
-            form.growth = busy / (1.0 - busy)
+        smoothed_requests: list[float] = speeds.smoothed_loads[0].tolist()
+        smoothed_tokens: list[float] = speeds.smoothed_loads[1].tolist()
+        kv_share = share = [0.0] * self._n
+        if speeds.kv_share_per_token is not None:
+            kv_share = speeds.kv_share_per_token.tolist()
+        if speeds.share_per_request is not None:
+            share = speeds.share_per_request.tolist()
+        for pod in self._pods:
+            i = pod.index
+            pod.prefill, pod.prefill_tokens_per_second, pod.decode = prefill[i], tokens_per_second[i], decode[i]
+            pod.token_interval, pod.elsewhere, pod.idle_step = token_interval[i], elsewhere[i], idle_step[i]
+            pod.smoothed_requests, pod.smoothed_tokens = smoothed_requests[i], smoothed_tokens[i]
+            pod.kv_share_per_token, pod.share_per_request = kv_share[i], share[i]
+            if self._slots_known:
+                pod.max_requests = 1.0 / max(pod.share_per_request, 1e-6)
+            sent = self._sent[i]
+            busy = (self._flat * sent.tokens + self._slope * sent.pairs) * pod.prefill / SENT_SECONDS
+            busy = min(busy, MAX_BUSY)
+            pod.growth = busy / (1.0 - busy)
 
-    def follow(self, now: float, index: PrefixIndex | None) -> None:
+    def refresh(self, now: float, prefixes: PrefixIndex | None) -> None:
         """Take in what has changed: all of it when that was last done too long ago, else what this process has charged
         (for whatever model and strategy) and what it has heard of other workers."""
         ledger = self._candidates.ledger
         charged = ledger.charges - self._charges
-        heard = index.heard_count - self._heard if index is not None else 0
-        if heard and index is not None:
-            self._hear(index, min(heard, MOST_HEARD))
-        if not 0.0 <= now - self._worked_out_at < KEPT_SECONDS or charged > MOST_ENTERED or heard > MOST_ENTERED:
-            self._worked_out_at = now
-            self._work_out(now, index)
+        heard = prefixes.heard_count - self._heard if prefixes is not None else 0
+        if heard and prefixes is not None:
+            self._hear(prefixes, min(heard, MAX_HEARD))
+        if not 0.0 <= now - self._recomputed_at < KEPT_SECONDS or charged > MAX_APPLIED or heard > MAX_APPLIED:
+            self._recomputed_at = now
+            self._recompute(now, prefixes)
         elif charged or heard:
             for number in range(-charged, 0):
                 slot, tokens, uncached = ledger.charged[number]
-                form = self._form_of.get(slot)
-                if form is not None:
+                pod = self._pod_at.get(slot)
+                if pod is not None:
                     cost = self._flat + self._slope * (tokens - 0.5 * uncached)
-                    self._enter(form, tokens, uncached * cost * form.prefill)
-            if heard and index is not None:
+                    self._apply_charge(pod, tokens, uncached * cost * pod.prefill)
+            if heard and prefixes is not None:
                 for number in range(-heard, 0):
-                    slot, size, new, at = index.heard[number]
-                    form = self._form_of.get(slot)
-                    if form is not None and at >= self._worked_out_at - LEAD_SECONDS:
-                        prompt = size / index.bytes_per_token
-                        seconds = self.speeds.cost(prompt, new / index.bytes_per_token) * form.prefill
-                        form.until = max(form.until, now) + seconds
-                        self._enter(form, prompt, seconds)
+                    slot, size, new, at = prefixes.heard[number]
+                    pod = self._pod_at.get(slot)
+                    if pod is not None and at >= self._recomputed_at - LEAD_SECONDS:
+                        prompt = size / prefixes.bytes_per_token
+                        seconds = self.speeds.cost(prompt, new / prefixes.bytes_per_token) * pod.prefill
+                        pod.busy_until = max(pod.busy_until, now) + seconds
+                        self._apply_charge(pod, prompt, seconds)
         self._charges = ledger.charges
-        if index is not None:
-            self._heard = index.heard_count
+        if prefixes is not None:
+            self._heard = prefixes.heard_count
 
-    def _hear(self, index: PrefixIndex, count: int) -> None:
+    def _hear(self, prefixes: PrefixIndex, count: int) -> None:
         """Note what prompts other workers have sent, each once, however many ask: it is for all epochs and models."""
         for number in range(-count, 0):
-            slot, size, new, _ = index.heard[number]
-            form = self._form_of.get(slot)
-            if form is not None:
-                sent = self._sent[form.place]
-                if sent.heard <= index.heard_count + number:
-                    sent.heard = index.heard_count + number + 1
-                    sent.add(size / index.bytes_per_token, new / index.bytes_per_token)
+            slot, size, new, _ = prefixes.heard[number]
+            pod = self._pod_at.get(slot)
+            if pod is not None:
+                sent = self._sent[pod.index]
+                if sent.heard <= prefixes.heard_count + number:
+                    sent.heard = prefixes.heard_count + number + 1
+                    sent.add(size / prefixes.bytes_per_token, new / prefixes.bytes_per_token)
 
-    def _work_out(self, now: float, index: PrefixIndex | None) -> None:
-        candidates, speeds, forms = self._candidates, self.speeds, self._forms
-        excess = self._backlog.excess(candidates, speeds, now)
+    def _recompute(self, now: float, prefixes: PrefixIndex | None) -> None:
+        """Work everything out anew."""
+        self._take_loads(now)
+        self._weigh_slack()
+        self._set_coefficients(prefixes)
+
+    def _take_loads(self, now: float) -> None:
+        """Each pod's load, steps and waits, as ledger and polls have them now."""
+        candidates, speeds, pods = self._candidates, self.speeds, self._pods
+        correction = self._backlog.correction(candidates, speeds, now)
         loads, until = candidates.loads(), candidates.busy_until()
         requests: list[int] = loads[0].tolist()
         tokens: list[int] = loads[1].tolist()
         busy_until: list[float] = until.tolist()
-        mean_tokens = self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
         output_tokens = speeds.output_tokens
         self._fullest = self._most_taken = 0.0
-        for form in forms:
-            place = form.place
-            form.requests = requests[place] + form.elsewhere
-            form.tokens = float(tokens[place])
-            form.until = busy_until[place]
-            form.wait = max(form.until - now, 0.0)
-            # What decodes is taken to be half of what there is now and half of what there usually is.
-            decoding = 0.5 * (requests[place] + form.usual_requests) + form.elsewhere
-            context = 0.5 * (form.tokens + form.usual_tokens)
-            form.shared = decoding * form.decode
-            form.step = (decoding * self._of_request + context * self._per_token + form.idle_step) * form.decode
-            form.answer = max(form.step, form.pace) * output_tokens
-        if excess.any:
-            self._take_off(excess, now)
-        for form in forms:
-            if self._rooms_known:
-                form.more = form.rooms * form.answer
-                filled = form.tokens * form.rooms
+        for pod in pods:
+            index = pod.index
+            pod.requests = requests[index] + pod.elsewhere
+            pod.tokens = float(tokens[index])
+            pod.busy_until = busy_until[index]
+            pod.wait = max(pod.busy_until - now, 0.0)
+            # What decodes is taken to be half of what there is now and half of what there was of late.
+            decoding = 0.5 * (requests[index] + pod.smoothed_requests) + pod.elsewhere
+            context = 0.5 * (pod.tokens + pod.smoothed_tokens)
+            pod.shared = decoding * pod.decode
+            pod.step = (decoding * self._of_request + context * self._per_token + pod.idle_step) * pod.decode
+            pod.answer = max(pod.step, pod.token_interval) * output_tokens
+        if correction.any:
+            self._apply_poll_correction(correction, now)
+        for pod in pods:
+            if self._kv_known:
+                pod.kv_wait_per_token = pod.kv_share_per_token * pod.answer
+                filled = pod.tokens * pod.kv_share_per_token
                 self._fullest = max(self._fullest, filled)
-                form.short = (filled - 1.0) * form.answer - form.wait
-            if self._seats_known:
-                taken = (form.requests + 1.0) * form.seats
+                pod.kv_wait_base = (filled - 1.0) * pod.answer - pod.wait
+            if self._slots_known:
+                taken = (pod.requests + 1.0) * pod.share_per_request
                 self._most_taken = max(self._most_taken, taken)
-                form.no_place = (taken - 1.0) * form.answer - form.wait
+                pod.wait_for_slot = (taken - 1.0) * pod.answer - pod.wait
 
-        typical = mean_tokens * forms[0].prefill
-        crowded = self.crowded(mean_tokens)
-        free = all_served = 0.0
-        for form in forms:
-            wait = form.wait
-            if crowded:
-                wait += max(max(form.short + mean_tokens * form.more, form.no_place), 0.0)
-            free += typical / (wait + typical)
-            form.served = min(form.requests, form.places)
+    def _weigh_slack(self) -> None:
+        """What concerns all pods: the slack there is, and the requests that a pod serves."""
+        mean_tokens = self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
+        typical = mean_tokens * self._pods[0].prefill
+        may_be_full = self.may_be_full(mean_tokens)
+        slack = all_served = 0.0
+        for pod in self._pods:
+            wait = pod.wait
+            if may_be_full:
+                wait += max(max(pod.kv_wait_base + mean_tokens * pod.kv_wait_per_token, pod.wait_for_slot), 0.0)
+            slack += typical / (wait + typical)
+            pod.served = min(pod.requests, pod.max_requests)
             if self._fullest > 1.0:
-                form.served = min(form.served, form.requests / max(form.tokens * form.rooms, 1.0))
-            all_served += form.served
-        slack = self._slack = free / self._n
+                pod.served = min(pod.served, pod.requests / max(pod.tokens * pod.kv_share_per_token, 1.0))
+            all_served += pod.served
+        self._slack = slack / self._n
         self._price_of_all = 1.0 + all_served / self._n
         mean_prompt = max(self._backlog.mean_prompt, mean_tokens)
-        self._per_new = slack * output_tokens * (1.0 / mean_tokens - 1.0 / mean_prompt)
+        self._per_new = self._slack * self.speeds.output_tokens * (1.0 / mean_tokens - 1.0 / mean_prompt)
 
+    def _set_coefficients(self, prefixes: PrefixIndex | None) -> None:
+        """Of each pod's seven numbers those that are made of the above."""
+        slack, mean_tokens = self._slack, self._mean_tokens
         chances: list[float] = self._chance.draw(self._n).tolist()
-        for form in forms:
-            wait, half = form.wait, 0.5 * form.served
-            waiting = min(wait * form.drain / mean_tokens, form.requests)
-            form.price = (half + slack * waiting) * form.prefill
-            form.fixed = (1.0 + slack * half) * wait + chances[form.place]
+        for pod in self._pods:
+            wait, half = pod.wait, 0.5 * pod.served
+            waiting = min(wait * pod.prefill_tokens_per_second / mean_tokens, pod.requests)
+            pod.price = (half + slack * waiting) * pod.prefill
+            pod.fixed = (1.0 + slack * half) * wait + chances[pod.index]
             if wait == 0.0:
-                form.fixed += form.step * FIRST_STEPS
-            form.held = 0.5 * slack * min(form.step * form.growth, self._budget * form.prefill)
-            if index is not None:
-                form.loss = index.lost[form.slot] * form.prefill * (1.0 - slack)
+                pod.fixed += pod.step * FIRST_STEPS
+            pod.prefill_interference = 0.5 * slack * min(pod.step * pod.growth, self._budget * pod.prefill)
+            if prefixes is not None:
+                pod.loss = prefixes.recompute_per_token[pod.slot] * pod.prefill * (1.0 - slack)
 
-    def _take_off(self, excess: Excess, now: float) -> None:
+    def _apply_poll_correction(self, correction: BacklogCorrection, now: float) -> None:
         """Waits that the last polls show to be shorter."""
-        since: list[float] = excess.since.tolist()
-        seconds: list[float] = excess.seconds.tolist()
-        for form in self._forms:
-            if since[form.place] > now:
-                form.wait = max(form.until - now - seconds[form.place], 0.0)
+        since: list[float] = correction.since.tolist()
+        seconds: list[float] = correction.seconds.tolist()
+        for pod in self._pods:
+            if since[pod.index] > now:
+                pod.wait = max(pod.busy_until - now - seconds[pod.index], 0.0)
 
-    def promise(self, place: int, prompt: float, uncached: float, now: float) -> None:
+    def promise(self, index: int, prompt: float, uncached: float, now: float) -> None:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
         pairs = uncached * (prompt - 0.5 * uncached)
-        sent, form = self._sent[place], self._forms[place]
+        sent, pod = self._sent[index], self._pods[index]
         sent.tokens += uncached
         sent.pairs += pairs
-        form.until = self._backlog.chose(
+        pod.busy_until = self._backlog.promise(
             self._candidates,
-            place,
+            index,
             self._flat * uncached + self._slope * pairs,
-            form.prefill,
+            pod.prefill,
             now,
-            form.step,
-            form.until,
+            pod.step,
+            pod.busy_until,
             prompt * (self._flat + 0.5 * self._slope * prompt),
         )
 
-    def _enter(self, form: Form, tokens: float, longer: float) -> None:
+    def _apply_charge(self, pod: PodTerms, tokens: float, longer: float) -> None:
         """A request more, and so many seconds of prefill: to first order what that changes."""
-        form.fixed += longer * (1.0 + 0.5 * self._slack * form.requests)
-        form.step += 0.5 * form.decode * (self._of_request + tokens * self._per_token)
-        form.price += 0.5 * form.prefill + self._slack * longer / self._mean_tokens
-        form.shared += 0.5 * form.decode
+        pod.fixed += longer * (1.0 + 0.5 * self._slack * pod.requests)
+        pod.step += 0.5 * pod.decode * (self._of_request + tokens * self._per_token)
+        pod.price += 0.5 * pod.prefill + self._slack * longer / self._mean_tokens
+        pod.shared += 0.5 * pod.decode
         self._price_of_all += 1.0 / self._n
-        if self._rooms_known:
-            form.tokens += tokens
-            self._fullest = max(self._fullest, form.tokens * form.rooms)
-            form.short += tokens * form.more - longer
-        form.requests += 1.0
-        if self._seats_known:
-            self._most_taken = max(self._most_taken, (form.requests + 1.0) * form.seats)
-            form.no_place += form.seats * form.answer - longer
+        if self._kv_known:
+            pod.tokens += tokens
+            self._fullest = max(self._fullest, pod.tokens * pod.kv_share_per_token)
+            pod.kv_wait_base += tokens * pod.kv_wait_per_token - longer
+        pod.requests += 1.0
+        if self._slots_known:
+            self._most_taken = max(self._most_taken, (pod.requests + 1.0) * pod.share_per_request)
+            pod.wait_for_slot += pod.share_per_request * pod.answer - longer
 
     def score(self, prompt: float, output: float, uncached: float, scarce: float, new: float) -> None:
         """Score every pod, if all of them hold as much of the prompt. `new`: tokens that bind others to the pod that
@@ -356,78 +399,81 @@ class Delays:
         self._cost_of_last = self._flat + self._slope * prompt
         self._output = output + new * (self._cost_of_last - 0.5 * self._slope * new) * self._per_new
         self._per_answer = self._output * (self._per_request + prompt * self._per_token)
-        self._score(self._forms, uncached, scarce)
+        self._score(self._pods, uncached, scarce)
 
-    def score_others(self, places: list[int], uncached: float, scarce: float) -> None:
+    def score_others(self, indices: list[int], uncached: float, scarce: float) -> None:
         """Score some pods anew, which hold another part of the prompt that `score` was last asked for."""
-        self._score([self._forms[place] for place in places], uncached, scarce)
+        self._score([self._pods[index] for index in indices], uncached, scarce)
 
-    def _score(self, forms: list[Form], uncached: float, scarce: float) -> None:
+    def _score(self, pods: list[PodTerms], uncached: float, scarce: float) -> None:
         output = self._output
         steps, loss = output + uncached / self._budget, uncached * self._price_of_all
         cost = self._cost_of_last - 0.5 * self._slope * uncached
         price = scarce * cost
         prefill = uncached * cost + price * self._price_of_all
         shared = self._per_answer
-        for form in forms:
-            form.score = (
-                form.fixed
-                + form.step * steps
-                + form.held * output
-                + form.price * price
-                + form.shared * shared
-                + form.prefill * prefill
-                + form.loss * loss
+        for pod in pods:
+            pod.score = (
+                pod.fixed
+                + pod.step * steps
+                + pod.prefill_interference * output
+                + pod.price * price
+                + pod.shared * shared
+                + pod.prefill * prefill
+                + pod.loss * loss
             )
 
     def add_waits_for_room(self) -> None:
         """Of the request that `wait_for_room` was last asked for."""
-        for form in self._forms:
-            form.score += form.room
+        for pod in self._pods:
+            pod.score += pod.capacity_wait
 
     def scores(self) -> list[float]:
         """Seconds of delay on each pod, as scored last."""
-        return [form.score for form in self._forms]
+        return [pod.score for pod in self._pods]
 
     def lowest(self) -> int:
-        """The place of the pod with the lowest score."""
+        """The index of the pod with the lowest score."""
         lowest, found = inf, 0
-        for form in self._forms:
-            if form.score < lowest:
-                lowest, found = form.score, form.place
+        for pod in self._pods:
+            if pod.score < lowest:
+                lowest, found = pod.score, pod.index
         return found
 
     def terms(self, prompt: float, output: float, full: int, uncached: Floats, scarce: Floats) -> dict[str, Floats]:
         """What the scores add up from, by name, for every pod; `full` as `wait_for_room` gave it. For people: it takes
         its time."""
-        forms = self._forms
-        fixed, step, held, price, shared, prefill, loss, room = np.array(
-            [(f.fixed, f.step, f.held, f.price, f.shared, f.prefill, f.loss, f.room if full else 0.0) for f in forms]
+        fixed, step, interference, price, shared, prefill, loss = np.array(
+            [
+                (pod.fixed, pod.step, pod.prefill_interference, pod.price, pod.shared, pod.prefill, pod.loss)
+                for pod in self._pods
+            ]
         ).T
+        capacity_wait = np.array([pod.capacity_wait if full else 0.0 for pod in self._pods])
         cost = self._flat + self._slope * (prompt - 0.5 * uncached)
         added = (self._per_request + prompt * self._per_token) * shared
         most = float(uncached.max())
         new = float(uncached.min()) ** 2 / most if most > 0.0 else 0.0
         following = new * (self._flat + self._slope * (prompt - 0.5 * new)) * self._per_new
         return {
-            "queue": fixed + room,
+            "queue": fixed + capacity_wait,
             "prefill": uncached * cost * prefill,
-            "answer": output * (step + held) + uncached / self._budget * step,
+            "answer": output * (step + interference) + uncached / self._budget * step,
             "others": scarce * cost * (price + self._price_of_all * prefill) + output * added,
             "evicted": uncached * self._price_of_all * loss,
-            "followers": following * (step + held + added),
+            "followers": following * (step + interference + added),
         }
 
-    def crowded(self, prompt: float) -> bool:
-        """Whether some pod may be out of places, or out of room in its KV cache with this prompt."""
-        return self._fullest + prompt * self._most_room > 1.0 or self._most_taken > 1.0
+    def may_be_full(self, prompt: float) -> bool:
+        """Whether some pod may be out of slots, or out of room in its KV cache with this prompt."""
+        return self._fullest + prompt * self._most_kv_share > 1.0 or self._most_taken > 1.0
 
     def wait_for_room(self, prompt: float) -> int:
         """Work out how long each pod has no room for one request more, beyond the wait for the prefills before it: the
         time of a mean answer frees as much as there is. Returns which have none, as a bitmap of their rows."""
-        for form in self._forms:
-            form.room = max(max(form.short + prompt * form.more, form.no_place), 0.0)
-            if form.full != (form.room > 0.0):
-                form.full = not form.full
-                self._full ^= form.bit
+        for pod in self._pods:
+            pod.capacity_wait = max(max(pod.kv_wait_base + prompt * pod.kv_wait_per_token, pod.wait_for_slot), 0.0)
+            if pod.full != (pod.capacity_wait > 0.0):
+                pod.full = not pod.full
+                self._full ^= pod.bit
         return self._full

@@ -17,59 +17,78 @@ MODES: Final = ("full", "stale-metrics", "no-prefix", "requests-only")
 
 
 class MarginalDelay(Scoring):
-    """score = TTFT + (1 + N + n / 2 + free * w) * C' + (1 + N) * L + free * n / 2 * W + (M + F) * a. [seconds]
+    """Chooses the pod where the request adds the least delay to itself and to all others, in seconds.
 
-    W     prefill seconds promised to the pod and not yet done (`router.backlog`)
-    C     seconds to prefill what the pod does not hold of this prompt: the last u of its P tokens at the pod's prefill
-          speed, times flat + slope * (P - u / 2), since attention makes a token dearer by those before it; flat and
-          slope are learnt, such that the mean token of all prompts counts once (`router.attention`)
-    TTFT  W, or where it is longer the time until the pod has room in its KV cache or a place for one request more (M
-          tokens free as much as there is, at s or, where that is longer, at the time that the pod's own metrics give
-          from token to token, in which it computes prompts too), plus C, plus the share of decoding in the engine steps
-          this takes (token budget 8192 each) at s; half a step more where no prompt is under way, since steps are not
-          interrupted
-    s     the pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost
-    a     s + x + n' * d: what one token of an answer costs, to itself and to others
-    x     seconds that others' prefills add to the mean step of the answer: free / 2 * s * r / (1 - r), at most free / 2
-          times the prefill of a whole token budget; r is the share of its time that the prefills take which the pod was
-          promised of late (a mean over 60 s). Half, since what pods are sent evens out
-    M     expected output tokens: the model's learnt mean, at most what the client allows
-    F     output tokens of the requests that will follow this one to where it goes: free * b * (1 / tokens that the mean
-          request has to compute - 1 / tokens of the mean prompt) * the mean output. Where a tenth of the mean prompt is
-          computed, a token that is computed is found nine times, by as many requests as it takes to find a prompt's
-          worth. b are the tokens that no pod holds, times their share of what the pod that holds least has to compute:
-          where others hold much of the prompt already, it is not these that bind a request to the pod
-    C'    the same as C, but what has too few copies for its demand, or none on a pod with room, counts less
-          (`LookUp.shares`)
-    L     seconds to prefill again what the u tokens push out of the pod's full cache, at the pod's speed: each of them
-          so many as have to be computed again for each token that was written there of late
-          (`router.prefix_index.Turnover`). Much on a pod that just still keeps what comes back, nothing on one with
-          room to spare, nor where little is found anyway: so few pods lose their caches, and not all. Times 1 - free:
-          while there is slack, computing it again costs little
-    n     requests in flight on the pod, as far as it has places and room for them, whose answers a second of prefill
-          interrupts; half, as some still wait and the others can be many
-    n'    the mean of n and of what it was in the last seconds, which is nearer to what the answer will meet (and so
-          for the context tokens)
-    N     mean requests in flight per pod: those that it takes capacity from sooner or later, on whichever pod
-    w     requests waiting for prefill on the pod, or as many as come during the wait: those that wait for it
-    free  the share of the pods where nobody waits: the mean of c / (c + the pod's wait), c being the mean prompt's
-          prefill
-    d     seconds that this request adds to each of the pod's steps
+    score = TTFT + (1 + N + n / 2 + slack * w) * C' + (1 + N) * L + slack * n / 2 * W + (M + F) * a. [seconds]
 
-    All terms are delays, this request's or others', in seconds; but for the halves they have weight one. Others include
-    those that come later: without F, prompts that nobody holds go where there is least to do at the moment, and pods
-    that came by the prefixes most asked for fill up first. That a request waits costs nobody else a second, and yet a
-    pod where one waits has no slack for what comes next: without n / 2 * W whole answers come as soon, and first tokens
-    later. Where requests wait on all pods there is no slack to keep: evening out the waits, the prefills or what comes
-    later would only cost cache hits, and let the short prompts wait behind the long ones everywhere. So the long ones
-    then come to wait on few pods (their p99 is what it costs). Speeds are learnt per pod (`router.rates`). Load is the
-    shared ledger's, and what any worker sends is in it at the next decision of any other; engines' own counts add what
-    other gateways sent. Source: our own, found by simulation (docs/routing.md).
+    Symbols, each with its unit and in brackets what carries it in `router.strategies.delays`: attributes of `PodTerms`,
+    with an underscore of `Delays`. u are the tokens of this prompt that the pod does not hold, of P tokens in all.
 
-    The arithmetic is in `router.strategies.delays`. Equal pods are told apart by chance, a nanosecond at most.
+    TTFT   [s] Time to this request's first token. It is the sum of four: the wait; C; the share of decoding in the
+           engine steps that computing the prompt takes (token budget 8192 each), at s; and half a step where no prompt
+           is under way, since steps are not interrupted. The wait is W or, where that is longer, the time until the pod
+           has room in its KV cache and a slot for one request more: M tokens free as much as there is, at s or, where
+           that is longer, at the time from token to token that the pod's own metrics give, in which it computes prompts
+           too. (fixed, capacity_wait, prefill, step)
+    W      [s] Prefill promised to the pod and not yet done (`router.backlog`). (wait)
+    C      [s] Prefill of what the pod does not hold of this prompt: its last u tokens at the pod's prefill speed, times
+           flat + slope * (P - u / 2), since attention makes a token dearer by those before it. flat and slope are
+           learnt, such that the mean token of all prompts counts once (`router.attention`). (prefill)
+    C'     [s] The same as C, but what has too few copies for its demand, or none on a pod with room, counts less
+           (`LookUp.uncached_and_scarce`). (price, prefill)
+    s      [s] The pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost. (step)
+    a      [s per token] What one token of an answer costs, to itself and to others: s + x + n' * d.
+           (step, prefill_interference, shared)
+    d      [s] What this request adds to each of the pod's steps. (shared, times the prior's rates)
+    x      [s] What others' prefills add to the mean step of the answer: slack / 2 * s * r / (1 - r), at most slack / 2
+           times the prefill of a whole token budget. r is the share of its time that the prefills take which the pod
+           was promised of late (a mean over 60 s). (prefill_interference; growth is r / (1 - r))
+    M      [tokens] Expected output: the model's learnt mean, at most what the client allows. (_output, with F)
+    F      [tokens] Output of the requests that will follow this one to where it goes: slack * b * (1 / tokens that the
+           mean request has to compute - 1 / tokens of the mean prompt) * the mean output. b are the tokens that no pod
+           holds, times their share of what the pod that holds least has to compute. (_per_new, for each token of b)
+    L      [s] Prefilling again what the u tokens push out of the pod's full cache, at the pod's speed. For each of them
+           it is so many tokens as have to be computed again for each token that was written there of late
+           (`router.cache_turnover.Turnover`); times 1 - slack. (loss)
+    n      [requests] In flight on the pod, as far as it has slots and room for them. (served)
+    n'     [requests] The mean of n and of what it was in the last seconds; the context tokens in s are the same mean.
+           (shared, times the pod's factor on the prior's decode rates)
+    N      [requests] The mean in flight per pod. (_price_of_all is 1 + N)
+    w      [requests] Waiting for prefill on the pod, or as many as come during the wait. (price)
+    slack  [share] Of the pods, where nobody waits: the mean of c / (c + the pod's wait), c being the mean prompt's
+           prefill. (_slack)
 
-    It needs little to work: with old metrics it goes by its own account and the speeds it learnt before; without
-    prefix knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
+    Why these terms. All are delays, this request's or others', in seconds; but for the halves they have weight one.
+
+    TTFT is this request's own wait. That it waits costs nobody else a second.
+
+    (1 + N + n / 2 + slack * w) * C' is what its prefill costs others. N are those that it takes capacity from sooner or
+    later, on whichever pod. n are those whose answers a second of prefill interrupts; half of them, as some still wait
+    and the others can be many. w are those that wait for it.
+
+    (1 + N) * L is what it pushes out. It is much on a pod that just still keeps what comes back, and nothing on one
+    with room to spare, nor where little is found anyway: so few pods lose their caches, and not all. While there is
+    slack, computing it again costs little, hence 1 - slack.
+
+    slack * n / 2 * W keeps slack for what comes next: a pod where one request waits has none. Without it whole answers
+    come as soon, and first tokens later. Where requests wait on all pods there is no slack to keep: evening out the
+    waits, the prefills or what comes later would only cost cache hits, and let the short prompts wait behind the long
+    ones everywhere. So the long ones then come to wait on few pods (their p99 is what it costs).
+
+    M * a is the answer, this one's and what it adds to the others' steps. n' is nearer than n to what the answer will
+    meet. x is half of what it might be, since what pods are sent evens out.
+
+    F * a is those that come later. Where a tenth of the mean prompt is computed, a token that is computed is found nine
+    times, by as many requests as it takes to find a prompt's worth. Where others hold much of the prompt already, it is
+    not these tokens that bind a request to the pod, hence b. Without F, prompts that nobody holds go where there is
+    least to do at the moment, and pods that came by the prefixes most asked for fill up first.
+
+    Speeds are learnt per pod (`router.rates`). Load is the shared ledger's, and what any worker sends is in it at the
+    next decision of any other; engines' own counts add what other gateways sent. Equal pods are told apart by chance, a
+    nanosecond at most. Source: our own, found by simulation (docs/routing.md).
+
+    When it knows less: with old metrics it goes by its own account and the speeds it learnt before; without prefix
+    knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
     """
 
     name: ClassVar[str] = "marginal-delay"
@@ -98,8 +117,8 @@ class MarginalDelay(Scoring):
             elif other > most:
                 most = other
         delays.score(prompt, output, uncached, scarce, new * new / most if most > 0.0 else 0.0)
-        for places, uncached, scarce in others:
-            delays.score_others(places, uncached, scarce)
+        for indices, uncached, scarce in others:
+            delays.score_others(indices, uncached, scarce)
         if full:
             delays.add_waits_for_room()
         return delays
@@ -111,8 +130,8 @@ class MarginalDelay(Scoring):
         delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
         missing = np.full(len(candidates), uncached)
         counted = np.full(len(candidates), scarce)
-        for places, uncached, scarce in others:
-            missing[places], counted[places] = uncached, scarce
+        for indices, uncached, scarce in others:
+            missing[indices], counted[indices] = uncached, scarce
         return delays.terms(prompt, output, full, missing, counted)
 
     def _weigh(
@@ -131,11 +150,11 @@ class MarginalDelay(Scoring):
             if found.chain.packed:
                 mode = "full"
         delays = self._delays(candidates, now)
-        full = delays.wait_for_room(prompt) if delays.crowded(prompt) else 0
+        full = delays.wait_for_room(prompt) if delays.may_be_full(prompt) else 0
         uncached = scarce = prompt
         others: Shares = ()
         if prefixes is not None and found is not None:
-            uncached, scarce, others = found.shares(prefixes.index, now, full)
+            uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full)
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode
@@ -166,7 +185,7 @@ class MarginalDelay(Scoring):
         if found is None:
             speeds = self._rates.speeds(candidates, now)
             found = candidates.derived[Delays] = Delays(candidates, speeds, self._backlog, self._chance)
-        found.follow(now, self._prefixes.index if self._prefixes is not None else None)
+        found.refresh(now, self._prefixes.index if self._prefixes is not None else None)
         return found
 
     def chosen(self, request: RoutingRequest, candidates: Candidates, index: int, now: float) -> None:

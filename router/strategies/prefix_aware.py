@@ -47,7 +47,7 @@ class PrefixAware(Scoring):
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
         prefill_seconds = float(self.rates.speeds(candidates, now).prefill_seconds[index])
-        self.backlog.chose(candidates, index, request.uncached_tokens, prefill_seconds, now)
+        self.backlog.promise(candidates, index, request.uncached_tokens, prefill_seconds, now)
 
 
 def overloaded(requests: Floats, factor: float = 1.25, slack: float = 4.0) -> Floats:

@@ -26,7 +26,7 @@ from router.request import RoutingRequest
 from router.strategies.base import Context, Scoring
 from state.pods import Floats
 
-LONGEST_KEY: Final = 256
+MAX_KEY_LENGTH: Final = 256
 """Bytes of an `x-aibrix-session-key`; longer ones are ignored."""
 ID_LENGTH: Final = 22
 """Characters of an id: 16 bytes in base64 without padding."""
@@ -34,8 +34,6 @@ SESSION_ID: Final = "session_id"
 """Where the request's notes hold the `x-session-id` that came, if one did."""
 NEW_SESSION_ID: Final = "new_session_id"
 """Where they hold the one to return, once a pod was chosen."""
-SECRET: Final = "session_secret"
-"""The part of the context that holds the secret: bytes, the same in every worker and replica."""
 
 _OFFSET: Final = 0xCBF29CE484222325
 _PRIME: Final = 0x100000001B3
@@ -43,7 +41,7 @@ _UINT_PRIME: Final = np.uint64(_PRIME)
 _SHIFT: Final = np.uint64(33)
 _MIXERS: Final = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 _MASK: Final = (1 << 64) - 1
-_MOST_FLEETS: Final = 64
+_MAX_FLEETS: Final = 64
 
 
 class SessionAffinity(Scoring):
@@ -58,8 +56,7 @@ class SessionAffinity(Scoring):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        secret = context.parts.get(SECRET)
-        self._secret: bytes = secret if isinstance(secret, bytes) and secret else token_bytes(32)
+        self._secret = context.session_secret or token_bytes(32)
         self._ids: dict[str, str] = {}
         self._fleets: OrderedDict[tuple[str, ...], _Addresses] = OrderedDict()
 
@@ -104,7 +101,7 @@ class SessionAffinity(Scoring):
                     return index
         if request.session_key:
             key = request.session_key.encode("utf-8", "surrogateescape")
-            if len(key) <= LONGEST_KEY:
+            if len(key) <= MAX_KEY_LENGTH:
                 return self._addresses(candidates.pods).highest(key)
         return -1
 
@@ -112,7 +109,7 @@ class SessionAffinity(Scoring):
         key = tuple([pod.address for pod in pods])
         found = self._fleets.get(key)
         if found is None:
-            if len(self._fleets) >= _MOST_FLEETS:
+            if len(self._fleets) >= _MAX_FLEETS:
                 self._fleets.popitem(last=False)
             found = self._fleets[key] = _Addresses(key)
         return found

@@ -8,7 +8,7 @@ from router.fleet import Candidates
 from router.request import RoutingRequest
 from router.strategies.base import Context, Scoring
 from state.pods import Floats
-from state.user_tokens import CELLS, UserTokens, cells_of
+from state.user_tokens import CELLS, cells_of
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
@@ -41,7 +41,7 @@ class VtcBasic(Scoring):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._tokens: UserTokens | None = context.parts.get("user_tokens")
+        self._tokens = context.user_tokens
         self._parts: _Parts | None = None
         self._parts_at = 0.0
 

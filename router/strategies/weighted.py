@@ -21,8 +21,8 @@ from router.strategies.base import Context, Scoring, Strategy
 from state.pods import Floats
 
 HEAVIEST: Final = 1_000_000
-LONGEST_VALUE: Final = 1024
-MOST_COMPILED: Final = 256
+MAX_VALUE_LENGTH: Final = 1024
+MAX_COMPILED: Final = 256
 
 UNITS: Final[Mapping[str, float]] = {
     "least-request": 4.0,
@@ -46,7 +46,7 @@ Items = tuple[tuple[str, int], ...]
 
 def parse_strategy(value: str, available: Container[str]) -> Items:
     """Names and weights of a `routing-strategy`, repeats added up. Raises RequestError 400 for whatever is wrong."""
-    if len(value) > LONGEST_VALUE:
+    if len(value) > MAX_VALUE_LENGTH:
         raise bad_strategy(value)
     items: dict[str, int] = {}
     for part in value.split(","):
@@ -172,7 +172,7 @@ class Strategies:
                     raise bad_strategy(value)
                 parts.append((part, float(weight)))
             made = Weighted(self._context, parts)
-        while len(self._combined) >= MOST_COMPILED:
+        while len(self._combined) >= MAX_COMPILED:
             self._combined.popitem(last=False)
         self._combined[value] = made
         return made

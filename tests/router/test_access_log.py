@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from random import Random
 
 import fleet
 import pytest
@@ -12,22 +13,23 @@ from hypothesis import strategies as st
 from protos.access_log_pb2 import StreamAccessLogsMessage
 from router.access_log import AccessLog
 from router.exchange import Exchange, MessageError
-from router.modes import Peer
+from router.modes import EnvoyPeer
 from router.policy import Policy
 from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
 from router.request_ids import RequestIds
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.ledger import Entry
 from state.tables import Tables
 
 
 def scheduler(tables: Tables) -> Scheduler:
-    return Scheduler(tables, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+    return Scheduler(tables, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1)))
 
 
 def route(by: Scheduler) -> dict[str, str]:
     """Send one request; what Envoy would keep as dynamic metadata."""
-    exchange = Exchange(by, Peer("access-log"), lambda: b"0" * 36, 10_000)
+    exchange = Exchange(by, EnvoyPeer("access-log"), lambda: b"0" * 36, 10_000)
     exchange.receive(request_headers())
     (reply,) = read(exchange.receive(request_body(chat())))
     exchange.close()
@@ -72,7 +74,7 @@ def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() ->
     """Envoy took the decision after all, but had no pod for it, which another worker hears."""
     tables = fleet.make_fleet(1)
     one, two = scheduler(tables), scheduler(Tables.attach(tables.segment.fd, 5))
-    exchange = Exchange(one, Peer("access-log"), RequestIds().new, 10_000)
+    exchange = Exchange(one, EnvoyPeer("access-log"), RequestIds().new, 10_000)
     exchange.receive(request_headers())
     (reply,) = read(exchange.receive(request_body(chat())))
     exchange.close()
@@ -88,7 +90,7 @@ def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() ->
 
 def watched(by: Scheduler) -> tuple[Exchange, dict[str, str]]:
     """A request whose response shall be shown, and what Envoy's log will have of it."""
-    exchange = Exchange(by, Peer("access-log"), RequestIds().new, 10_000, Policy(usage_metrics=True))
+    exchange = Exchange(by, EnvoyPeer("access-log"), RequestIds().new, 10_000, Policy(usage_metrics=True))
     exchange.receive(request_headers(modes=(BUFFERED, NONE)))
     (reply,) = read(exchange.receive(request_body(chat())))
     assert not exchange.finished

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from random import Random
 
 import fleet
 import orjson
@@ -28,9 +29,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
-from router.exchange import Exchange, MessageError, Peer
+from router.exchange import EnvoyPeer, Exchange, MessageError
 from router.replies import DESTINATION_HEADERS, NAMESPACE
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.ledger import Entry
 from state.pods import Health
 from state.tables import Tables
@@ -46,8 +48,10 @@ class Stream:
         self, accounting: str = "stream", destination: str = "header", *, tables: Tables | None = None, pods: int = 3
     ) -> None:
         self.tables = tables or fleet.make_fleet(pods)
-        self.scheduler = Scheduler(self.tables, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
-        self.exchange = Exchange(self.scheduler, Peer(accounting, destination), lambda: REQUEST_ID, LIMIT)
+        self.scheduler = Scheduler(
+            self.tables, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1))
+        )
+        self.exchange = Exchange(self.scheduler, EnvoyPeer(accounting, destination), lambda: REQUEST_ID, LIMIT)
 
     def send(self, message: bytes) -> list[ProcessingResponse]:
         return read(self.exchange.receive(message))
@@ -586,7 +590,7 @@ _MESSAGES = st.one_of(
     st.binary(max_size=12),
 )
 _FLEET = fleet.make_fleet(3)
-_SCHEDULER = Scheduler(_FLEET, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+_SCHEDULER = Scheduler(_FLEET, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1)))
 
 
 @given(
@@ -597,7 +601,7 @@ _SCHEDULER = Scheduler(_FLEET, "least-request", itertools.count(1000, 0.001).__n
 def test_any_sequence_of_messages_leaves_the_ledger_at_zero(
     messages: Sequence[bytes], destination: str, cut: int
 ) -> None:
-    exchange = Exchange(_SCHEDULER, Peer("stream", destination), lambda: REQUEST_ID, 10_000)
+    exchange = Exchange(_SCHEDULER, EnvoyPeer("stream", destination), lambda: REQUEST_ID, 10_000)
     charged = 0
     for message in messages[: cut + 3]:
         try:
@@ -631,7 +635,7 @@ def test_every_message_in_a_sequence_that_envoy_may_send_gets_its_reply_in_order
     if response_mode != NONE:
         messages += [("response_body", response_body(b"a")), ("response_body", response_body(b"", eos=True))]
     accounting = "access-log" if by_log else "stream"
-    exchange = Exchange(_SCHEDULER, Peer(accounting), lambda: REQUEST_ID, 10_000)
+    exchange = Exchange(_SCHEDULER, EnvoyPeer(accounting), lambda: REQUEST_ID, 10_000)
     given_kinds: list[str] = []
     sent_kinds: list[str] = []
     for kind, message in messages:

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 from fleet import MODEL, loads, make_record, make_tables, set_row
 
-from router.mirror import LONGEST_WAIT, Mirror
+from router.mirror import MAX_WAIT_SECONDS, Mirror
 from router.prefix_hash import PrefixHasher
-from router.prefix_index import PrefixIndex, SlotIndex
+from router.prefix_index import PrefixIndex
+from router.prefix_match import SlotIndex
 from router.rates import Prior
 from state.catalog import CatalogDocument
 from state.ledger import Entry
-from state.news import LOADS, NewsError, Told, pod_key, write_routed
 from state.pods import COLUMN, Health
 from state.tables import FIRST_WORKER, REPLICATOR, Tables
+from state.updates import LOADS, PromptUpdate, UpdateError, pod_key, write_routed
 
 STARTED = 1.7e9
 TEXT = b"You are a helpful assistant. " * 40
@@ -71,8 +72,8 @@ class Replica:
     def tell(self, *others: "Replica", age: float = 0.0) -> None:
         news = self.mirror.loads(self.now), self.mirror.routed(self.now, 1 << 20)
         for other in others:
-            other.mirror.hear_loads(self.name, news[0], other.now)
-            other.mirror.hear_routed(news[1], age, other.now)
+            other.mirror.apply_loads(self.name, news[0], other.now)
+            other.mirror.apply_routed(news[1], age, other.now)
             other.mirror.enter(other.now)
 
     def load(self, address: str) -> tuple[int, int]:
@@ -235,12 +236,12 @@ def test_only_so_much_is_told_at_once_and_the_rest_next_time(pair: tuple[Replica
     texts = [bytes([n]) * 640 for n in range(10)]
     for text in texts:
         one.send("a:1", text)
-    one_prompt = len(write_routed(Told(0, 0, 0.0, 64, bytes(80))))
+    one_prompt = len(write_routed(PromptUpdate(0, 0, 0.0, 64, bytes(80))))
     news = one.mirror.routed(one.now, 3 * one_prompt)
     assert len(news) == 3 * one_prompt
-    two.mirror.hear_routed(news, 0.0, two.now)
+    two.mirror.apply_routed(news, 0.0, two.now)
     assert [two.holds("a:1", text) for text in texts] == [10] * 3 + [0] * 7
-    two.mirror.hear_routed(one.mirror.routed(one.now, 1 << 20), 0.0, two.now)
+    two.mirror.apply_routed(one.mirror.routed(one.now, 1 << 20), 0.0, two.now)
     assert [two.holds("a:1", text) for text in texts] == [10] * 10
 
 
@@ -306,10 +307,10 @@ def test_news_that_are_none_change_nothing(pair: tuple[Replica, Replica]) -> Non
     one, two = pair
     one.tables.ledger.charge(0, 10, 10, held=True)
     one.tell(two)
-    with pytest.raises(NewsError):
-        two.mirror.hear_loads("one", b"x" * (LOADS.itemsize + 1), two.now)
-    with pytest.raises(NewsError):
-        two.mirror.hear_routed(b"x", 0.0, two.now)
+    with pytest.raises(UpdateError):
+        two.mirror.apply_loads("one", b"x" * (LOADS.itemsize + 1), two.now)
+    with pytest.raises(UpdateError):
+        two.mirror.apply_routed(b"x", 0.0, two.now)
     two.mirror.enter(two.now)
     assert two.load("a:1") == (1, 10)
 
@@ -323,12 +324,12 @@ def test_absurd_news_are_bounded(pair: tuple[Replica, Replica]) -> None:
         rows["tokens"] = rows["promised"] = value
         rows["wait"] = 3e38
         for name in ("mad", "madder"):
-            two.mirror.hear_loads(name, rows.tobytes(), two.now)
+            two.mirror.apply_loads(name, rows.tobytes(), two.now)
         two.mirror.enter(two.now)
         requests, tokens = two.load("a:1")
         assert 0 <= requests < 1 << 26
         assert 0 <= tokens < 1 << 42
-        assert two.tables.ledger.busy_until(16)[5] <= two.now + LONGEST_WAIT + 1.0
+        assert two.tables.ledger.busy_until(16)[5] <= two.now + MAX_WAIT_SECONDS + 1.0
 
 
 def test_rows_out_of_reach_and_pods_twice(pair: tuple[Replica, Replica]) -> None:
@@ -336,12 +337,12 @@ def test_rows_out_of_reach_and_pods_twice(pair: tuple[Replica, Replica]) -> None
     rows = np.zeros(2, LOADS)
     rows["pod"] = [pod_key("a:1"), pod_key("nobody:1")]
     rows["requests"] = 1
-    two.mirror.hear_loads("x", rows.tobytes(), two.now)
+    two.mirror.apply_loads("x", rows.tobytes(), two.now)
     two.mirror.enter(two.now)
     assert loads(two.tables) == [0, 0, 0, 0, 0, 1] + [0] * 10
     rows["pod"] = pod_key("a:1")
-    with pytest.raises(NewsError):
-        two.mirror.hear_loads("x", rows.tobytes(), two.now)
+    with pytest.raises(UpdateError):
+        two.mirror.apply_loads("x", rows.tobytes(), two.now)
 
 
 def test_a_pod_in_a_row_of_another_begins_with_nothing_promised(pair: tuple[Replica, Replica]) -> None:
@@ -363,9 +364,11 @@ def test_a_pod_in_a_row_of_another_begins_with_nothing_promised(pair: tuple[Repl
 
 def test_own_prompts_are_told_however_many_others_tell(pair: tuple[Replica, Replica]) -> None:
     one, two = pair
-    news = b"".join(write_routed(Told(pod_key("a:1"), 0, 0.0, 64, bytes([n % 256, n // 256] * 4))) for n in range(400))
+    news = b"".join(
+        write_routed(PromptUpdate(pod_key("a:1"), 0, 0.0, 64, bytes([n % 256, n // 256] * 4))) for n in range(400)
+    )
     for number in range(5):
-        one.mirror.hear_routed(news, 0.0, one.now + 1)
+        one.mirror.apply_routed(news, 0.0, one.now + 1)
         one.send("a:1", b"%d" % number * 640)
         one.tell(two)
     assert one.mirror.told == 5
@@ -378,7 +381,7 @@ def test_a_prompt_that_is_told_late_makes_no_newer_one_older(pair: tuple[Replica
     late = one.mirror.routed(one.now, 1 << 20)
     two.now += 100.0
     two.send("a:1")
-    two.mirror.hear_routed(late, 90.0, two.now)
+    two.mirror.apply_routed(late, 90.0, two.now)
     assert two.holds("a:1")
     (times,) = [order.values() for order in two.index._orders if order]
     assert set(times) == {two.now}

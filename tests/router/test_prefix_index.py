@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.prefix_hash import Chain, PrefixHasher
-from router.prefix_index import PrefixIndex, SlotIndex
+from router.prefix_index import PrefixIndex
+from router.prefix_match import SlotIndex
 from router.prefixes import LookUp
 from state.pods import COLUMN, FIELDS, PodTable
 from state.prefix_log import PrefixLog
@@ -205,12 +206,12 @@ def test_what_is_written_costs_most_where_the_cache_just_suffices(chats: int, lo
         view.remember(chain((f"chat {turn % chats} ", 100)), 0, float(turn))
         view.remember(chain((f"other {turn} ", 60)), 0, turn + 0.5)
     if lost == "much":
-        assert view.lost[0] > 1.0
+        assert view.recompute_per_token[0] > 1.0
     else:
-        assert view.lost[0] == 0.0
+        assert view.recompute_per_token[0] == 0.0
     room.appear(0, 2)
     view.follow(301.0)
-    assert view.lost[0] == 0.0
+    assert view.recompute_per_token[0] == 0.0
 
 
 def test_one_prompt_that_comes_back_late_says_little_of_a_cache() -> None:
@@ -219,7 +220,7 @@ def test_one_prompt_that_comes_back_late_says_little_of_a_cache() -> None:
     for number in range(12):
         view.remember(chain((f"chat {number} ", 100)), 0, float(number))
     view.remember(chain(("chat 3 ", 100)), 0, 12.0)
-    assert view.lost[0] == 0.0
+    assert view.recompute_per_token[0] == 0.0
 
 
 def test_a_pod_that_says_nothing_of_its_cache_has_the_default() -> None:
@@ -400,7 +401,7 @@ def test_what_an_answer_saves_is_never_worth_more_than_what_is_left() -> None:
     slots = SlotIndex(range(4))
     for answer in (3, 8):
         found = LookUp(whole, index.match(whole, slots.mask, answer), slots, 1024.0, 4096)
-        uncached, scarce, others = found.shares(index, 1.0)
+        uncached, scarce, others = found.uncached_and_scarce(index, 1.0)
         shares = [(uncached, scarce)] * 4
         for places, u, c in others:
             for place in places:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from protos.ext_proc_pb2 import ProcessingResponse
 from router.replies import (
     CHUNK_BYTES,
-    MOST_TOKENS,
+    MAX_TOKENS,
     NAMESPACE,
     REQUEST_HEADERS,
     Destination,
@@ -30,7 +30,7 @@ def test_only_the_request_id_and_the_tokens_differ(destination: Destination, tic
     made = RoutedReplies(
         name="pod", address="1.2.3.4:5", strategy="random", destination=destination, ticket=ticket, duplex=duplex
     )
-    first, second = made.request_body(ONE, 0), made.request_body(TWO, MOST_TOKENS)
+    first, second = made.request_body(ONE, 0), made.request_body(TWO, MAX_TOKENS)
     replaced = first.replace(ONE, TWO).replace(b"3.7.00000000", b"3.7.99999999")
     assert second == replaced
     reply = ProcessingResponse.FromString(second)
@@ -42,7 +42,7 @@ def test_only_the_request_id_and_the_tokens_differ(destination: Destination, tic
 
 @given(
     st.text(st.characters(max_codepoint=0xFFF, exclude_categories=["Cs"]), min_size=1, max_size=300),
-    st.integers(0, MOST_TOKENS),
+    st.integers(0, MAX_TOKENS),
     st.from_regex(r"\A[1-9][0-9]{2}\Z"),
 )
 def test_any_pod_name_survives_the_template(name: str, tokens: int, status: str) -> None:
@@ -63,7 +63,7 @@ def test_a_body_given_back_is_whole_and_ends_once(length: int, end: bool) -> Non
     body = bytes(i % 251 for i in range(length))
     pieces = [
         reply.response_body.response.body_mutation.streamed_response
-        for reply in read(streamed_body(body, request=False, end=end))
+        for reply in read(streamed_body(body, request=False, end_of_stream=end))
     ]
     assert b"".join(piece.body for piece in pieces) == body
     assert [piece.end_of_stream for piece in pieces] == [False] * (len(pieces) - 1) + [end]

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from protos.ext_proc_pb2 import ProcessingMode, ProcessingRequest
 from router.limits import Answer, Ask, Gate, Outcome, Totals
-from router.upstream_errors import MOST_BYTES
+from router.upstream_errors import MAX_BYTES
 
 ERROR = b'{"object":"error","message":"no","type":"T","param":null,"code":7}'
 NORMALISED = {"error": {"message": "no", "type": "T", "code": 7, "param": None}}
@@ -89,7 +89,7 @@ def test_a_content_type_that_fits_is_left_alone() -> None:
     assert "content-type" not in stream.send(response_with("400", content_type="application/json; x")).headers
 
 
-@pytest.mark.parametrize("body", [b"\xff\xfe\x00", b"x" * (MOST_BYTES + 10)])
+@pytest.mark.parametrize("body", [b"\xff\xfe\x00", b"x" * (MAX_BYTES + 10)])
 def test_an_error_that_cannot_be_read_passes_as_it_is(body: bytes) -> None:
     stream = routed(Contract(), STREAMED)
     stream.send(response_with("502"))
@@ -367,7 +367,7 @@ def test_a_reply_too_long_to_parse_tells_its_usage_at_its_end() -> None:
         assert stream.send(response_body(body[start : start + 50_000])).is_plain
     said = stream.send(response_body(b"", eos=True))
     assert said.headers["x-update-tpm"] == "12"
-    assert len(stream.exchange._response._json or b"") == 0  # type: ignore[union-attr]
+    assert len(stream.exchange._response._json_body or b"") == 0  # type: ignore[union-attr]
 
 
 # -- counters that must be waited for

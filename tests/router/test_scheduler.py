@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from random import Random
 from typing import ClassVar
 
 import fleet
@@ -13,7 +14,7 @@ from router.fleet import Candidates
 from router.replies import Destination
 from router.request import RoutingRequest
 from router.scheduler import Decision, Scheduler
-from router.strategies import STRATEGIES
+from router.strategies import STRATEGIES, Context
 from router.strategies.delays import Delays
 from router.strategies.least_request import LeastRequest
 from state.catalog import CatalogDocument
@@ -23,7 +24,7 @@ from state.tables import Tables
 
 
 def scheduler(tables: Tables, strategy: str = "least-request", tick: float = 0.00003) -> Scheduler:
-    return Scheduler(tables, strategy, itertools.count(1000, tick).__next__, seed=1)
+    return Scheduler(tables, strategy, itertools.count(1000, tick).__next__, Context(Random(1)))
 
 
 def decide(by: Scheduler, strategy: str = "least-request", model: str = MODEL, **changes: bool) -> Decision:
@@ -252,7 +253,7 @@ def test_what_is_decided_among_some_pods_prepares_nothing(monkeypatch: pytest.Mo
     by = scheduler(tables)
     candidates, _ = by.serving(MODEL)
     request = RoutingRequest(MODEL, prompt_tokens=100)
-    by.decide(request, "prepared", Destination.HEADER, held=True, duplex=False, candidates=candidates.subset([1]))
+    by.decide(request, "prepared", candidates.subset([1]), destination=Destination.HEADER, held=True, duplex=False)
     tables.pods.announce()
     by.catch_up()
     assert Prepared.seen == []

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.selectors import LONGEST_SELECTOR, SelectorError, parse_selector
+from router.selectors import MAX_SELECTOR_LENGTH, SelectorError, parse_selector
 
 POD = {"env": "prod", "tier": "gold", "app.kubernetes.io/name": "llama", "rank": "7", "empty": "", "in": "x"}
 
@@ -128,7 +128,7 @@ def test_a_selector_is_parsed_once_and_few_are_kept() -> None:
         parse_selector(f"k{n}")
     assert parse_selector.cache_info().currsize <= 256
     with pytest.raises(SelectorError):
-        parse_selector("a" * (LONGEST_SELECTOR + 1))
+        parse_selector("a" * (MAX_SELECTOR_LENGTH + 1))
 
 
 @settings(deadline=None)

@@ -1,7 +1,7 @@
 import orjson
 import pytest
 
-from router.upstream_errors import MOST_BYTES, disguised, normalise
+from router.upstream_errors import MAX_BYTES, disguised, normalise
 
 MARK = (("x-error-response-unknown", b"true"),)
 
@@ -55,7 +55,7 @@ def test_unavailable_has_its_code() -> None:
     assert orjson.loads(got.body) == error(message="busy", type="overloaded_error", code="service_unavailable")
 
 
-@pytest.mark.parametrize("body", [b"", b"\x1f\x8b\xff\xfe", b"x" * (MOST_BYTES + 1)])
+@pytest.mark.parametrize("body", [b"", b"\x1f\x8b\xff\xfe", b"x" * (MAX_BYTES + 1)])
 def test_what_cannot_be_read_is_left_alone(body: bytes) -> None:
     assert normalise(500, body) is None
 

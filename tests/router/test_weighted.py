@@ -11,7 +11,7 @@ from router.fleet import Candidates, Pod
 from router.request import RoutingRequest
 from router.strategies import STRATEGIES
 from router.strategies.base import Context, Scoring
-from router.strategies.weighted import MOST_COMPILED, Strategies, Weighted, parse_strategy, scaled
+from router.strategies.weighted import MAX_COMPILED, Strategies, Weighted, parse_strategy, scaled
 from state.catalog import PodRecord
 from state.pods import FIELDS, Floats
 from state.tables import Capacity, Tables
@@ -46,7 +46,7 @@ class Fixed(Scoring):
     name: ClassVar[str] = "fixed"
 
     def __init__(self, *scores: float) -> None:
-        super().__init__(Context(1))
+        super().__init__(Context(random.Random(1)))
         self.given = np.array(scores)
         self.heard: list[int] = []
 
@@ -119,11 +119,11 @@ def test_values_refused(value: str) -> None:
 @pytest.mark.parametrize("value", ["random,least-request", "least-request,power-of-two:2", "round-robin,throughput"])
 def test_what_has_no_score_cannot_be_weighed(value: str) -> None:
     with pytest.raises(RequestError, match="incorrect routing strategy"):
-        Strategies(STRATEGIES, Context(1)).get(value)
+        Strategies(STRATEGIES, Context(random.Random(1))).get(value)
 
 
 def test_one_instance_of_each_kind_serves_alone_and_in_combinations() -> None:
-    strategies = Strategies(STRATEGIES, Context(1))
+    strategies = Strategies(STRATEGIES, Context(random.Random(1)))
     combined = strategies.get("least-request,throughput:2")
     assert isinstance(combined, Weighted)
     assert combined.parts[0][0] is strategies.get("least-request") is strategies.get("least-request:3")
@@ -131,11 +131,11 @@ def test_one_instance_of_each_kind_serves_alone_and_in_combinations() -> None:
 
 
 def test_values_made_up_by_clients_do_not_pile_up() -> None:
-    strategies = Strategies(STRATEGIES, Context(1))
+    strategies = Strategies(STRATEGIES, Context(random.Random(1)))
     for weight in range(1, 3000):
         strategies.get(f"least-request:{weight},throughput")
         strategies.get(f"least-request:{weight}")
-    assert len(strategies._combined) <= MOST_COMPILED
+    assert len(strategies._combined) <= MAX_COMPILED
     assert len(strategies._single) == 2
 
 
@@ -161,23 +161,23 @@ def test_weights_decide_between_strategies_that_disagree(tables: Tables) -> None
     pods = candidates(tables, [0, 0])
     left, right = Fixed(0.0, 10.0), Fixed(10.0, 0.0)
     request = RoutingRequest("m")
-    assert Weighted(Context(1), [(left, 3.0), (right, 1.0)]).pick(request, pods, 0.0) == 0
-    assert Weighted(Context(1), [(left, 1.0), (right, 3.0)]).pick(request, pods, 0.0) == 1
+    assert Weighted(Context(random.Random(1)), [(left, 3.0), (right, 1.0)]).pick(request, pods, 0.0) == 0
+    assert Weighted(Context(random.Random(1)), [(left, 1.0), (right, 3.0)]).pick(request, pods, 0.0) == 1
 
 
 def test_a_strategy_that_knows_nothing_has_no_say(tables: Tables) -> None:
     pods = candidates(tables, [3, 0])
     nothing, right = Fixed(np.nan, np.nan), Fixed(10.0, 0.0)
-    weighted = Weighted(Context(1), [(nothing, 1000.0), (right, 1.0)])
+    weighted = Weighted(Context(random.Random(1)), [(nothing, 1000.0), (right, 1.0)])
     assert weighted.scores(RoutingRequest("m"), pods, 0.0).tolist() == [1.0, 0.0]
-    weighted = Weighted(Context(1), [(nothing, 1.0)])
+    weighted = Weighted(Context(random.Random(1)), [(nothing, 1.0)])
     assert weighted.pick(RoutingRequest("m"), pods, 0.0) == 1  # the fewest requests
     assert weighted.fallbacks == 1
 
 
 def test_every_part_hears_of_the_choice(tables: Tables) -> None:
     parts = [Fixed(1.0, 0.0), Fixed(0.0, 0.0)]
-    Weighted(Context(1), [(part, 1.0) for part in parts]).chosen(
+    Weighted(Context(random.Random(1)), [(part, 1.0) for part in parts]).chosen(
         RoutingRequest("m"), candidates(tables, [0, 0]), 1, 0.0
     )
     assert [part.heard for part in parts] == [[1], [1]]
@@ -185,7 +185,7 @@ def test_every_part_hears_of_the_choice(tables: Tables) -> None:
 
 def test_one_request_more_does_not_outweigh_a_cold_cache(tables: Tables) -> None:
     pods = candidates(tables, [1, 0], kv_usage=[0.1, 0.9], num_gpu_blocks=[1000, 1000], block_size=[16, 16])
-    combined = Strategies(STRATEGIES, Context(1)).get("least-request,least-gpu-cache")
+    combined = Strategies(STRATEGIES, Context(random.Random(1))).get("least-request,least-gpu-cache")
     assert {combined.pick(RoutingRequest("m"), pods, 0.0) for _ in range(20)} == {0}
     busy = candidates(tables, [40, 0], kv_usage=[0.1, 0.2], num_gpu_blocks=[1000, 1000], block_size=[16, 16])
     assert {combined.pick(RoutingRequest("m"), busy, 0.0) for _ in range(20)} == {1}
@@ -193,6 +193,6 @@ def test_one_request_more_does_not_outweigh_a_cold_cache(tables: Tables) -> None
 
 def test_equals_are_taken_at_random(tables: Tables) -> None:
     pods = candidates(tables, [0] * 4)
-    context = Context(random.Random(5).randrange(1000))
+    context = Context(random.Random(5))
     weighted = Weighted(context, [(Fixed(1.0, 1.0, 1.0, 1.0), 1.0)])
     assert {weighted.pick(RoutingRequest("m"), pods, 0.0) for _ in range(200)} == {0, 1, 2, 3}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY, Peer
+from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY, EnvoyPeer
 from router.replies import DESTINATION_HEADERS, Destination
 from workers.config import Config, ConfigError, load
 from workers.envoy import ADMIN_CLUSTER, POD_CLUSTER, ROUTER_CLUSTER, bootstrap
@@ -131,9 +131,9 @@ def test_what_envoy_says_of_itself_is_what_the_exchange_understands(
 ) -> None:
     document = bootstrap(make_config(endpoints, {"destination": destination, "accounting": accounting}))
     metadata = {one["key"]: one["value"] for one in ext_proc(document)["grpc_service"]["initial_metadata"]}
-    peer = Peer(metadata[ACCOUNTING_KEY], metadata[DESTINATION_KEY])
+    peer = EnvoyPeer(metadata[ACCOUNTING_KEY], metadata[DESTINATION_KEY])
     assert peer.destination is Destination(destination)
-    assert peer.by_log == (accounting == "access-log") == ("access_log" in manager(document))
+    assert (not peer.held) == (accounting == "access-log") == ("access_log" in manager(document))
 
 
 @pytest.mark.parametrize("destination", DESTINATIONS)

@@ -4,7 +4,7 @@ import pytest
 
 from protos.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from workers.calls import CallError, Status
-from workers.health import EXT_PROC_SERVICE, Check, Health, Watch
+from workers.health import EXT_PROC_SERVICE, Check, HealthService, Watch
 
 SERVING, NOT_SERVING, UNKNOWN = (
     HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING, HealthCheckResponse.SERVICE_UNKNOWN,
@@ -22,7 +22,7 @@ def status(reply: object) -> int:
 
 @pytest.mark.parametrize("service", ["", "gateway-plugin", EXT_PROC_SERVICE, "liveness", "readiness"])
 def test_check_says_serving_until_it_stops(service: str) -> None:
-    health = Health()
+    health = HealthService()
     check = Check(health, {})
     assert status(check.receive(ask(service))) == SERVING
     assert check.finished
@@ -32,7 +32,7 @@ def test_check_says_serving_until_it_stops(service: str) -> None:
 
 def test_check_of_an_unknown_service_is_not_found() -> None:
     with pytest.raises(CallError) as raised:
-        Check(Health(), {}).receive(ask("x" * 1000))
+        Check(HealthService(), {}).receive(ask("x" * 1000))
     assert raised.value.code == Status.NOT_FOUND
     assert len(raised.value.message) < 200
 
@@ -40,12 +40,12 @@ def test_check_of_an_unknown_service_is_not_found() -> None:
 @pytest.mark.parametrize("call", [Check, Watch])
 def test_what_is_no_request_is_invalid(call: type[Check | Watch]) -> None:
     with pytest.raises(CallError) as raised:
-        call(Health(), {}).receive(b"\xff\xff")
+        call(HealthService(), {}).receive(b"\xff\xff")
     assert raised.value.code == Status.INVALID_ARGUMENT
 
 
 def test_watch_tells_now_and_when_it_changes() -> None:
-    health = Health()
+    health = HealthService()
     pushed: list[bytes] = []
     watch = Watch(health, {})
     watch.start(pushed.append)
@@ -59,7 +59,7 @@ def test_watch_tells_now_and_when_it_changes() -> None:
 
 
 def test_watch_of_an_unknown_service_says_so_and_hears_nothing_more() -> None:
-    health = Health()
+    health = HealthService()
     pushed: list[bytes] = []
     watch = Watch(health, {})
     watch.start(pushed.append)
@@ -69,7 +69,7 @@ def test_watch_of_an_unknown_service_says_so_and_hears_nothing_more() -> None:
 
 
 def test_a_closed_watch_is_forgotten() -> None:
-    health = Health()
+    health = HealthService()
     pushed: list[bytes] = []
     watch = Watch(health, {})
     watch.start(pushed.append)
@@ -81,7 +81,7 @@ def test_a_closed_watch_is_forgotten() -> None:
 
 
 def test_methods() -> None:
-    methods = Health().methods()
+    methods = HealthService().methods()
     assert {path: method.pushes for path, method in methods.items()} == {
         "/grpc.health.v1.Health/Check": False, "/grpc.health.v1.Health/Watch": True,
     }  # fmt: skip

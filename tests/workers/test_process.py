@@ -24,7 +24,7 @@ print("still here")
 BUG = """
 from workers.config import LogConfig
 from workers.h2.connection import Connection
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 from workers.process import set_up_logging
 
 class Call:
@@ -32,7 +32,7 @@ class Call:
         raise ValueError("a bug")
 
 set_up_logging(LogConfig(format="json"), "worker 0")
-Connection({}, Limits(), Counters(), lambda: 0.0).close_call(Call())
+Connection({}, TransportLimits(), TransportCounters(), lambda: 0.0).close_call(Call())
 """
 
 

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,16 +18,18 @@ from waiting import until
 from protos.access_log_pb2 import HTTPAccessLogEntry, StreamAccessLogsMessage
 from router.access_log import AccessLog
 from router.exchange import Exchange
-from router.modes import Peer
+from router.modes import EnvoyPeer
 from router.prefix_hash import PrefixHasher
-from router.prefix_index import PrefixIndex, SlotIndex
+from router.prefix_index import PrefixIndex
+from router.prefix_match import SlotIndex
 from router.replies import NAMESPACE
 from router.scheduler import Scheduler
+from router.strategies import Context
 from state.catalog import CatalogDocument
 from state.ledger import Entry
-from state.news import Told, pod_key, write_routed
 from state.prefix_log import LogReader
 from state.tables import REPLICATOR, Tables
+from state.updates import PromptUpdate, pod_key, write_routed
 from state.user_tokens import cells_of
 from workers import replicator
 from workers.config import Config, load
@@ -351,14 +354,14 @@ async def test_a_server_that_refuses_is_told_of_once(make: Make, client: Any) ->
 
 
 def scheduler(replica: Replica) -> Scheduler:
-    made = Scheduler(replica.tables, "least-request", itertools.count(1000, 0.001).__next__, seed=1)
+    made = Scheduler(replica.tables, "least-request", itertools.count(1000, 0.001).__next__, Context(Random(1)))
     made.passes_on = True
     return made
 
 
 def route(by: Scheduler) -> HTTPAccessLogEntry:
     """Send one request; what Envoy will log of it, other filters' metadata and unknown fields included."""
-    exchange = Exchange(by, Peer("access-log"), lambda: b"0" * 36, 10_000)
+    exchange = Exchange(by, EnvoyPeer("access-log"), lambda: b"0" * 36, 10_000)
     exchange.receive(request_headers())
     (reply,) = read(exchange.receive(request_body(chat())))
     exchange.close()
@@ -450,7 +453,7 @@ async def test_a_successor_goes_on_where_its_predecessor_was(make: Make, valkey_
 
 
 async def test_all_is_told_however_much_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicator, "MOST_TOLD_BYTES", 1000)
+    monkeypatch.setattr(replicator, "MAX_TOLD_BYTES", 1000)
     one, two = make(), make()
     async with one.running(), two.running():
         await settled(one, two)
@@ -538,7 +541,7 @@ async def test_entries_of_a_clock_that_was_ahead_are_heard_once(valkey_server: V
         one, two = Replica(url), Replica(url)
         for each in (one, two):
             await each.exchange()
-        news = write_routed(Told(pod_key("10.0.0.1:8000"), 0, 0.0, 256, bytes(64)))
+        news = write_routed(PromptUpdate(pod_key("10.0.0.1:8000"), 0, 0.0, 256, bytes(64)))
         ahead = int(time.time() * 1000) + 3_600_000
         client.xadd(f"{PREFIX}:routed", {"replica": "ffffffff", "news": news}, id=f"{ahead}-0")
         client.set(f"{PREFIX}:bytes", len(news))

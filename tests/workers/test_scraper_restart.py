@@ -234,9 +234,9 @@ def test_a_name_server_that_hangs_does_not_keep_the_process_from_ending(tmp_path
     assert [pod.address for pod in tables.catalog.read()[1].pods] == ["127.0.0.1:9"]
 
 
-@pytest.mark.parametrize(("disbelieved", "left"), [((), 2), (("waiting",), 5)])
+@pytest.mark.parametrize(("implausible", "left"), [((), 2), (("waiting",), 5)])
 async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
-    tmp_path: Path, engines: list[Engine], disbelieved: tuple[str, ...], left: int
+    tmp_path: Path, engines: list[Engine], implausible: tuple[str, ...], left: int
 ) -> None:
     tables = make_tables(writer=SCRAPER)
     scraper = Scraper(configuration(tmp_path, engines), tables)
@@ -245,7 +245,7 @@ async def test_a_count_is_not_settled_by_numbers_that_cannot_be_true(
     for _ in range(5):
         tables.ledger.charge(0, 100, 100, held=False)
     for poll in range(10):
-        scraper._take(watched, Sample(running=2.0, disbelieved=disbelieved, found=1), 1000.0 + 3 * poll)
+        scraper._take(watched, Sample(running=2.0, implausible=implausible, found=1), 1000.0 + 3 * poll)
     assert tables.ledger.load(0)[0] == left
     stop_polling(scraper)
 
@@ -271,7 +271,7 @@ async def test_what_other_replicas_have_in_flight_is_not_settled_here(
     for poll in range(10):
         scraper._take(scraper._pods[0], Sample(running=running, found=1), 1000.0 + 3 * poll)
     assert tables.ledger.load(0) == (left + 4, 100 * left + 400)
-    assert tables.pods.row(0)[COLUMN["own_requests_at_sample"]] == left + 4
+    assert tables.pods.row(0)[COLUMN["tracked_requests_at_sample"]] == left + 4
     mirror.hold(0, 0, 0)
     scraper._take(scraper._pods[0], Sample(running=running, found=1), 1040.0)
     assert tables.ledger.load(0) == (left, 100 * left)

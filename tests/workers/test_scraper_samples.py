@@ -51,7 +51,7 @@ async def test_no_tokens_stay_behind_when_a_charge_is_settled() -> None:
     for _ in range(3):
         world.poll(page(0))
     assert world.tables.ledger.load(0) == (0, 0)
-    assert world.tables.pods.row(0)[COLUMN["own_tokens_at_sample"]] == 0
+    assert world.tables.pods.row(0)[COLUMN["tracked_tokens_at_sample"]] == 0
 
 
 async def test_a_restart_between_two_scrapers_is_seen() -> None:

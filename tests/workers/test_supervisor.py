@@ -23,6 +23,7 @@ from fleet import end_of, in_child
 from waiting import wait_until
 
 import workers.process
+import workers.rolling_restart
 import workers.supervisor
 from bench.lab import Lab, free_ports, get
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
@@ -157,7 +158,7 @@ def _explain_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
         await run_worker(config, *rest)
 
     monkeypatch.setattr(workers.supervisor, "run_worker", run)
-    monkeypatch.setattr(workers.supervisor, "READY_SECONDS", 1.0)
+    monkeypatch.setattr(workers.rolling_restart, "READY_SECONDS", 1.0)
 
 
 @pytest.mark.usefixtures("_explain_breaks")

@@ -31,11 +31,11 @@ PATIENCE_SECONDS = 0.25
 """For all look-ups together, before the pods are listed without those that are still under way."""
 LOOK_UP_SECONDS = 2.0
 """For one look-up, before its name counts as one that cannot be resolved, until it is answered after all."""
-MOST_LOOK_UPS = 32
+MAX_LOOK_UPS = 32
 """At the same time; each that hangs takes a thread."""
 _TOLD = 3
 """Host names in one line of the log."""
-LONGEST_MODEL_IN_NAMES = 50
+MAX_MODEL_LENGTH_IN_NAMES = 50
 """Characters of a model's name in the names of its pods."""
 
 
@@ -51,7 +51,7 @@ class FileSource:
         self._look_ups: dict[str, asyncio.Task[None]] = {}
         self._late: set[str] = set()
         # Threads of our own: the event loop waits for its own before it ends, and has a handful for everybody.
-        self._threads = ThreadPoolExecutor(MOST_LOOK_UPS, "look-up")
+        self._threads = ThreadPoolExecutor(MAX_LOOK_UPS, "look-up")
         self.loaded = False
         """Whether the file could ever be read: until then nothing is known, which is not the same as no pods."""
         self.news = False
@@ -217,5 +217,5 @@ def _pods(models: Iterable[ModelEntry], addresses: Mapping[str, tuple[str, ...]]
 
 def pod_name(model: str, host: str, number: int) -> str:
     """What AIBrix calls the pod of the endpoint with this number, counted over the whole file from 0."""
-    name = model.lower().replace("/", "-").replace("_", "-").strip("-")[:LONGEST_MODEL_IN_NAMES].rstrip("-")
+    name = model.lower().replace("/", "-").replace("_", "-").strip("-")[:MAX_MODEL_LENGTH_IN_NAMES].rstrip("-")
     return f"{name}-{host.replace('.', '-')}-{number}"

@@ -3,7 +3,7 @@
 Read this file from `receive`: bytes are walked once, frame by frame, in `_frames`. A DATA frame that holds whole
 messages of a stream on which nothing is pending is answered there and then, without leaving the function; everything
 else has a method of its own. Nothing is built per frame. Other DATA is in `inbound`, frames that carry no message in
-`control`, what the calls say in `dialogue`, what is sent in `outbound`.
+`control`, what the calls say in `call_handler`, what is sent in `outbound`.
 
 A cut frame at the end of a read is kept in `_rest` and completed from the next read, so that a byte of a large body is
 copied once out of the read and once into its message.
@@ -56,7 +56,7 @@ from workers.h2.frames import (
     window_update,
 )
 from workers.h2.inbound import Inbound
-from workers.h2.limits import CREDIT_PER_MESSAGE, Counters, Limits
+from workers.h2.limits import CREDIT_PER_MESSAGE, TransportCounters, TransportLimits
 from workers.h2.requests import Request, RequestReader
 from workers.h2.stream import Stream
 
@@ -71,7 +71,9 @@ _EXPECT_SETTINGS: Final = 2
 class Connection(Inbound):
     """`receive` takes what was read and returns what to write. `done` says that the connection is to be closed then."""
 
-    def __init__(self, methods: Methods, limits: Limits, counters: Counters, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, methods: Methods, limits: TransportLimits, counters: TransportCounters, clock: Callable[[], float]
+    ) -> None:
         super().__init__(methods, limits, counters, clock)
         self._reader = RequestReader(methods, limits.max_header_list_bytes, limits.header_cache_entries)
         self._max_streams = limits.max_concurrent_streams
@@ -192,7 +194,7 @@ class Connection(Inbound):
                 stream = streams.get(stream_id)
                 if (
                     stream is not None
-                    and stream.quick
+                    and stream.fast_path
                     and flags <= END_STREAM
                     and (unread := stream.unread + length) < half_window
                     and not self.congested
@@ -232,12 +234,12 @@ class Connection(Inbound):
                                 self.finish(stream)
                         else:
                             self.take_result(stream, call, reply)
-                        if not stream.quick:
+                        if not stream.fast_path:
                             if start < pos and stream.call is not None:
                                 self.collect(stream, buf[start:pos])
                             break
                     if flags:
-                        if stream.quick and stream.headers_sent:
+                        if stream.fast_path and stream.headers_sent:
                             self._half_close_quietly(stream)
                         elif not stream.ended_remote:
                             self.remote_end(stream)
@@ -310,11 +312,11 @@ class Connection(Inbound):
                 self.finish(stream)
             return
         self.out.append(trailers_ok(stream.id))
-        # `forget`, without looking for what a stream on the short way cannot have.
+        # `forget`, without looking for what a stream on the fast path cannot have.
         del self.streams[stream.id]
         self.counters.streams_open -= 1
         stream.call = None
-        stream.quick = False
+        stream.fast_path = False
         self.close_call(call)
 
     def _stream_fault(self, stream_id: int, fault: StreamFault) -> None:
@@ -416,7 +418,7 @@ class Connection(Inbound):
         if request.plain_method is not None:
             try:
                 stream.call = request.plain_method(request.metadata)
-                stream.quick = True
+                stream.fast_path = True
                 if request.listens:
                     stream.late = stream.call  # type: ignore[assignment]
                 if request.timeout_seconds != inf:

@@ -10,7 +10,7 @@ from math import inf
 from typing import Final
 
 from workers.calls import Methods
-from workers.h2.dialogue import Dialogue
+from workers.h2.call_handler import CallHandler
 from workers.h2.faults import ConnectionFault, StreamFault
 from workers.h2.frames import (
     ACK,
@@ -41,7 +41,7 @@ from workers.h2.frames import (
     read_u32,
 )
 from workers.h2.hpack_decoder import TABLE_BYTES
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 from workers.h2.responses import TABLE_SIZE_ZERO
 
 TICK_SECONDS: Final = 1.0
@@ -54,10 +54,12 @@ _DRAIN_PING_SECONDS: Final = 1.0
 _KEEPALIVE_PING: Final = b"are you?"
 
 
-class Control(Dialogue):
-    """The connection as a whole: settings, liveness, farewell."""
+class Control(CallHandler):
+    """The connection as a whole: settings, liveness, shutdown."""
 
-    def __init__(self, methods: Methods, limits: Limits, counters: Counters, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, methods: Methods, limits: TransportLimits, counters: TransportCounters, clock: Callable[[], float]
+    ) -> None:
         super().__init__(methods, limits, counters, clock)
         now = clock()
         self.last_id = 0
@@ -203,7 +205,7 @@ class Control(Dialogue):
             raise ConnectionFault(PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
         self.window_update(stream_id, increment)
 
-    # Farewell.
+    # Shutdown.
 
     def start_drain(self) -> None:
         """Ask the client to leave (6.8): a GOAWAY that refuses nothing yet, and once it has arrived the real one."""

@@ -18,7 +18,7 @@ from workers.h2.frames import (
     window_update,
 )
 from workers.h2.limits import CREDIT_PER_MESSAGE
-from workers.h2.messages import MessageCutter, cut
+from workers.h2.messages import MessageDeframer, deframe
 from workers.h2.stream import Stream
 
 _TINY_PIECE: Final = 256
@@ -110,34 +110,34 @@ class Inbound(Control):
 
     def _cut(self, stream: Stream, piece: bytes) -> list[bytes] | None:
         """The messages that a piece completes. None after one that is not acceptable, which fails the call."""
-        cutter = stream.cutter
+        deframer = stream.deframer
         held = 0
         try:
-            if cutter is None:
+            if deframer is None:
                 messages: list[bytes] = []
-                pos, wanted = cut(piece, 0, self.limits.max_message_bytes, messages)
+                pos, wanted = deframe(piece, 0, self.limits.max_message_bytes, messages)
                 if pos < len(piece) or wanted >= 0:
-                    cutter = stream.cutter = MessageCutter(self.limits.max_message_bytes, piece[pos:], wanted)
+                    deframer = stream.deframer = MessageDeframer(self.limits.max_message_bytes, piece[pos:], wanted)
             else:
-                held = cutter.held
-                messages = cutter.feed(piece)
+                held = deframer.held
+                messages = deframer.feed(piece)
         except CallError as error:
-            if cutter is not None:
-                self.counters.buffered_bytes += cutter.held - held
+            if deframer is not None:
+                self.counters.buffered_bytes += deframer.held - held
             self.fail(stream, error)
             return None
-        if cutter is not None:
-            self.counters.buffered_bytes += cutter.held - held
+        if deframer is not None:
+            self.counters.buffered_bytes += deframer.held - held
         return messages
 
     def settle(self, stream: Stream) -> None:
-        """Back to the short way if nothing stands against it any more."""
+        """Back to the fast path if nothing stands against it any more."""
         if stream.call is None or stream.inbox is not None:
             return
-        if stream.cutter is not None and stream.cutter.empty:
-            stream.cutter = None
-        stream.quick = (
-            stream.cutter is None
+        if stream.deframer is not None and stream.deframer.empty:
+            stream.deframer = None
+        stream.fast_path = (
+            stream.deframer is None
             and stream.content_left < 0
             and stream.pending is None
             and not (stream.ended_remote or stream.pushes)

@@ -5,7 +5,7 @@ from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TransportLimits:
     """Bounds of the transport. Each has a counter or an error of its own when it is reached."""
 
     max_message_bytes: int = 64 << 20
@@ -71,7 +71,7 @@ COUNTED: Final = (
 )
 
 
-class Counters:
+class TransportCounters:
     """Plain numbers since the start of the process, copied into metrics by whoever wants them.
 
     `streams_open`, `connections_open` and `buffered_bytes` are levels, the others only grow.

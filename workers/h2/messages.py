@@ -13,7 +13,7 @@ from workers.h2.frames import PREFIX_BYTES
 _SMALL: Final = 1024
 
 
-def cut(piece: bytes, pos: int, limit: int, messages: list[bytes]) -> tuple[int, int]:
+def deframe(piece: bytes, pos: int, limit: int, messages: list[bytes]) -> tuple[int, int]:
     """Append the whole messages in `piece` from `pos` on. Returns where the rest begins and how long its message is.
 
     The length is -1 if not even the prefix of the next message is there. Raises `CallError` for a message that is
@@ -34,7 +34,7 @@ def cut(piece: bytes, pos: int, limit: int, messages: list[bytes]) -> tuple[int,
     return pos, -1
 
 
-class MessageCutter:
+class MessageDeframer:
     """The bytes of one stream since its last whole message: at least one byte of a prefix."""
 
     __slots__ = ("_limit", "_parts", "_prefix", "_wanted", "held")
@@ -60,7 +60,7 @@ class MessageCutter:
         return self._wanted < 0 and not self._prefix
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """The messages that `piece` completes. Raises `CallError` as `cut` does."""
+        """The messages that `piece` completes. Raises `CallError` as `deframe` does."""
         messages: list[bytes] = []
         pos = 0
         if self._wanted >= 0:
@@ -75,7 +75,7 @@ class MessageCutter:
             pos = missing
         elif self._prefix:
             piece = self._prefix + piece
-        pos, wanted = cut(piece, pos, self._limit, messages)
+        pos, wanted = deframe(piece, pos, self._limit, messages)
         self._begin(piece[pos:], wanted)
         return messages
 

@@ -25,7 +25,7 @@ from workers.h2.frames import (
     message_header,
     rst_stream,
 )
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 from workers.h2.responses import GRPC_HEADERS
 from workers.h2.stream import Stream
 
@@ -33,7 +33,9 @@ from workers.h2.stream import Stream
 class Outbound:
     """The sending half of a connection."""
 
-    def __init__(self, methods: Methods, limits: Limits, counters: Counters, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, methods: Methods, limits: TransportLimits, counters: TransportCounters, clock: Callable[[], float]
+    ) -> None:
         self.methods = methods
         self.limits = limits
         self.counters = counters
@@ -122,7 +124,7 @@ class Outbound:
             return
         if stream.pending is None:
             stream.pending = deque()
-            stream.quick = False
+            stream.fast_path = False
             stream.since = self.clock()
             self.blocked[stream.id] = stream
         stream.pending.append(data)

@@ -5,9 +5,9 @@ from collections.abc import Awaitable, Callable
 from typing import cast
 
 from workers.calls import Methods, Reply
+from workers.h2.call_handler import Result
 from workers.h2.connection import Connection
-from workers.h2.dialogue import Result
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 
 
 class H2Protocol:
@@ -19,8 +19,8 @@ class H2Protocol:
     def __init__(
         self,
         methods: Methods,
-        limits: Limits,
-        counters: Counters,
+        limits: TransportLimits,
+        counters: TransportCounters,
         loop: asyncio.AbstractEventLoop,
         live: set["H2Protocol"],
     ) -> None:

@@ -22,7 +22,7 @@ _TIMEOUT: Final = re.compile(r"([0-9]{1,8})([HMSmun])").fullmatch
 _UNIT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _GRPC: Final = re.compile(r"application/grpc(?:[+;].*)?", re.IGNORECASE).fullmatch
 _PSEUDO: Final = {":method", ":scheme", ":path", ":authority"}
-_LONGEST_CACHED: Final = 1024
+_MAX_CACHED_LENGTH: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,13 @@ class RequestReader:
             if fields is None:
                 return TOO_LARGE
             newest = decoder.newest
-            if newest is None or newest.name != "grpc-timeout" or len(block) > _LONGEST_CACHED:
+            if newest is None or newest.name != "grpc-timeout" or len(block) > _MAX_CACHED_LENGTH:
                 return read_request(fields, self._methods)
             return self._with_deadline(fields, newest)
         if fields is None:
             return TOO_LARGE
         request = read_request(fields, self._methods)
-        if len(block) <= _LONGEST_CACHED:
+        if len(block) <= _MAX_CACHED_LENGTH:
             if len(self._cache) >= self._cache_entries:
                 self._cache.clear()
             self._cache[block] = request

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from workers.calls import Methods
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 from workers.h2.protocol import H2Protocol
 
 _BACKLOG = 1024
@@ -36,9 +36,11 @@ class _Listener:
 class H2Server:
     """Serves gRPC `methods` over HTTP/2, cleartext with prior knowledge or TLS with ALPN."""
 
-    def __init__(self, methods: Methods, *, limits: Limits | None = None, counters: Counters | None = None) -> None:
-        self.limits = limits or Limits()
-        self.counters = counters or Counters()
+    def __init__(
+        self, methods: Methods, *, limits: TransportLimits | None = None, counters: TransportCounters | None = None
+    ) -> None:
+        self.limits = limits or TransportLimits()
+        self.counters = counters or TransportCounters()
         self._methods = methods
         self._listeners: list[_Listener] = []
         self._live: set[H2Protocol] = set()

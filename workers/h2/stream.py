@@ -5,7 +5,7 @@ from math import inf
 from typing import Protocol
 
 from workers.calls import Call, LateCall
-from workers.h2.messages import MessageCutter
+from workers.h2.messages import MessageDeframer
 
 
 class Waiter(Protocol):
@@ -17,17 +17,18 @@ class Waiter(Protocol):
 class Stream:
     """States of RFC 9113 5.1 are two flags: open has none of them set, half-closed has one. A closed stream is deleted.
 
-    `quick` says that the next DATA frame may take the short way: a call is open, nothing of a message, no answer
+    `fast_path` says that the next DATA frame may take the fast path: a call is open, nothing of a message, no answer
     and no reply is pending, and the client has not said how much it will send. Whoever changes one of these sets it.
     """
 
     __slots__ = (
         "call",
         "content_left",
-        "cutter",
         "deadline",
+        "deframer",
         "ended_local",
         "ended_remote",
+        "fast_path",
         "half_closed",
         "headers_sent",
         "id",
@@ -37,7 +38,6 @@ class Stream:
         "pending",
         "pending_bytes",
         "pushes",
-        "quick",
         "send_window",
         "since",
         "unread",
@@ -54,7 +54,7 @@ class Stream:
         """Bytes the client lets us send; negative after it shrank its initial window (6.9.2)."""
         self.unread = 0
         """Bytes received and not given back by WINDOW_UPDATE."""
-        self.quick = False
+        self.fast_path = False
         self.headers_sent = False
         self.ended_remote = False
         self.ended_local = False
@@ -64,7 +64,7 @@ class Stream:
         self.content_left = -1
         """Bytes that content-length promises and that have not come; -1 without a promise."""
         self.deadline = inf
-        self.cutter: MessageCutter | None = None
+        self.deframer: MessageDeframer | None = None
         self.inbox: deque[bytes] | None = None
         """Messages that wait. Not None also means that the answer to an earlier one is awaited or blocked."""
         self.waiter: Waiter | None = None

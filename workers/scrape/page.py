@@ -12,7 +12,7 @@ means; the readers of one engine's pods share it, and share equal layouts throug
 
 The grammar is Prometheus text format 0.0.4, and OpenMetrics 1.0 as far as the samples go. HELP and TYPE are not
 needed: `engines` says what each name is. Lines that are not valid are skipped, and so are numbers that cannot be true
-(`belief`). The text after the last newline is never used, for it may be half a line.
+(`plausibility`). The text after the last newline is never used, for it may be half a line.
 
 Cost of a 51 KB page of vLLM 0.32 by `python -m bench.page_cost`: 0.11 ms (0.17 beside busy neighbours); with a new
 layout 0.4 to 0.8 ms; the first page of an engine 2 to 4 ms; prometheus_client's parser 8 to 14 ms.
@@ -26,8 +26,8 @@ from operator import getitem, itemgetter
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from workers.scrape.belief import believed, bounds
 from workers.scrape.engines import Combine, Engine, Labels
+from workers.scrape.plausibility import bounds, plausible
 
 NAN = nan
 
@@ -117,7 +117,7 @@ class Sample:
     """Samples of wanted families. 0: this is not a page of that engine."""
     truncated: bool = False
     """The page does not end with a newline, so something may be missing. Not fit to be compared with others."""
-    disbelieved: tuple[str, ...] = ()
+    implausible: tuple[str, ...] = ()
     """What is on the page with numbers that cannot be true, and so is NaN above."""
 
 
@@ -407,10 +407,10 @@ class _Layout:
         flat = list(self._flat(values))
         for quantity, start, stop, combine in self._combined:
             flat[quantity] = _combined(values[start:stop], combine)
-        said, flat = flat, believed(flat, _MOST)
-        disbelieved: tuple[str, ...] = ()
+        said, flat = flat, plausible(flat, _MOST)
+        implausible: tuple[str, ...] = ()
         if flat != said:  # what is absent is the same object in both
-            disbelieved = tuple([name for name, a, b in zip(_FLAT, said, flat, strict=True) if a == a and b != b])
+            implausible = tuple([name for name, a, b in zip(_FLAT, said, flat, strict=True) if a == a and b != b])
         histograms = []
         at = _FIRST_HISTOGRAM
         for buckets in self._buckets:
@@ -421,7 +421,7 @@ class _Layout:
                 counts = values[start:stop] if ranges is None else [sum(values[a:b]) for a, b in ranges]
                 histograms.append(Histogram(bounds, counts, flat[at], flat[at + 1]))
             at += 2
-        return _sample(*flat[:_FIRST_HISTOGRAM], *histograms, self.found, truncated, disbelieved)
+        return _sample(*flat[:_FIRST_HISTOGRAM], *histograms, self.found, truncated, implausible)
 
 
 class PageReader:

@@ -35,8 +35,8 @@ from math import expm1
 from operator import lt, sub
 from typing import NamedTuple
 
-from workers.scrape.belief import believed, bounds
 from workers.scrape.page import NAN, Histogram, Sample
+from workers.scrape.plausibility import bounds, plausible
 
 SLOTS = 12
 """Samples that a full window keeps, apart from the newest."""
@@ -406,4 +406,4 @@ class Window:
             prompt_tokens_mean=means["prompt_length"],
             generation_tokens_mean=means["generation_length"],
         )
-        return EngineState._make(believed(state, _MOST))  # a counter may have leapt
+        return EngineState._make(plausible(state, _MOST))  # a counter may have leapt

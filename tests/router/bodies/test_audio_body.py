@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.bodies import read_body
-from router.bodies.audio import MOST_FALSE_BOUNDARIES
+from router.bodies.audio import MAX_FALSE_BOUNDARIES
 from router.bodies.base import Body
 from router.errors import RequestError
 
@@ -105,7 +105,7 @@ def test_forms_refused(body: bytes, content_type: str, message: str, param: str 
 
 
 def test_what_is_made_to_take_time_is_refused() -> None:
-    almost = b"\r\n--XXX" * (MOST_FALSE_BOUNDARIES - 1)
+    almost = b"\r\n--XXX" * (MAX_FALSE_BOUNDARIES - 1)
     assert read(part("file", almost) + part("model", b"m") + END).model == "m"
     assert (
         refusal(part("file", almost + b"\r\n--XXX") + part("model", b"m") + END)[0] == "failed to parse multipart form"

@@ -1,5 +1,6 @@
 """A fleet made by hand: real shared tables in this process, pods with the metrics a test gives them."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -51,9 +52,9 @@ class Lab:
         row[COLUMN["health"]] = Health.READY
         row[COLUMN["sampled_at"]] = self.now
         requests, tokens = self.tables.ledger.load(slot)
-        row[COLUMN["own_requests_at_sample"]] = requests
-        row[COLUMN["own_tokens_at_sample"]] = tokens
-        row[COLUMN["own_promised_at_sample"]] = self.tables.ledger.total(Entry.PROMISED, slot)
+        row[COLUMN["tracked_requests_at_sample"]] = requests
+        row[COLUMN["tracked_tokens_at_sample"]] = tokens
+        row[COLUMN["tracked_promised_at_sample"]] = self.tables.ledger.total(Entry.PROMISED, slot)
         for name, value in metrics.items():
             row[COLUMN[name]] = value
         self.tables.pods.write(slot, row)
@@ -63,7 +64,7 @@ class Lab:
         if number not in self.workers:
             tables = Tables.attach(self.tables.segment.fd, WRITER + number)
             self.tables.ledger.admit(WRITER + number)
-            self.workers[number] = tables, Fleet(tables), Context(seed=7, prefixes=Prefixes.of(tables))
+            self.workers[number] = tables, Fleet(tables), Context(Random(7), prefixes=Prefixes.of(tables))
         return self.workers[number]
 
     def strategy(self, name: str, worker: int = 0) -> Any:
@@ -103,7 +104,7 @@ class Lab:
         candidates = self.candidates(worker)
         speeds = context.rates.speeds(candidates, self.now)
         index = [pod.slot for pod in candidates.pods].index(slot)
-        context.backlog.chose(candidates, index, tokens, float(speeds.prefill_seconds[index]), self.now)
+        context.backlog.promise(candidates, index, tokens, float(speeds.prefill_seconds[index]), self.now)
         tables.ledger.charge(slot, tokens, tokens, held=False)
         self.now += KEPT_SECONDS * 1.01
 

@@ -11,7 +11,7 @@ from router.backlog import FIRST_STEPS
 from router.fleet import Candidates
 from router.rates import Prior
 from router.request import RoutingRequest
-from router.strategies.delays import KEPT_SECONDS, MOST_BUSY, Chance, Delays
+from router.strategies.delays import KEPT_SECONDS, MAX_BUSY, Chance, Delays
 from state.pods import Floats
 
 NAME = "marginal-delay"
@@ -24,35 +24,35 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
     prior, speeds = Prior(), context.rates.speeds(candidates, now)
     loads, todo = candidates.loads(), context.backlog.follow(candidates, speeds, now)
     room, full = waits_for_room(strategy._delays(candidates, now), request.prompt_tokens)
-    common = request.prefix.shares(context.prefixes.index, now, full)
+    common = request.prefix.uncached_and_scarce(context.prefixes.index, now, full)
     u, scarce = np.full(len(candidates), common[0]), np.full(len(candidates), common[1])
-    for places, uncached, counted in common[2]:
-        u[places], scarce[places] = uncached, counted
+    for indices, uncached, counted in common[2]:
+        u[indices], scarce[indices] = uncached, counted
     prompt, mean = float(request.prompt_tokens), context.backlog.mean_tokens
     output = speeds.output_tokens
     n = loads[0] + speeds.elsewhere
-    decoding = 0.5 * (loads[0] + speeds.usual[0]) + speeds.elsewhere
+    decoding = 0.5 * (loads[0] + speeds.smoothed_loads[0]) + speeds.elsewhere
     per_request = prior.decode_request_seconds + 0.5 * output * prior.kv_token_seconds
-    context_tokens = 0.5 * (loads[1] + speeds.usual[1])
+    context_tokens = 0.5 * (loads[1] + speeds.smoothed_loads[1])
     s = (decoding * per_request + context_tokens * prior.kv_token_seconds + speeds.idle_step) * speeds.decode
-    served = n if speeds.seats is None else np.minimum(n, 1 / np.maximum(speeds.seats, 1e-6))
-    if speeds.rooms is not None:
-        served = np.minimum(served, n / np.maximum(loads[1] * speeds.rooms, 1.0))
+    served = n if speeds.share_per_request is None else np.minimum(n, 1 / np.maximum(speeds.share_per_request, 1e-6))
+    if speeds.kv_share_per_token is not None:
+        served = np.minimum(served, n / np.maximum(loads[1] * speeds.kv_share_per_token, 1.0))
     wait = todo * speeds.prefill_seconds
     c = mean * speeds.prefill_seconds[0]
-    usual_room, _ = waits_for_room(strategy._delays(candidates, now), mean)
-    free = np.mean(c / (c + wait + usual_room))
+    mean_room, _ = waits_for_room(strategy._delays(candidates, now), mean)
+    slack = np.mean(c / (c + wait + mean_room))
     w = np.minimum(todo / mean, n)
-    price = 1 + served.mean() + served / 2 + free * w
+    price = 1 + served.mean() + served / 2 + slack * w
     ttft = wait + room + u * speeds.prefill_seconds + (np.where(todo > 0, 0, FIRST_STEPS) + u / prior.step_tokens) * s
     d = (prior.decode_request_seconds + prompt * prior.kv_token_seconds) * speeds.decode
-    busy = np.minimum([sent.tokens / SENT_SECONDS for sent in speeds.sent] * speeds.prefill_seconds, MOST_BUSY)
-    x = free / 2 * np.minimum(s * busy / (1 - busy), prior.step_tokens * speeds.prefill_seconds)
-    followers = free * u.min() / u.max() * u.min() * (1 / mean - 1 / context.backlog.mean_prompt)
+    busy = np.minimum([sent.tokens / SENT_SECONDS for sent in speeds.sent] * speeds.prefill_seconds, MAX_BUSY)
+    x = slack / 2 * np.minimum(s * busy / (1 - busy), prior.step_tokens * speeds.prefill_seconds)
+    followers = slack * u.min() / u.max() * u.min() * (1 / mean - 1 / context.backlog.mean_prompt)
     total: Floats = (
         ttft
         + price * scarce * speeds.prefill_seconds
-        + free * served / 2 * wait
+        + slack * served / 2 * wait
         + (1 + followers) * output * (s + x + decoding * d)
     )
     return total
@@ -61,7 +61,7 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
 def waits_for_room(delays: Delays, prompt: float) -> tuple[Floats, int]:
     """Seconds for each pod, and the pods that have none as a bitmap."""
     full = delays.wait_for_room(prompt)
-    return np.array([form.room for form in delays._forms]), full
+    return np.array([pod.capacity_wait for pod in delays._pods]), full
 
 
 @pytest.mark.parametrize("seed", range(6))

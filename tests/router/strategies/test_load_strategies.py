@@ -51,7 +51,7 @@ class Router:
     def __init__(self, tables: Tables, name: str, seed: int = 5) -> None:
         self.tables = tables
         self.fleet = Fleet(tables)
-        self.strategy = STRATEGIES[name](Context(seed))
+        self.strategy = STRATEGIES[name](Context(random.Random(seed)))
 
     def candidates(self) -> Candidates:
         found = self.fleet.candidates(MODEL)

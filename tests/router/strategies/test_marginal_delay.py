@@ -92,7 +92,7 @@ def test_what_a_prompt_pushes_out_of_a_full_cache_counts(lab: Any, prompt: Any) 
     for slot in range(2):
         fleet.promise(slot, 14_000_000)
     before = np.array(fleet.scores(NAME, fleet.request(prompt("any", 4), tokens=1000)))
-    fleet.worker()[2].prefixes.index.lost[0] = 0.5
+    fleet.worker()[2].prefixes.index.recompute_per_token[0] = 0.5
     fleet.now += 0.02
     after = np.array(fleet.scores(NAME, fleet.request(prompt("any", 4), tokens=1000)))
     lost = (after - before)[0] - (after - before)[1]
@@ -439,8 +439,8 @@ def test_a_limit_that_one_pod_showed_is_expected_of_its_like(lab: Any) -> None:
     fleet.now += 1
     fleet.poll(1, running=10.0, waiting=0.0, kv_usage=0.1)
     fleet.scores(NAME, fleet.request(tokens=400))
-    seats = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).seats
-    assert seats.tolist() == [1 / 32, 1 / 32, 0.0]
+    share_per_request = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now).share_per_request
+    assert share_per_request.tolist() == [1 / 32, 1 / 32, 0.0]
 
 
 def test_requests_that_wait_for_room_in_the_kv_cache_show_no_limit(lab: Any) -> None:
@@ -469,9 +469,9 @@ def test_a_prefix_whose_only_pod_is_full_is_worth_a_copy(lab: Any, prompt: Any) 
         found = context.prefixes.look_up(fleet.request(hot), candidates, fleet.now)
 
         def price_of_a_copy(full: int, found: Any = found) -> float:
-            return float(found.shares(index, fleet.now, full)[1])
+            return float(found.uncached_and_scarce(index, fleet.now, full)[1])
 
-        assert found.shares(index, fleet.now)[:2] == (4096.0, 4096.0)
+        assert found.uncached_and_scarce(index, fleet.now)[:2] == (4096.0, 4096.0)
         assert price_of_a_copy(0b1110) == 4096
         shared = 1 - (1 if uses == 1 else 9) / ((1 if uses == 1 else 9) + 1)
         assert price_of_a_copy(0b0001) == pytest.approx(4096 * (1 - 0.75 * (1 - shared)))
@@ -514,7 +514,9 @@ def test_few_uses_among_few_prompts_are_no_demand_for_copies(lab: Any, prompt: A
             context.prefixes.remember(fleet.request(hot), candidates, 0, fleet.now)
         for number in range(others):
             context.prefixes.remember(fleet.request(prompt(f"{uses} {number}", 1)), candidates, 1, fleet.now)
-        return float(context.prefixes.look_up(fleet.request(hot), candidates, fleet.now).shares(index, fleet.now)[1])
+        return float(
+            context.prefixes.look_up(fleet.request(hot), candidates, fleet.now).uncached_and_scarce(index, fleet.now)[1]
+        )
 
     assert price_of_a_copy(2, 10) == 4096  # of 12: a share of 1/6 would want to be on 4/3 of 4 pods
     fleet.now += 1000

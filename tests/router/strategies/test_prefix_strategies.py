@@ -44,7 +44,7 @@ def test_an_idle_fleet_is_used_evenly_by_unlike_prompts(lab: Any, prompt: Any, n
 @pytest.mark.parametrize("name", AWARE)
 def test_they_work_without_prefix_knowledge(lab: Any, prompt: Any, name: str) -> None:
     fleet = lab(4, waiting=0.0, running=0.0, kv_usage=0.1)
-    fleet.worker()[2].parts.pop("prefixes")
+    fleet.worker()[2].prefixes = None
     request = fleet.request(prompt("a", 4))
     fleet.send(name, request)
     assert request.uncached_tokens == 1024

@@ -1,6 +1,7 @@
 import base64
 from collections import Counter
 from collections.abc import Iterator
+from random import Random
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from router.fleet import Candidates, Pod
 from router.request import RoutingRequest
 from router.strategies.base import Context
-from router.strategies.session_affinity import ID_LENGTH, NEW_SESSION_ID, SECRET, SESSION_ID, SessionAffinity, fnv1a
+from router.strategies.session_affinity import ID_LENGTH, NEW_SESSION_ID, SESSION_ID, SessionAffinity, fnv1a
 from state.catalog import PodRecord
 from state.pods import FIELDS
 from state.tables import Capacity, Tables
@@ -27,7 +28,7 @@ def candidates(tables: Tables, *addresses: str) -> Candidates:
 
 
 def affinity(secret: bytes = b"s" * 32) -> SessionAffinity:
-    return SessionAffinity(Context(1, **{SECRET: secret}))
+    return SessionAffinity(Context(Random(1), session_secret=secret))
 
 
 def picks(strategy: SessionAffinity, pods: Candidates, session_id: str | None = None, key: str = "") -> set[str]:

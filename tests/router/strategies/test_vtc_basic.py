@@ -16,7 +16,7 @@ NAME = "vtc-basic"
 
 def vtc(fleet: Any, worker: int = 0) -> Any:
     tables, _, context = fleet.worker(worker)
-    context.parts["user_tokens"] = tables.user_tokens
+    context.user_tokens = tables.user_tokens
     return fleet.strategy(NAME, worker)
 
 
@@ -162,7 +162,7 @@ def test_what_an_answer_says_it_used_is_counted_for_its_user(strategy: str) -> N
 def test_a_part_of_a_combination_counts_too(lab: Any) -> None:
     fleet = lab(2)
     tables, _, context = fleet.worker()
-    context.parts["user_tokens"] = tables.user_tokens
+    context.user_tokens = tables.user_tokens
     fleet.strategies[("both", 0)] = Strategies(STRATEGIES, context).get("vtc-basic,least-request")
     fleet.send("both", fleet.request(tokens=70, user="alice"))
     assert counted(tables, "alice", fleet.now) == 70

@@ -10,9 +10,9 @@ from struct import pack, unpack
 import hpack
 
 from workers.calls import CallError, Metadata, Method, Push, Reply
+from workers.h2.call_handler import Result
 from workers.h2.connection import Connection
-from workers.h2.dialogue import Result
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -159,16 +159,16 @@ class Log:
 class Peer:
     """A client and the server's connection object, joined by function calls."""
 
-    def __init__(self, limits: Limits | None = None, *, greet: bool = True, **first_settings: int) -> None:
+    def __init__(self, limits: TransportLimits | None = None, *, greet: bool = True, **first_settings: int) -> None:
         self.log = Log()
         self.now = 1000.0
-        self.counters = Counters()
+        self.counters = TransportCounters()
         methods = {
             "/test/Echo": Method(self.log.open),
             "/test/Watch": Method(self.log.open, pushes=True),
             "/test/Late": Method(self.log.open, listens=True),
         }
-        self.connection = Connection(methods, limits or Limits(), self.counters, lambda: self.now)
+        self.connection = Connection(methods, limits or TransportLimits(), self.counters, lambda: self.now)
         self.connection.wait = self._wait
         self.wakes = 0
         self.connection.wake = self._wake

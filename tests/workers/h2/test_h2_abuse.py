@@ -30,9 +30,9 @@ from h2_wire import (
     window_update,
 )
 
-from workers.h2.limits import Limits
+from workers.h2.limits import TransportLimits
 
-FEW = Limits(control_frames_burst=100, control_frames_per_second=10)
+FEW = TransportLimits(control_frames_burst=100, control_frames_per_second=10)
 
 
 def calmed(peer: Peer, got: list[Frame], reason: str) -> None:
@@ -96,7 +96,7 @@ def test_resets_of_answered_streams_are_no_abuse() -> None:
 
 
 def test_streams_over_the_limit_again_and_again() -> None:
-    peer = Peer(Limits(max_concurrent_streams=1, control_frames_burst=100))
+    peer = Peer(TransportLimits(max_concurrent_streams=1, control_frames_burst=100))
     calmed(peer, peer.send(*(peer.open(i) for i in range(1, 401, 2))), "streams over the limit")
 
 
@@ -113,13 +113,13 @@ def test_requests_that_are_no_calls_again_and_again() -> None:
 
 
 def test_continuation_flood() -> None:
-    peer = Peer(Limits(max_continuations=10))
+    peer = Peer(TransportLimits(max_continuations=10))
     got = peer.send(frame(HEADERS, 0, 1, b""), frame(CONTINUATION, 0, 1, b"") * 20)
     calmed(peer, got, "CONTINUATION")
 
 
 def test_an_endless_header_block() -> None:
-    peer = Peer(Limits(max_header_list_bytes=10_000))
+    peer = Peer(TransportLimits(max_header_list_bytes=10_000))
     got = peer.send(frame(HEADERS, 0, 1, b""), frame(CONTINUATION, 0, 1, bytes(16_000)) * 3)
     calmed(peer, got, "header block")
 
@@ -152,7 +152,7 @@ def test_single_bytes_of_a_message_weigh_no_more_than_the_message() -> None:
 
 
 def test_unfinished_messages_of_all_connections_together_are_bounded() -> None:
-    peer = Peer(Limits(max_buffered_bytes=50_000))
+    peer = Peer(TransportLimits(max_buffered_bytes=50_000))
     peer.counters.buffered_bytes = 30_000  # other connections'
     start = b"\0" + (1 << 20).to_bytes(4, "big")
     got = peer.send(peer.open(1), peer.open(3), frame(DATA, 0, 1, start), frame(DATA, 0, 1, bytes(15_000)))
@@ -164,7 +164,7 @@ def test_unfinished_messages_of_all_connections_together_are_bounded() -> None:
 
 
 def test_messages_held_for_a_waiting_call_are_bounded_too() -> None:
-    peer = Peer(Limits(max_buffered_bytes=50_000))
+    peer = Peer(TransportLimits(max_buffered_bytes=50_000))
     got = peer.send(peer.open(1), peer.say(1, b"wait"), *(peer.say(1, bytes(15_000)) for _ in range(4)))
     assert peer.headers(got[0])["grpc-status"] == "8"
     assert peer.log.pending[0].cancelled
@@ -193,7 +193,7 @@ def test_stream_window_updates_do_not_pile_up_while_the_connection_is_blocked() 
 
 
 def test_a_client_that_says_nothing_is_sent_away() -> None:
-    peer = Peer(Limits(handshake_seconds=5), greet=False)
+    peer = Peer(TransportLimits(handshake_seconds=5), greet=False)
     assert peer.later(4) == []
     (goaway,) = peer.later(2)
     assert (goaway.kind, goaway.code) == (GOAWAY, SETTINGS_TIMEOUT)
@@ -201,13 +201,13 @@ def test_a_client_that_says_nothing_is_sent_away() -> None:
 
 
 def test_a_client_that_never_acknowledges_our_settings_is_sent_away() -> None:
-    peer = Peer(Limits(handshake_seconds=5), greet=False)
+    peer = Peer(TransportLimits(handshake_seconds=5), greet=False)
     peer.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings())
     assert peer.later(6)[-1].code == SETTINGS_TIMEOUT
 
 
 def test_a_silent_client_is_pinged_and_then_taken_for_dead() -> None:
-    peer = Peer(Limits(keepalive_seconds=60, keepalive_timeout_seconds=20))
+    peer = Peer(TransportLimits(keepalive_seconds=60, keepalive_timeout_seconds=20))
     peer.send(peer.open(1))
     peer.later(1)
     (ping,) = peer.later(60)
@@ -223,7 +223,7 @@ def test_a_silent_client_is_pinged_and_then_taken_for_dead() -> None:
 
 
 def test_a_connection_without_streams_is_asked_to_leave() -> None:
-    peer = Peer(Limits(idle_seconds=100, keepalive_seconds=1e9))
+    peer = Peer(TransportLimits(idle_seconds=100, keepalive_seconds=1e9))
     peer.send(peer.open(1))
     assert peer.later(200) == []
     peer.send(peer.say(1, b"a", end=True))
@@ -233,7 +233,7 @@ def test_a_connection_without_streams_is_asked_to_leave() -> None:
     assert peer.connection.done
 
 
-# Farewell.
+# Shutdown.
 
 
 def test_draining_in_two_steps() -> None:

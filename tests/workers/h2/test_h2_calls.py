@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from workers.calls import CallError
-from workers.h2.limits import Limits
+from workers.h2.limits import TransportLimits
 
 
 def test_a_message_is_answered_after_response_headers() -> None:
@@ -192,7 +192,7 @@ def test_a_compressed_message_is_unimplemented() -> None:
 
 @pytest.mark.parametrize("before", [b"", b"ab"])
 def test_a_message_over_the_limit_is_resource_exhausted_before_it_is_read(before: bytes) -> None:
-    peer = Peer(Limits(max_message_bytes=100))
+    peer = Peer(TransportLimits(max_message_bytes=100))
     data = (message(before) if before else b"") + b"\0\0\0\0\x65"
     got = peer.send(peer.open(1), frame(DATA, 0, 1, data))
     assert [peer.headers(f) for f in got if f.kind == HEADERS][-1]["grpc-status"] == "8"
@@ -200,7 +200,7 @@ def test_a_message_over_the_limit_is_resource_exhausted_before_it_is_read(before
 
 
 def test_a_message_of_exactly_the_limit_is_taken() -> None:
-    peer = Peer(Limits(max_message_bytes=100))
+    peer = Peer(TransportLimits(max_message_bytes=100))
     assert messages(peer.send(peer.open(1), peer.say(1, bytes(100))), 1) == [b"<" + bytes(100) + b">"]
 
 
@@ -300,7 +300,7 @@ def test_a_reset_cancels_the_wait_and_closes_the_call_once() -> None:
 
 
 def test_held_messages_do_not_open_the_streams_window() -> None:
-    peer = Peer(Limits(stream_window_bytes=1000, connection_window_bytes=1 << 20))
+    peer = Peer(TransportLimits(stream_window_bytes=1000, connection_window_bytes=1 << 20))
     peer.send(peer.open(1), peer.say(1, b"wait"))
     got = peer.send(peer.say(1, bytes(400)), peer.say(1, bytes(400)))
     assert got == []
@@ -351,7 +351,7 @@ def test_a_call_that_ends_itself_by_a_push_says_nothing_afterwards(word: bytes) 
 
 
 def test_a_client_that_reads_no_pushes_is_reset() -> None:
-    peer = Peer(Limits(max_pending_push_bytes=1000), window=100)
+    peer = Peer(TransportLimits(max_pending_push_bytes=1000), window=100)
     peer.send(peer.open(1, path="/test/Watch"))
     call = peer.call
     assert call.push is not None
@@ -367,7 +367,7 @@ def test_a_client_that_reads_no_pushes_is_reset() -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("2S", 2), ("1M", 60), ("1H", 3600), ("500m", 0.5), ("5u", 5e-6)])
 def test_a_deadline_ends_the_call(text: str, seconds: float) -> None:
-    peer = Peer(Limits(keepalive_seconds=1e9, idle_seconds=1e9))
+    peer = Peer(TransportLimits(keepalive_seconds=1e9, idle_seconds=1e9))
     peer.send(peer.open(1, ("grpc-timeout", text)), peer.say(1, b"wait"))
     assert peer.connection.alarm <= peer.now + seconds
     assert peer.later(seconds * 0.9) == []

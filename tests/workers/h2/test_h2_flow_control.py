@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from workers.h2.limits import Limits
+from workers.h2.limits import TransportLimits
 
 
 def data_bytes(frames: list[Frame], stream_id: int) -> int:
@@ -135,7 +135,7 @@ def test_a_reset_gives_back_what_was_pending() -> None:
 
 
 def test_both_receive_windows_are_opened_again_half_way() -> None:
-    peer = Peer(Limits(stream_window_bytes=10_000, connection_window_bytes=100_000))
+    peer = Peer(TransportLimits(stream_window_bytes=10_000, connection_window_bytes=100_000))
     peer.send(peer.open(1))
     got = [f for _ in range(6) for f in peer.send(peer.say(1, bytes(9_000)))]
     updates = sorted((f.stream_id, int.from_bytes(f.payload, "big")) for f in got if f.kind == WINDOW_UPDATE)
@@ -143,7 +143,7 @@ def test_both_receive_windows_are_opened_again_half_way() -> None:
 
 
 def test_a_client_that_overruns_a_streams_window_is_reset() -> None:
-    peer = Peer(Limits(stream_window_bytes=10_000))
+    peer = Peer(TransportLimits(stream_window_bytes=10_000))
     peer.send(peer.open(1), peer.say(1, b"wait"))
     got = peer.send(peer.say(1, bytes(6_000)), peer.say(1, bytes(6_000)))
     assert [(f.stream_id, f.code) for f in got] == [(1, FLOW_CONTROL_ERROR)]
@@ -151,13 +151,13 @@ def test_a_client_that_overruns_a_streams_window_is_reset() -> None:
 
 
 def test_a_client_that_overruns_the_connections_window_is_sent_away() -> None:
-    peer = Peer(Limits(connection_window_bytes=65_535))
+    peer = Peer(TransportLimits(connection_window_bytes=65_535))
     got = peer.send(peer.open(1), peer.say(1, b"wait"), *(peer.say(1, bytes(16_000)) for _ in range(5)))
     assert (got[-1].kind, got[-1].code) == (GOAWAY, FLOW_CONTROL_ERROR)
 
 
 def test_a_message_larger_than_the_window_is_received() -> None:
-    peer = Peer(Limits(stream_window_bytes=20_000, connection_window_bytes=65_535))
+    peer = Peer(TransportLimits(stream_window_bytes=20_000, connection_window_bytes=65_535))
     wire = b"\0" + (200_000).to_bytes(4, "big") + bytes(200_000)
     got = peer.send(peer.open(1))
     room = 20_000
@@ -176,7 +176,7 @@ def test_a_message_larger_than_the_window_is_received() -> None:
 
 
 def test_a_reply_that_nobody_reads_is_given_up() -> None:
-    peer = Peer(Limits(stall_seconds=5), window=4)
+    peer = Peer(TransportLimits(stall_seconds=5), window=4)
     peer.send(peer.open(1), peer.say(1, b"long 1000"))
     assert peer.later(4) == []
     (reset,) = peer.later(2)
@@ -186,7 +186,7 @@ def test_a_reply_that_nobody_reads_is_given_up() -> None:
 
 
 def test_a_connection_that_owes_too_much_reads_no_more_messages() -> None:
-    peer = Peer(Limits(max_pending_send_bytes=2_000), window=0)
+    peer = Peer(TransportLimits(max_pending_send_bytes=2_000), window=0)
     peer.send(*(peer.open(i) + peer.say(i, b"long 1000") for i in (1, 3, 5, 7, 9)))
     assert [len(call.got) for call in peer.log.calls] == [1, 1, 0, 0, 0]
     assert peer.connection.pending_bytes == 2 * 1005

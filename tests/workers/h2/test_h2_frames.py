@@ -34,7 +34,7 @@ from h2_wire import (
     window_update,
 )
 
-from workers.h2.limits import Limits
+from workers.h2.limits import TransportLimits
 
 
 def connection_error(peer: Peer, got: list[Frame]) -> int:
@@ -61,7 +61,7 @@ def stream_error(peer: Peer, got: list[Frame], stream_id: int) -> int:
 
 
 def test_the_server_begins_with_settings_and_acknowledges_the_clients() -> None:
-    peer = Peer(Limits(max_concurrent_streams=7))
+    peer = Peer(TransportLimits(max_concurrent_streams=7))
     assert kinds(peer.hello) == [SETTINGS, WINDOW_UPDATE, SETTINGS]
     assert b"\0\3\0\0\0\7" in peer.hello[0].payload
     assert peer.hello[2].flags == ACK
@@ -256,7 +256,7 @@ def test_window_update_and_reset_on_a_closed_stream_are_ignored() -> None:
 
 
 def test_streams_over_the_limit_are_refused() -> None:
-    peer = Peer(Limits(max_concurrent_streams=2))
+    peer = Peer(TransportLimits(max_concurrent_streams=2))
     got = peer.send(peer.open(1), peer.open(3), peer.open(5))
     assert [(f.stream_id, f.code) for f in got] == [(5, REFUSED_STREAM)]
     assert peer.counters.streams_refused == 1
@@ -266,7 +266,7 @@ def test_streams_over_the_limit_are_refused() -> None:
 
 
 def test_streams_of_all_connections_together_are_bounded() -> None:
-    peer = Peer(Limits(max_open_streams=3))
+    peer = Peer(TransportLimits(max_open_streams=3))
     peer.counters.streams_open = 2  # other connections'
     got = peer.send(peer.open(1), peer.open(3))
     assert [(f.stream_id, f.code) for f in got] == [(3, REFUSED_STREAM)]
@@ -346,7 +346,7 @@ def test_trailers_end_the_clients_side() -> None:
 
 
 def test_too_many_headers_are_http_431_and_leave_the_connection_usable() -> None:
-    peer = Peer(Limits(max_header_list_bytes=1000))
+    peer = Peer(TransportLimits(max_header_list_bytes=1000))
     got = peer.send(peer.open(1, *((f"x-{i}", "v" * 20) for i in range(20)), end=True))
     assert peer.headers(got[0])[":status"] == "431"
     got = peer.send(peer.open(3, ("x-1", "v" * 20)), peer.say(3, b"a"))

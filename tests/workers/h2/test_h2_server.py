@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from workers.calls import Metadata, Method
-from workers.h2.limits import Limits
+from workers.h2.limits import TransportLimits
 from workers.h2.server import H2Server
 
 TLS = Path(__file__).parents[2] / "fixtures" / "tls"
@@ -56,7 +56,7 @@ class Named:
         return None
 
 
-def server(name: bytes = b"server", limits: Limits | None = None) -> H2Server:
+def server(name: bytes = b"server", limits: TransportLimits | None = None) -> H2Server:
     def open_call(metadata: Metadata) -> Named:
         return Named(name)
 
@@ -224,7 +224,7 @@ async def test_a_tls_client_that_does_not_choose_h2_is_turned_away() -> None:
 
 @on_both_loops
 async def test_connections_over_the_limit_are_closed() -> None:
-    one = server(limits=Limits(max_connections=2))
+    one = server(limits=TransportLimits(max_connections=2))
     await one.listen("127.0.0.1:0")
     host, port = one.addresses[0].split(":")
     ends = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
@@ -242,7 +242,7 @@ async def test_connections_over_the_limit_are_closed() -> None:
 
 @on_both_loops
 async def test_a_client_that_says_nothing_is_sent_away_in_time() -> None:
-    one = server(limits=Limits(handshake_seconds=0.1))
+    one = server(limits=TransportLimits(handshake_seconds=0.1))
     await one.listen("127.0.0.1:0")
     host, port = one.addresses[0].split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -265,7 +265,7 @@ async def test_the_last_words_of_a_connection_error_reach_a_client_that_goes_on_
 
 @on_both_loops
 async def test_a_client_that_does_not_read_is_not_read_either() -> None:
-    one = server(limits=Limits(write_buffer_bytes=1 << 14, control_frames_burst=10**9, stall_seconds=0.5))
+    one = server(limits=TransportLimits(write_buffer_bytes=1 << 14, control_frames_burst=10**9, stall_seconds=0.5))
     await one.listen("127.0.0.1:0")
     host, port = one.addresses[0].split(":")
     sock = socket.socket()
@@ -293,7 +293,7 @@ async def test_a_client_that_does_not_read_is_not_read_either() -> None:
 
 @on_both_loops
 async def test_connections_in_the_backlog_are_served_before_the_listener_closes() -> None:
-    one = server(limits=Limits(linger_seconds=0.1))
+    one = server(limits=TransportLimits(linger_seconds=0.1))
     await one.listen("127.0.0.1:0")
     host, port = one.addresses[0].split(":")
     socks = [socket.create_connection((host, int(port))) for _ in range(5)]
@@ -318,7 +318,7 @@ async def test_after_stopping_nobody_listens() -> None:
 
 @on_both_loops
 async def test_a_client_that_ignores_goaway_is_cut_after_the_grace() -> None:
-    one = server(limits=Limits(linger_seconds=0.1))
+    one = server(limits=TransportLimits(linger_seconds=0.1))
     await one.listen("127.0.0.1:0")
     host, port = one.addresses[0].split(":")
     reader, writer = await asyncio.open_connection(host, int(port))

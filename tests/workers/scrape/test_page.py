@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from workers.scrape.belief import bounds
 from workers.scrape.engines import ENGINES, SGLANG, TRTLLM, VLLM, XLLM, Combine, Engine, engine_named
 from workers.scrape.page import ABSENT, Histogram, KnownLines, PageReader, Sample
+from workers.scrape.plausibility import bounds
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "vllm-0.32"
 CAPTURES = [(FIXTURES / name).read_bytes() for name in ("metrics-after-4-requests.txt", "metrics-after-evictions.txt")]
@@ -27,7 +27,7 @@ def same(a: float, b: float) -> bool:
 def differences(a: Sample, b: Sample) -> list[str]:
     """Names of the attributes in which two samples differ."""
     names = []
-    for name in (field.name for field in fields(Sample) if field.name != "disbelieved"):
+    for name in (field.name for field in fields(Sample) if field.name != "implausible"):
         x, y = getattr(a, name), getattr(b, name)
         if isinstance(x, Histogram):
             equal = (
@@ -46,7 +46,7 @@ def differences(a: Sample, b: Sample) -> list[str]:
     return names
 
 
-def believed(name: str, number: float) -> float:
+def plausible(name: str, number: float) -> float:
     return number if 0 <= number <= bounds([name])[0] else float("nan")
 
 
@@ -81,7 +81,7 @@ def as_prometheus_client_reads(page: bytes, engine: Engine = VLLM) -> Sample:
                         number = sum(numbers) / len(numbers)
                     case Combine.MAX:
                         number = max((n for n in numbers if not isnan(n)), default=float("nan"))
-                setattr(result, scalar.quantity, believed(scalar.quantity, float(number)))
+                setattr(result, scalar.quantity, plausible(scalar.quantity, float(number)))
                 break
     for distribution in engine.distributions:
         for base in distribution.names:
@@ -103,8 +103,8 @@ def as_prometheus_client_reads(page: bytes, engine: Engine = VLLM) -> Sample:
             histogram = Histogram(
                 limits,
                 [buckets[limit] for limit in limits],
-                believed(f"{distribution.quantity}.sum", total),
-                believed(f"{distribution.quantity}.count", sum(counts)),
+                plausible(f"{distribution.quantity}.sum", total),
+                plausible(f"{distribution.quantity}.count", sum(counts)),
             )
             setattr(result, distribution.quantity, histogram)
             break
@@ -331,16 +331,16 @@ def test_what_cannot_be_true_is_absent_and_named(series: str, quantity: str, num
     samples = [reader.read(page) for page in pages]
     assert [getattr(one, quantity) for one in (samples[0], samples[2])] == [0.5, 0.5]
     assert isnan(getattr(samples[1], quantity))
-    assert [one.disbelieved for one in samples] == [(), (quantity,), ()]
+    assert [one.implausible for one in samples] == [(), (quantity,), ()]
     assert [one.running for one in samples] == [3.0, 3.0, 3.0]
 
 
 def test_nothing_on_a_captured_page_is_disbelieved() -> None:
-    assert [read(page).disbelieved for page in CAPTURES] == [(), ()]
+    assert [read(page).implausible for page in CAPTURES] == [(), ()]
 
 
 def test_not_a_number_is_no_news() -> None:
-    assert read(b"vllm:num_requests_running NaN\n").disbelieved == ()
+    assert read(b"vllm:num_requests_running NaN\n").implausible == ()
 
 
 def test_a_histogram_that_cannot_be_true_is_absent() -> None:

@@ -15,17 +15,17 @@ import uvloop
 
 from workers.calls import CallError, Metadata, Method, Methods, Push, Reply
 from workers.grpcio_transport import GrpcioServer
-from workers.h2.limits import Limits
+from workers.h2.limits import TransportLimits
 from workers.h2.server import H2Server
 
 
-def grpcio(methods: Methods, *, limits: Limits) -> GrpcioServer:
+def grpcio(methods: Methods, *, limits: TransportLimits) -> GrpcioServer:
     return GrpcioServer(methods, max_message_bytes=limits.max_message_bytes)
 
 
 TRANSPORTS: dict[str, Callable[..., Any]] = {"h2": H2Server, "grpcio": grpcio}
 
-LIMITS = Limits(max_message_bytes=8 << 20)
+LIMITS = TransportLimits(max_message_bytes=8 << 20)
 
 
 class ContractCall:

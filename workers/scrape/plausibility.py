@@ -1,4 +1,4 @@
-"""What numbers of an engine are believed. The others count as not said.
+"""What numbers of an engine are plausible. The others count as not said.
 
 A page may hold anything: +Inf after a division by zero, an uninitialised gauge, a counter that wrapped around. The
 router works things out over all pods of a model, such as mean requests or how fast the fleet is, and there one pod's
@@ -39,7 +39,7 @@ _BOUNDS: Final = {
 
 
 def bounds(names: Iterable[str]) -> tuple[float, ...]:
-    """The most that is believed of each of these, attributes of `page.Sample` or `window.EngineState`."""
+    """The most that is plausible of each of these, attributes of `page.Sample` or `window.EngineState`."""
     return tuple(_bound(name) for name in names)
 
 
@@ -51,6 +51,6 @@ def _bound(name: str) -> float:
     return SECONDS if name.endswith("_seconds") else ANYTHING
 
 
-def believed(numbers: Sequence[float], most: Sequence[float]) -> list[float]:
+def plausible(numbers: Sequence[float], most: Sequence[float]) -> list[float]:
     """The numbers, `math.nan` for each that is NaN, below 0 or above its bound."""
     return [number if 0.0 <= number <= bound else nan for number, bound in zip(numbers, most, strict=True)]

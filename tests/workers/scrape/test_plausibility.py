@@ -1,6 +1,7 @@
 """What cannot be true of one pod must not decide about the others."""
 
 from collections import Counter, deque
+from random import Random
 
 import pytest
 from fleet import make_fleet, set_row
@@ -9,10 +10,11 @@ from router.prefixes import Prefixes
 from router.replies import Destination
 from router.request import RoutingRequest
 from router.scheduler import Decision, Scheduler
+from router.strategies import Context
 from state.pods import FIELDS
-from workers.scrape.belief import bounds
 from workers.scrape.engines import VLLM
 from workers.scrape.page import KnownLines, PageReader
+from workers.scrape.plausibility import bounds
 from workers.scrape.window import Window
 
 PODS = 4
@@ -43,7 +45,7 @@ def routed(changes: dict[str, str]) -> list[int]:
     """Requests by pod, after a while in which the last pod's page had these changes."""
     tables = make_fleet(PODS)
     now = 1000.0
-    scheduler = Scheduler(tables, "marginal-delay", lambda: now, seed=1, prefixes=Prefixes.of(tables))
+    scheduler = Scheduler(tables, "marginal-delay", lambda: now, Context(Random(1), prefixes=Prefixes.of(tables)))
     readers = [(PageReader(KnownLines(VLLM)), Window()) for _ in range(PODS)]
     running: deque[Decision] = deque()
     picks: Counter[int] = Counter()
@@ -55,7 +57,7 @@ def routed(changes: dict[str, str]) -> list[int]:
                 state = window.add(now, sample)._asdict()
                 set_row(tables, slot, sampled_at=now, **{name: state[name] for name in FIELDS if name in state})
         request = RoutingRequest("llama", 500, text=b"prompt %d " % number * 200)
-        decision = scheduler.decide(request, "marginal-delay", Destination.HEADER, True, False)
+        decision = scheduler.decide(request, "marginal-delay", destination=Destination.HEADER, held=True, duplex=False)
         picks[decision.pod.slot] += 1
         running.append(decision)
         if len(running) > 12:

@@ -14,7 +14,7 @@ import structlog
 
 from workers.calls import Call, CallError, LateCall, Methods, PushingCall, Reply, Status, status_of
 from workers.h2.frames import ENHANCE_YOUR_CALM, NO_ERROR, trailers_ok
-from workers.h2.limits import Counters, Limits
+from workers.h2.limits import TransportCounters, TransportLimits
 from workers.h2.outbound import Outbound
 from workers.h2.requests import Refusal, Request
 from workers.h2.responses import GRPC_HEADERS, trailers
@@ -28,10 +28,12 @@ Result = Reply | BaseException
 _REMEMBERED_RESETS: Final = 1024
 
 
-class Dialogue(Outbound):
+class CallHandler(Outbound):
     """The calls of a connection."""
 
-    def __init__(self, methods: Methods, limits: Limits, counters: Counters, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, methods: Methods, limits: TransportLimits, counters: TransportCounters, clock: Callable[[], float]
+    ) -> None:
         super().__init__(methods, limits, counters, clock)
         self.wait: Callable[[Awaitable[Reply], Callable[[Result], None]], Waiter] = _no_waiting
         """Runs an awaitable and reports its result; set by whoever owns an event loop."""
@@ -58,14 +60,14 @@ class Dialogue(Outbound):
             self.fail(stream, error)
             return
         stream.call = call
-        stream.quick = request.content_length < 0
+        stream.fast_path = request.content_length < 0
         if request.listens:
             stream.late = call  # type: ignore[assignment]
         if request.timeout_seconds != inf:
             self.set_deadline(stream, self.clock() + request.timeout_seconds)
         if request.method.pushes:
             stream.pushes = True
-            stream.quick = False
+            stream.fast_path = False
             pushing: PushingCall = call  # type: ignore[assignment]
             try:
                 pushing.start(partial(self._push, stream))
@@ -124,7 +126,7 @@ class Dialogue(Outbound):
         if reply is None or isinstance(reply, bytes | tuple):
             self.reply(stream, call, reply)
         else:
-            stream.quick = False
+            stream.fast_path = False
             if stream.inbox is None:
                 stream.inbox = deque()
             stream.waiter = self.wait(reply, partial(self._answered, stream))
@@ -182,11 +184,11 @@ class Dialogue(Outbound):
         self.settle(stream)
 
     def settle(self, stream: Stream) -> None:
-        """Put the stream back on the short way if nothing stands against it, and let the client send on."""
+        """Put the stream back on the fast path if nothing stands against it, and let the client send on."""
         raise NotImplementedError
 
     def _park(self, stream: Stream) -> None:
-        stream.quick = False
+        stream.fast_path = False
         if stream.inbox is None:
             stream.inbox = deque()
         self._parked[stream.id] = stream
@@ -217,12 +219,12 @@ class Dialogue(Outbound):
     def remote_end(self, stream: Stream) -> None:
         """END_STREAM has come and is not in conflict with what came before."""
         stream.ended_remote = True
-        stream.quick = False
+        stream.fast_path = False
         if stream.call is None:
             if stream.ended_local:
                 self.unheard(stream)
                 self.forget(stream)
-        elif stream.cutter is not None and not stream.cutter.empty:
+        elif stream.deframer is not None and not stream.deframer.empty:
             self.fail(stream, CallError(Status.INTERNAL, "the stream ended within a message"))
         elif stream.inbox is None:
             self._half_close(stream)
@@ -298,7 +300,7 @@ class Dialogue(Outbound):
         if stream.pending is not None:
             self.unheard(stream)
         stream.late = None
-        self._drop_cutter(stream)
+        self._drop_deframer(stream)
         self.drop_pending(stream)
 
     def forget_all(self) -> None:
@@ -310,23 +312,23 @@ class Dialogue(Outbound):
         if call is None:
             return
         stream.call = None
-        stream.quick = False
+        stream.fast_path = False
         stream.deadline = inf
         self._parked.pop(stream.id, None)
         if stream.inbox:
             self.counters.buffered_bytes -= sum(map(len, stream.inbox))
         stream.inbox = None
         if stream.late is None:
-            self._drop_cutter(stream)
+            self._drop_deframer(stream)
         if stream.waiter is not None:
             stream.waiter.cancel()
             stream.waiter = None
         self.close_call(call)
 
-    def _drop_cutter(self, stream: Stream) -> None:
-        if stream.cutter is not None:
-            self.counters.buffered_bytes -= stream.cutter.held
-            stream.cutter = None
+    def _drop_deframer(self, stream: Stream) -> None:
+        if stream.deframer is not None:
+            self.counters.buffered_bytes -= stream.deframer.held
+            stream.deframer = None
 
     def unheard(self, stream: Stream) -> None:
         """The client went before it had everything that we said, or might have said."""

@@ -1,14 +1,14 @@
 """What replicas of the router tell each other, as bytes. Who carries them is `workers.replicator`.
 
-Rows, generations and clocks are each replica's own. So a pod is called by a hash of its address, a life of its engine
-by the time when it started, and times are ages in seconds.
+Rows, generations and clocks are each replica's own. So a pod is called by a hash of its address, an incarnation of its
+engine by the time when it started, and times are ages in seconds.
 
-    loads     a row of LOADS for each pod: all that a replica has in flight there. Always whole, so that news that got
-              lost are made up for by the next
+    loads     a row of LOADS for each pod: all that a replica has in flight there. Always whole, so that updates that
+              got lost are made up for by the next
     routed    one after the other, for each prompt: `_ROUTED`, then the hashes of its blocks, as in `state.prefix_log`
     users     a row of USERS for each cell of the sketch of users' tokens (`state.user_tokens`) that is not 0
 
-Whatever cannot be such news raises NewsError, and nothing of it is believed.
+Whatever cannot be such an update raises UpdateError, and nothing of it is believed.
 """
 
 import struct
@@ -30,22 +30,22 @@ LOADS: Final = np.dtype([("pod", "<u8"), ("requests", "<i4"), ("tokens", "<i8"),
 USERS: Final = np.dtype([("cell", "<u2"), ("tokens", "<f4")])
 """`cell`: row * CELLS + cell."""
 _ROUTED: Final = struct.Struct("<QQfII")
-"""Pod, life, age in seconds, bytes in a block, number of hashes."""
+"""Pod, its engine's start, age in seconds, bytes in a block, number of hashes."""
 
-_MOST_TOKENS: Final = float(1 << 40)
+_MAX_TOKENS: Final = float(1 << 40)
 
 Loads = npt.NDArray[np.void]
 
 
-class NewsError(Exception):
-    """These bytes are no news."""
+class UpdateError(Exception):
+    """These bytes are no update."""
 
 
-class Told(NamedTuple):
+class PromptUpdate(NamedTuple):
     """This prompt went to this pod."""
 
     pod: int
-    life: int
+    started: int
     """When the pod's engine started, in milliseconds of unix time; 0 where it does not say."""
     age: float
     """Seconds, when it was told."""
@@ -58,15 +58,15 @@ def pod_key(address: str) -> int:
     return xxh3_64_intdigest(address.encode())
 
 
-def read_loads(news: bytes) -> Loads:
-    """The rows. Raises NewsError."""
-    if len(news) % LOADS.itemsize:
-        raise NewsError(f"{len(news)} bytes are not rows of {LOADS.itemsize}")
-    rows: Loads = np.frombuffer(news, LOADS)
+def read_loads(update: bytes) -> Loads:
+    """The rows. Raises UpdateError."""
+    if len(update) % LOADS.itemsize:
+        raise UpdateError(f"{len(update)} bytes are not rows of {LOADS.itemsize}")
+    rows: Loads = np.frombuffer(update, LOADS)
     if len(np.unique(rows["pod"])) != len(rows):
-        raise NewsError("a pod twice")
+        raise UpdateError("a pod twice")
     if not (np.isfinite(rows["wait"]).all() and (rows["wait"] >= 0).all()):
-        raise NewsError("a wait that is not a time")
+        raise UpdateError("a wait that is not a time")
     return rows
 
 
@@ -75,41 +75,44 @@ def write_users(totals: npt.NDArray[np.float64]) -> bytes:
     flat = totals.ravel()
     cells = flat.nonzero()[0]
     rows = np.zeros(len(cells), USERS)
-    rows["cell"], rows["tokens"] = cells, np.minimum(flat[cells], _MOST_TOKENS)
+    rows["cell"], rows["tokens"] = cells, np.minimum(flat[cells], _MAX_TOKENS)
     return rows.tobytes()
 
 
-def read_users(news: bytes) -> npt.NDArray[np.float64]:
-    """The same. Raises NewsError."""
-    if len(news) % USERS.itemsize:
-        raise NewsError(f"{len(news)} bytes are not rows of {USERS.itemsize}")
-    rows = np.frombuffer(news, USERS)
+def read_users(update: bytes) -> npt.NDArray[np.float64]:
+    """The same. Raises UpdateError."""
+    if len(update) % USERS.itemsize:
+        raise UpdateError(f"{len(update)} bytes are not rows of {USERS.itemsize}")
+    rows = np.frombuffer(update, USERS)
     cells, tokens = rows["cell"], rows["tokens"].astype(float)
     if len(np.unique(cells)) != len(cells) or (cells >= ROWS * CELLS).any():
-        raise NewsError("a cell out of range, or twice")
+        raise UpdateError("a cell out of range, or twice")
     if not (np.isfinite(tokens).all() and (tokens >= 0).all()):
-        raise NewsError("tokens that are not a number")
+        raise UpdateError("tokens that are not a number")
     totals = np.zeros(ROWS * CELLS)
-    totals[cells] = np.minimum(tokens, _MOST_TOKENS)
+    totals[cells] = np.minimum(tokens, _MAX_TOKENS)
     return totals.reshape(ROWS, CELLS)
 
 
-def write_routed(told: Told) -> bytes:
+def write_routed(prompt: PromptUpdate) -> bytes:
     """One prompt."""
-    return _ROUTED.pack(told.pod, told.life, told.age, told.block_bytes, len(told.hashes) >> 3) + told.hashes
+    return (
+        _ROUTED.pack(prompt.pod, prompt.started, prompt.age, prompt.block_bytes, len(prompt.hashes) >> 3)
+        + prompt.hashes
+    )
 
 
-def read_routed(news: bytes) -> Iterator[Told]:
-    """The prompts, in order. Raises NewsError at the first that is none."""
+def read_routed(update: bytes) -> Iterator[PromptUpdate]:
+    """The prompts, in order. Raises UpdateError at the first that is none."""
     at = 0
-    while at < len(news):
-        if len(news) - at < _ROUTED.size:
-            raise NewsError(f"{len(news) - at} bytes are not a prompt")
-        pod, life, age, block_bytes, count = _ROUTED.unpack_from(news, at)
+    while at < len(update):
+        if len(update) - at < _ROUTED.size:
+            raise UpdateError(f"{len(update) - at} bytes are not a prompt")
+        pod, started, age, block_bytes, count = _ROUTED.unpack_from(update, at)
         at += _ROUTED.size
-        if count > (len(news) - at) >> 3:
-            raise NewsError(f"{count} hashes in {len(news) - at} bytes")
+        if count > (len(update) - at) >> 3:
+            raise UpdateError(f"{count} hashes in {len(update) - at} bytes")
         if not isfinite(age) or age < 0 or block_bytes < 1 or block_bytes & (block_bytes - 1):
-            raise NewsError("an impossible age or block size")
-        yield Told(pod, life, age, block_bytes, news[at : at + 8 * count])
+            raise UpdateError("an impossible age or block size")
+        yield PromptUpdate(pod, started, age, block_bytes, update[at : at + 8 * count])
         at += 8 * count
