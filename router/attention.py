@@ -76,6 +76,13 @@ class Attention:
         self.slope = 0.0
         """A token costs flat + slope * (tokens before it), in tokens of the mean cost."""
 
+    def copy(self, pods: int) -> "Attention":
+        """What is known so far, for a fleet of so many pods."""
+        made = Attention(pods)
+        made._mean, made._samples, made._sums = self._mean, self._samples, self._sums
+        made.flat, made.slope = self.flat, self.slope
+        return made
+
     def cost(self, sent: Sent) -> float:
         """Of the mean token that a pod was sent."""
         return self.flat + self.slope * sent.pairs / sent.tokens if sent.tokens > 0 else 1.0

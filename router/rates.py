@@ -210,6 +210,7 @@ class Rates:
         generations = tuple([pod.generation for pod in candidates.pods])
         found = self._fleets.get(generations)
         if found is None:
+            alike = self._most_alike(generations)
             if len(self._fleets) >= FLEETS_KEPT:
                 self._fleets.clear()
                 self._pods = {pod: known for pod, known in self._pods.items() if pod in generations}
@@ -221,7 +222,16 @@ class Rates:
                     known = self._pods[generation] = _Pod(now if now > self._since else -1e9)
                 pods.append(known)
             found = self._fleets[generations] = _Fleet(pods, self.prior)
+            if alike is not None:
+                found.inherit(alike)
+                found.measure_room([], candidates)
         return found
+
+    def _most_alike(self, generations: tuple[int, ...]) -> "_Fleet | None":
+        """The set that has most pods in common with this one, the latest of them."""
+        wanted = set(generations)
+        alike = max(reversed(self._fleets), key=lambda known: len(wanted.intersection(known)), default=())
+        return self._fleets[alike] if wanted.intersection(alike) else None
 
     def _elsewhere(self, out: Speeds, candidates: Candidates, sampled: Floats, now: float) -> None:
         """What engines count beyond what the ledger had in flight there (this replica's requests, and with Redis the
@@ -234,6 +244,9 @@ class Rates:
         out.token_interval = np.nan_to_num(candidates.metric("itl_mean_seconds"))
         out.token_interval[now - sampled > STALE_SECONDS] = 0.0
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
+
+
+_OF_A_POD: Final = ("sampled_at", "_queued", "_full", "_max_requests", "_most", "_lasting", "_chance")
 
 
 class _Fleet:
@@ -288,6 +301,17 @@ class _Fleet:
         self._lasting: Floats = np.zeros(len(pods))
         self._chance: Floats = np.zeros(len(pods))
         self._watched = 0.0
+
+    def inherit(self, known: "_Fleet") -> None:
+        """Begin with what is known of another set, one that has lost pods or got new ones, say."""
+        self.attention = known.attention.copy(len(self._pods))
+        self.spread, self.output_tokens, self._watched = known.spread, known.output_tokens, known._watched
+        indices = {id(pod): j for j, pod in enumerate(known._pods)}
+        for i, pod in enumerate(self._pods):
+            j = indices.get(id(pod), -1)
+            if j >= 0:
+                for name in _OF_A_POD:
+                    getattr(self, name)[i] = getattr(known, name)[j]
 
     def observe(self, i: int, row: dict[str, float], prior: Prior, sampled: float) -> None:
         """Take a sample of one pod in. Another fleet may have seen it already: time passes once for the pod."""
