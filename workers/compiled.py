@@ -15,9 +15,17 @@ def is_compiled() -> bool:
 
 
 def outdated() -> list[str]:
-    """Sources that were changed after they were compiled. An installed package has none, only a working copy."""
+    """Sources that were changed, or went, after they were compiled. An installed package has none, only a working
+    copy."""
     try:
         compiled = json.loads((_ROOT / "build" / "compiled.json").read_bytes())
     except OSError:
         return []
-    return [name for name, digest in compiled.items() if sha256((_ROOT / name).read_bytes()).hexdigest() != digest]
+    return [name for name, digest in compiled.items() if _digest(_ROOT / name) != digest]
+
+
+def _digest(source: Path) -> str:
+    try:
+        return sha256(source.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""

@@ -29,6 +29,8 @@ def test_a_source_that_changed_after_it_was_compiled_is_named(tmp_path: Path, mo
     assert compiled.outdated() == []
     (tmp_path / "two.py").write_text("# something else\n")
     assert compiled.outdated() == ["two.py"]
+    (tmp_path / "one.py").unlink()
+    assert compiled.outdated() == ["one.py", "two.py"]
 
 
 def test_everything_can_be_run_from_source() -> None:
