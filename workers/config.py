@@ -179,6 +179,8 @@ class EnvoyConfig(_Section):
     router_host: str = "127.0.0.1"
     """Where Envoy finds the workers when they listen on a wildcard address."""
     destination: Literal["header", "metadata", "override-host"] = "header"
+    pods_file: OptionalPath = None
+    """With destination override-host: the router keeps its list of pods for Envoy there."""
     accounting: Literal["access-log", "stream"] = "access-log"
     body_limit_bytes: int = Field(32 << 20, ge=1024)
     """By default less where `max_message_bytes` leaves less."""
@@ -200,6 +202,13 @@ class EnvoyConfig(_Section):
                 "client_certificate and client_key: one needs the other; set both or neither",
                 "client_certificate",
                 "client_key",
+            )
+        if self.pods_file is not None and self.destination != "override-host":
+            raise ConflictingKeys(
+                f"pods_file: with destination {self.destination} Envoy keeps no list of pods; leave it out, or set "
+                "destination to override-host",
+                "pods_file",
+                "destination",
             )
         return self
 

@@ -28,6 +28,7 @@ from workers.address import parse_address
 from workers.config import Config, ConfigError
 from workers.discovery.endpoints_file import read_endpoints
 from workers.discovery.file_source import fixed_names
+from workers.envoy_pods import POD_CLUSTER, envoy_address, load_assignment
 
 Json = dict[str, Any]
 
@@ -36,13 +37,14 @@ OWN_ERRORS = ("UH", "UF", "UO", "UT", "UC", "URX", "LR", "UR", "UPE", "NC", "NR"
 """Flags of the errors that Envoy answers by itself: no pod, no connection, a breaker, a time-out, a reset."""
 _METHODS = {"name": ":method", "string_match": {"safe_regex": {"regex": "POST|OPTIONS"}}}
 """Those that pods are asked with: what has no body has nothing to be routed by, but for a browser's preflight."""
-ROUTER_CLUSTER, POD_CLUSTER, ADMIN_CLUSTER = "pointsman", "pods", "pointsman_admin"
+ROUTER_CLUSTER, ADMIN_CLUSTER = "pointsman", "pointsman_admin"
 
 
 def bootstrap(config: Config) -> Json:
     """The bootstrap as a mapping, to be written as YAML or JSON. Raises ConfigError where the settings do not fit."""
     return {
-        "admin": {"address": _address(config.envoy.admin)},
+        "node": {"id": "pointsman", "cluster": "pointsman"},
+        "admin": {"address": envoy_address(config.envoy.admin)},
         "overload_manager": _overload_manager(config),
         "layered_runtime": {
             "layers": [
@@ -91,20 +93,13 @@ def _typed(kind: str, **values: Any) -> Json:
     return {"@type": f"{_TYPE}.{kind}", **values}
 
 
-def _address(text: str) -> Json:
-    kind, place, port = parse_address(text)
-    if kind == "unix":
-        return {"pipe": {"path": place}}
-    return {"socket_address": {"address": place, "port_value": port}}
-
-
 def _reachable(text: str, config: Config) -> Json:
     """The address as Envoy can dial it: a wildcard becomes `envoy.router_host`."""
     kind, place, port = parse_address(text)
     if kind == "tcp" and place in ("0.0.0.0", "::"):
         place = config.envoy.router_host
         return {"socket_address": {"address": place, "port_value": port}}
-    return _address(text)
+    return envoy_address(text)
 
 
 def _listener(config: Config) -> Json:
@@ -138,7 +133,7 @@ def _listener(config: Config) -> Json:
     manager["local_reply_config"] = {"mappers": _error_shapes(config)}
     return {
         "name": "llm",
-        "address": _address(config.envoy.listen),
+        "address": envoy_address(config.envoy.listen),
         "filter_chains": [
             {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
         ],
@@ -435,9 +430,6 @@ def _pod_cluster(config: Config) -> Json:
 
 
 def _override_host(config: Config) -> Json:
-    if config.endpoints is None:
-        raise ConfigError("envoy.destination override-host needs an endpoints file: Envoy must know the pods itself")
-    names = fixed_names(read_endpoints(config.endpoints))
     round_robin = {
         "typed_extension_config": {
             "name": "envoy.load_balancing_policies.round_robin",
@@ -445,7 +437,7 @@ def _override_host(config: Config) -> Json:
         }
     }
     return {
-        "type": "STRICT_DNS",
+        **_listed_pods(config),
         "load_balancing_policy": {
             "policies": [
                 {
@@ -460,19 +452,20 @@ def _override_host(config: Config) -> Json:
                 }
             ]
         },
-        "load_assignment": {
-            "cluster_name": POD_CLUSTER,
-            "endpoints": [{"lb_endpoints": [_pod(address, names[address], config) for address in sorted(names)]}],
-        },
     }
 
 
-def _pod(address: str, name: str, config: Config) -> Json:
-    """A pod as Envoy's endpoint, with the router's name for it where that is known beforehand."""
-    pod: Json = {"endpoint": {"address": _address(address)}}
-    if name:
-        pod["metadata"] = {"filter_metadata": {NAMESPACE: {"pod": name}}}
-    return pod
+def _listed_pods(config: Config) -> Json:
+    """Where Envoy has its list of pods from: the file that the router keeps, or here."""
+    if config.envoy.pods_file is not None:
+        source = {"path_config_source": {"path": str(config.envoy.pods_file)}, "resource_api_version": "V3"}
+        return {"type": "EDS", "eds_cluster_config": {"eds_config": source}}
+    if config.endpoints is None:
+        raise ConfigError(
+            "envoy.destination override-host: Envoy must know the pods itself; set envoy.pods_file, or endpoints"
+        )
+    names = fixed_names(read_endpoints(config.endpoints))
+    return {"type": "STRICT_DNS", "load_assignment": load_assignment(names)}
 
 
 def _admin_cluster(config: Config) -> Json:

@@ -23,6 +23,7 @@ from workers.config import Config
 from workers.discovery.file_source import FileSource, Settings
 from workers.discovery.model_config import usable
 from workers.discovery.registry import FoundPod, Registry, RegistryFull
+from workers.envoy_pods import PodsFile
 from workers.process import until_stopped
 from workers.scrape.engines import engine_named
 from workers.scrape.health import Peer, Peers, PodHealth
@@ -96,6 +97,7 @@ class Scraper:
         self._timer_due = math.inf
         self._announcing: asyncio.TimerHandle | None = None
         self._seen: tuple[list[int], list[int]] = ([], [])
+        self._pods_file = PodsFile(config.envoy.pods_file) if config.envoy.pods_file is not None else None
         self._without = False
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -131,6 +133,7 @@ class Scraper:
                 "pods wait for the rows of those that drain: raise capacity.pods", waiting=self._registry.waiting
             )
         pods = self._registry.pods
+        self._tell_envoy()
         for slot in added:
             self._watch(slot, pods[slot])
         for slot, pod in pods.items():
@@ -147,6 +150,10 @@ class Scraper:
         if added or leaving:
             self._series.reclaim({pod.name for pod in pods.values()})
             log.info("pods changed", added=len(added), leaving=len(leaving), pods=len(pods))
+
+    def _tell_envoy(self) -> None:
+        if self._pods_file is not None:
+            self._pods_file.write({pod.address: pod.name for pod in self._registry.pods.values()})
 
     # -- loops
 
@@ -168,6 +175,7 @@ class Scraper:
             for slot in freed:
                 gone = self._pods.get(slot)
                 self._unwatch(slot)
+                self._tell_envoy()
                 if gone is not None:
                     log.info("a pod is gone", pod=gone.pod.name, address=gone.pod.address)
 

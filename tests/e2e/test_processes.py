@@ -150,7 +150,12 @@ async def test_the_children_die_with_a_killed_supervisor(lab: Lab) -> None:
         await until_told(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children.values()))
 
 
-async def test_pods_come_and_go_while_requests_run(lab: Lab) -> None:
+@pytest.mark.parametrize("listed", [False, True])
+async def test_pods_come_and_go_while_requests_run(lab: Lab, tmp_path: Path, listed: bool) -> None:
+    """Also where Envoy has a list of them, which the router keeps for it."""
+    if listed:
+        lab.destination = "override-host"
+        lab.settings = {"envoy": {"pods_file": str(tmp_path / "pods.json")}, "retry_candidates": 0}
     with lab:
         first = list(lab.addresses)
         async with steady_load(lab.envoy_url, lab.model, per_second=20, max_tokens=30) as load:

@@ -1,17 +1,20 @@
 """The bootstrap that `pointsman envoy` writes, read by Envoy itself."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from router.exchange import ACCOUNTING_KEY, DESTINATION_KEY, EnvoyPeer
 from router.replies import DESTINATION_HEADERS, Destination
 from workers.config import Config, ConfigError, load
-from workers.envoy import ADMIN_CLUSTER, POD_CLUSTER, ROUTER_CLUSTER, bootstrap
+from workers.envoy import ADMIN_CLUSTER, ROUTER_CLUSTER, bootstrap
 from workers.envoy_binary import envoy_path, validated
+from workers.envoy_pods import POD_CLUSTER, PodsFile
 
 DESTINATIONS = ["header", "metadata", "override-host"]
 ACCOUNTINGS = ["access-log", "stream"]
@@ -172,8 +175,45 @@ def test_override_host_knows_every_pod_of_the_file_once(endpoints: Path) -> None
 
 
 def test_override_host_without_a_file_is_refused() -> None:
-    with pytest.raises(ConfigError, match="needs an endpoints file"):
+    with pytest.raises(ConfigError, match=r"set envoy\.pods_file, or endpoints"):
         bootstrap(make_config(None, {"destination": "override-host"}))
+
+
+def test_with_a_pods_file_envoy_watches_that(tmp_path: Path) -> None:
+    path = tmp_path / "pods.json"
+    document = bootstrap(make_config(None, {"destination": "override-host", "pods_file": str(path)}))
+    pods = cluster(document, POD_CLUSTER)
+    assert pods["type"] == "EDS" and "load_assignment" not in pods
+    assert pods["eds_cluster_config"]["eds_config"]["path_config_source"] == {"path": str(path)}
+
+
+def test_a_pods_file_for_an_envoy_that_keeps_no_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set destination to override-host"):
+        make_config(None, {"pods_file": "pods.json"})
+
+
+def test_the_pods_file_is_moved_into_place_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "pods.json"
+    file = PodsFile(path)
+    file.write({"10.0.0.1:8000": "one", "[fd00::1]:1": ""})
+    first = path.stat()
+    file.write({"[fd00::1]:1": "", "10.0.0.1:8000": "one"})
+    assert path.stat().st_ino == first.st_ino, "nothing has changed"
+    (resource,) = json.loads(path.read_text())["resources"]
+    one, other = resource["endpoints"][0]["lb_endpoints"]
+    assert one["metadata"]["filter_metadata"]["pointsman"] == {"pod": "one"}
+    assert other["endpoint"]["address"]["socket_address"] == {"address": "fd00::1", "port_value": 1}
+    file.write({})
+    assert path.stat().st_ino != first.st_ino
+    assert [file.name for file in tmp_path.iterdir()] == ["pods.json"]
+
+
+def test_a_pods_file_that_cannot_be_written_is_logged_once(tmp_path: Path) -> None:
+    file = PodsFile(tmp_path / "missing" / "pods.json")
+    with capture_logs() as logs:
+        for _ in range(3):
+            file.write({})
+    assert [line["event"] for line in logs] == ["envoy.pods_file cannot be written, Envoy keeps the pods it has"]
 
 
 def test_nothing_in_it_is_left_unwritten(endpoints: Path) -> None:
