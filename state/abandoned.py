@@ -18,7 +18,7 @@ from xxhash import xxh3_64_intdigest
 
 KEPT: Final = 256
 """For each writer. Entries come within the 20 ms for which Envoy collects them, and a round trip."""
-LATELY_SECONDS: Final = 10.0
+LATELY_SECONDS: Final = 2.0
 """An entry that is this much later is about a request that was not abandoned."""
 
 

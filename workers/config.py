@@ -241,6 +241,9 @@ class Config(BaseSettings):
     redis: str | None = None
     max_message_bytes: int = Field(64 << 20, ge=4096, le=1 << 30)
     """The largest gRPC message a worker takes: a request body and its envelope."""
+    max_buffered_bytes: int = Field(512 << 20, ge=4096)
+    """With transport h2: of incomplete messages in a worker, all its connections together. By default more where
+    `max_message_bytes` is."""
     drain_seconds: Seconds = 30.0
     """How long a stopping worker waits for streams that still need it."""
     tls: TlsConfig | None = None
@@ -294,6 +297,13 @@ class Config(BaseSettings):
                 f"{limit}, and its envelope; set at least {limit + ENVELOPE_BYTES}",
                 "max_message_bytes",
                 "envoy.body_limit_bytes",
+            )
+        if "max_buffered_bytes" in self.model_fields_set and self.max_buffered_bytes < self.max_message_bytes:
+            raise ConflictingKeys(
+                f"max_buffered_bytes: {self.max_buffered_bytes} has no room for a message of max_message_bytes, "
+                f"{self.max_message_bytes}; set at least that",
+                "max_buffered_bytes",
+                "max_message_bytes",
             )
         if self.tls is not None and self.transport != "h2":
             raise ConflictingKeys("tls: only transport h2 serves TLS", "tls", "transport")

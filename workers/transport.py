@@ -28,7 +28,11 @@ def make_server(config: Config, methods: Methods, counters: TransportCounters) -
         from workers.grpcio_transport import GrpcioServer
 
         return GrpcioServer(methods, max_message_bytes=config.max_message_bytes)
-    return H2Server(methods, limits=TransportLimits(max_message_bytes=config.max_message_bytes), counters=counters)
+    limits = TransportLimits(
+        max_message_bytes=config.max_message_bytes,
+        max_buffered_bytes=max(config.max_buffered_bytes, config.max_message_bytes),
+    )
+    return H2Server(methods, limits=limits, counters=counters)
 
 
 def tls_context(config: TlsConfig | None) -> ssl.SSLContext | None:
