@@ -34,7 +34,7 @@ from router.replies import Reply
 from router.request_ids import RequestIds
 from router.request_phase import RequestPhase
 from router.response import Response
-from router.scheduler import Scheduler
+from router.scheduler import Decision, Scheduler
 from router.wire import REQUEST_BODY, REQUEST_HEADERS, RESPONSE_BODY, RESPONSE_HEADERS
 
 _MAX_PEERS: Final = 256
@@ -125,6 +125,8 @@ class Exchange(RequestPhase):
         response = self._response
         if response is not None:
             response.cut()
+        elif self._decision is not None and self._decision.held and not self._policy.draining:
+            self._count_prompt(self._decision)
         if response is not None and response.complete_if_cut:
             self._end(response.status)
         else:
@@ -139,11 +141,20 @@ class Exchange(RequestPhase):
     def _left(self) -> None:
         """Envoy is done with the stream. If it has shown no response to a decision, the client has left, and Envoy may
         not have taken the decision: no log entry will give the charge back. (Should one come: `state.abandoned`.)"""
-        decision = self._decision
-        if decision is not None and not decision.held and self._response is None and not self._settled:
+        decision, modes = self._decision, self._modes
+        # Where the response was not to be shown, that there was none says nothing.
+        shown = self.finished or modes.duplex_response or (modes.buffered and self._peer.heeds_overrides)
+        if shown and decision is not None and not decision.held and self._response is None and not self._settled:
             self._scheduler.abandon(decision, self._request_id)
+            self._count_prompt(decision)
             self._decision = None
             self._settled = True
+
+    def _count_prompt(self, decision: Decision) -> None:
+        """What is known to have been used when there was no response."""
+        gate, grant = self._policy.gate, self._grant
+        if gate is not None and grant is not None and grant.limited:
+            gate.add_tokens(grant.user, decision.tokens)
 
     # -- phases, in the order in which Envoy goes through them
 
@@ -163,6 +174,7 @@ class Exchange(RequestPhase):
             # Also when Envoy answered by itself before the request's body was complete.
             self._request_handled = True
             self._body = None
+            self._peer.heeds_overrides = True
             response = self._response = Response(
                 self._scheduler,
                 self._policy,

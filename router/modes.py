@@ -59,7 +59,7 @@ class Modes:
 class EnvoyPeer:
     """What is the same for every stream of one Envoy listener."""
 
-    __slots__ = ("destination", "held", "later", "modes")
+    __slots__ = ("destination", "heeds_overrides", "held", "later", "modes")
 
     def __init__(self, accounting: str = "stream", destination: str = "header") -> None:
         self.held = accounting != "access-log"
@@ -68,6 +68,8 @@ class EnvoyPeer:
             self.destination = Destination(destination)
         except ValueError:
             self.destination = Destination.HEADER
+        self.heeds_overrides = False
+        """It has shown a response that it was asked to show by an override: one that it does not show did not come."""
         self.modes: dict[bytes, Modes] = {}
         """By what follows the phase in a stream's first message: a few constants in a well-behaved Envoy's life."""
         self.later: set[bytes] = set()

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from state.ledger import Charge
+
 KEPT: Final = 256
 """For each writer. Entries come within the 20 ms for which Envoy collects them, and a round trip."""
-LATELY_SECONDS: Final = 2.0
+LATELY_SECONDS: Final = 10.0
 """An entry that is this much later is about a request that was not abandoned."""
 
 
@@ -38,10 +40,10 @@ class Abandoned:
         """Bytes of shared memory."""
         return 8 + 8 * writers * KEPT
 
-    def add(self, request_id: bytes, now: float) -> None:
-        """Its charge has been given back."""
+    def add(self, request_id: bytes, charge: Charge, now: float) -> None:
+        """It has been given back. The id alone will not do: requests of one trace have the same."""
         if self._own is not None:
-            self._own[self._next] = xxh3_64_intdigest(request_id)
+            self._own[self._next] = _digest(request_id, charge)
             self._next = (self._next + 1) % KEPT
             self._latest[0] = now
 
@@ -49,5 +51,10 @@ class Abandoned:
         """Whether any were added whose entries may still come. For those who have no time to look for each."""
         return now - self._latest[0] < LATELY_SECONDS
 
-    def __contains__(self, request_id: bytes) -> bool:
-        return bool((self._rings == xxh3_64_intdigest(request_id)).any())
+    def has(self, request_id: bytes, charge: Charge) -> bool:
+        """Whether it was given back."""
+        return bool((self._rings == _digest(request_id, charge)).any())
+
+
+def _digest(request_id: bytes, charge: Charge) -> int:
+    return xxh3_64_intdigest(b"%b.%d.%d.%d" % (request_id, charge.slot, charge.generation, charge.tokens))

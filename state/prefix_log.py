@@ -67,7 +67,7 @@ Record = tuple[int, int, float, int, bytes, int]
 
 
 def pod_tag(generation: int, incarnation: int) -> int:
-    """Tells apart the pods that had a row one after the other, and the lives of each."""
+    """Tells apart the pods that had a row one after the other, and the incarnations of each."""
     return (generation & 0xFFFFFFFF) << 32 | (incarnation & 0xFFFFFFFF)
 
 

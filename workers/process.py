@@ -42,10 +42,16 @@ class _Lossy:
             self._room = None
 
     def write(self, text: str) -> None:
-        # A pipe is ready when it takes 4096 bytes at once. What is not written now would be waited for.
         with contextlib.suppress(OSError, ValueError):
-            if self._room is None or self._room.poll(0):
+            if self._room is None:
                 self._file.write(text)
+                return
+            # A pipe is ready when it takes 4096 bytes at once. What is not written now would be waited for.
+            data = text.encode("utf-8", "replace")
+            for start in range(0, len(data), 4096):
+                if not self._room.poll(0):
+                    return
+                os.write(self._file.fileno(), data[start : start + 4096])
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -18,7 +18,7 @@ that does all of it in one step on the server:
   others' prompts went. One that was cut off for a while, or whose replicator was replaced, goes on where it was.
 - While Redis cannot be reached, what others have in flight is forgotten after GONE_SECONDS, and engines' own counts
   tell of it as they do without Redis. What was routed here meanwhile is told later, as far as the prefix log holds it.
-- A call without an answer is made again with the same news, which may so be told twice: loads are whole, and a prompt
+- What a call without an answer told is told again with the next one, so perhaps twice: loads are whole, and a prompt
   that went where it went changes nothing.
 - The end of a request is brought to the replica that routed it at most once: what is lost with a call is settled
   there against the engines' counts, as an entry is that Envoy lost.

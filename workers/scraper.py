@@ -129,9 +129,7 @@ class Scraper:
             log.error("pods not added, the others stay as they are", error=str(error))
             return
         if self._registry.waiting:
-            log.warning(
-                "pods wait for the rows of those that drain: raise capacity.pods", waiting=self._registry.waiting
-            )
+            log.warning("pods wait until rows are free: raise capacity.pods", waiting=self._registry.waiting)
         pods = self._registry.pods
         self._tell_envoy()
         for slot in added:
@@ -308,10 +306,11 @@ class Scraper:
         # What an engine says wrongly is not what it does not have.
         engine = math.nan if sample.implausible else sample.running + _or_zero(sample.waiting)
         mine, my_tokens = own, tokens
-        if ledger.held_by(REPLICATOR, slot)[0]:
+        if any(ledger.held_by(REPLICATOR, slot)):
             mine, my_tokens = max(self._of_this_replica(slot), self._of_this_replica(slot))
         correction = watched.excess.correction(mine, engine, now)
         if correction:
+            watched.excess.stray = 0
             # Tokens go with requests, in the same proportion.
             ledger.settle(slot, correction, -my_tokens if mine <= 0 else round(my_tokens * correction / mine))
             self._series.add(abs(correction), "settled", watched.pod.name)

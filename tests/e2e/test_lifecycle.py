@@ -243,6 +243,8 @@ async def test_clients_that_leave_before_the_decision_is_taken_leave_no_charge(g
                 time.sleep(number * 5e-5)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
+    for _ in range(6):  # each worker sees once that this Envoy shows the responses that it is asked to show
+        assert (await ground.ask(user="ann-leaves"))[0] == 200
     await asyncio.to_thread(leave)
     until = time.monotonic() + 8  # sooner than a charge is taken for lost
     while ground.in_flight() and time.monotonic() < until:

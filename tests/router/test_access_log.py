@@ -88,9 +88,12 @@ def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() ->
     assert tables.ledger.load(0) == (0, 0)
 
 
-def watched(by: Scheduler) -> tuple[Exchange, dict[str, str]]:
+def watched(by: Scheduler, request_id: bytes = b"", *, heeded: bool = True) -> tuple[Exchange, dict[str, str]]:
     """A request whose response shall be shown, and what Envoy's log will have of it."""
-    exchange = Exchange(by, EnvoyPeer("access-log"), RequestIds().new, 10_000, Policy(usage_metrics=True))
+    peer = EnvoyPeer("access-log")
+    peer.heeds_overrides = heeded
+    new_id = (lambda: request_id) if request_id else RequestIds().new
+    exchange = Exchange(by, peer, new_id, 10_000, Policy(usage_metrics=True))
     exchange.receive(request_headers(modes=(BUFFERED, NONE)))
     (reply,) = read(exchange.receive(request_body(chat())))
     assert not exchange.finished
@@ -98,34 +101,61 @@ def watched(by: Scheduler) -> tuple[Exchange, dict[str, str]]:
     return exchange, {key: value.string_value for key, value in fields.items()}
 
 
-@pytest.mark.parametrize("half_closed", [False, True])
-@pytest.mark.parametrize("code", [0, 200])
-def test_a_watched_request_whose_client_left_before_the_response_is_given_back_once(
-    half_closed: bool, code: int
-) -> None:
-    """Whether Envoy took the decision, and writes a log entry, or not."""
-    tables = fleet.make_fleet(1)
-    by = scheduler(tables)
-    exchange, metadata = watched(by)
+def leave(exchange: Exchange, *, half_closed: bool = False) -> None:
+    """Envoy ends the stream."""
     if half_closed:
         exchange.half_close()
     else:
         exchange.late(None)
     exchange.close()
-    assert tables.ledger.load(0) == (0, 0)
-    AccessLog(by).receive(entries((metadata, code)))
-    assert tables.ledger.load(0) == (0, 0)
-    assert dict(by.series.items())["finished", "pod-0", "499"] == 1.0
 
 
-def test_a_watched_request_whose_stream_was_lost_is_left_to_the_log() -> None:
+@pytest.mark.parametrize("half_closed", [False, True])
+@pytest.mark.parametrize("log_first", [False, True])
+def test_a_watched_request_whose_client_left_before_the_response_is_given_back_once(
+    half_closed: bool, log_first: bool
+) -> None:
+    """Whether Envoy took the decision, and writes a log entry, or not."""
     tables = fleet.make_fleet(1)
     by = scheduler(tables)
+    AccessLog(by).receive(entries((route(by), 200)))
     exchange, metadata = watched(by)
+    goes_on = route(by)
+    if not log_first:
+        leave(exchange, half_closed=half_closed)
+        assert tables.ledger.load(0)[0] == 1
+    AccessLog(by).receive(entries((metadata, 0), client_left=True))
+    assert tables.ledger.load(0)[0] == 1
+    leave(exchange, half_closed=half_closed)
+    assert tables.ledger.load(0)[0] == 1
+    assert dict(by.series.items())["finished", "pod-0", "499"] == 1.0
+    AccessLog(by).receive(entries((goes_on, 200)))
+    assert tables.ledger.load(0) == (0, 0)
+
+
+def test_another_request_of_the_same_trace_is_not_taken_for_one_that_was_given_back() -> None:
+    tables = fleet.make_fleet(2)
+    by = scheduler(tables)
+    (first, _), (_, second) = watched(by, b"a" * 32), watched(by, b"a" * 32)
+    leave(first)
+    AccessLog(by).receive(entries((second, 200)))
+    assert loads(tables) == [0] * 16
+    assert sum(loads(tables, Entry.SUCCEEDED)) == 1
+
+
+@pytest.mark.parametrize("heeded", [False, True])
+def test_a_watched_request_whose_stream_was_lost_is_left_to_the_log(heeded: bool) -> None:
+    """And so is one of an Envoy that does not show responses when it is asked to."""
+    tables = fleet.make_fleet(1)
+    by = scheduler(tables)
+    exchange, metadata = watched(by, heeded=heeded)
+    if not heeded:
+        exchange.half_close()
     exchange.close()
     assert tables.ledger.load(0)[0] == 1
     AccessLog(by).receive(entries((metadata, 200)))
     assert tables.ledger.load(0) == (0, 0)
+    assert dict(by.series.items())["finished", "pod-0", "200"] == 1.0
 
 
 def test_outcomes_by_status() -> None:

@@ -304,7 +304,7 @@ def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(
     wait_until(router.ready)
     before = router.children()["replicator"]
     router.tell(redis=valkey_url, replicas={"share": False})
-    router.hang_up()  # the seat stays, and whoever has it has nothing to do
+    router.hang_up()  # the job stays, and whoever does it has nothing to do
     wait_until(lambda: router.children().get("replicator", before) != before)
     wait_until(router.ready)
 
