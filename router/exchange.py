@@ -125,7 +125,7 @@ class Exchange(RequestPhase):
         response = self._response
         if response is not None:
             response.cut()
-        elif self._decision is not None and self._decision.held and not self._policy.draining:
+        elif self._decision is not None and not self._policy.draining:
             self._count_prompt(self._decision)
         if response is not None and response.complete_if_cut:
             self._end(response.status)

@@ -341,15 +341,16 @@ def test_a_client_that_leaves_before_the_usage_is_charged_by_estimate() -> None:
     assert charged(contract) == LONG_TOKENS + 7
 
 
-@pytest.mark.parametrize("accounting", ["stream", "access-log"])
-def test_a_client_that_leaves_before_the_response_is_charged_its_prompt(accounting: str) -> None:
+@pytest.mark.parametrize(("accounting", "heeded"), [("stream", False), ("access-log", True), ("access-log", False)])
+def test_a_client_that_leaves_before_the_response_is_charged_its_prompt(accounting: str, heeded: bool) -> None:
+    """And so is one whose response was not shown."""
     contract = Contract(users=ANN)
     stream = routed(contract, NONE, body=LONG, accounting=accounting, user="ann")
-    stream.exchange._peer.heeds_overrides = True
+    stream.exchange._peer.heeds_overrides = heeded
     stream.exchange.late(None)
     stream.exchange.close()
     assert charged(contract) == LONG_TOKENS
-    assert contract.in_flight == 0
+    assert contract.in_flight == (accounting == "access-log" and not heeded), "the log gives it back"
 
 
 def test_a_client_that_leaves_after_the_usage_is_charged_that() -> None:
