@@ -191,7 +191,7 @@ def test_without_an_envoy_it_says_where_to_get_one(config: Path, monkeypatch: py
 
 def test_override_host_without_endpoints_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("envoy: {destination: override-host}")
-    assert "needs an endpoints file" in refused("envoy", "--config", tmp_path / "c.yaml")
+    assert "set envoy.pods_file, or endpoints" in refused("envoy", "--config", tmp_path / "c.yaml")
 
 
 def test_help_and_version() -> None:
