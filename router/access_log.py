@@ -84,24 +84,22 @@ class AccessLog:
         charge = _charge(ticket.encode())
         if charge is None or charge.slot >= scheduler.tables.capacity.pods:
             return
-        if "request-id" in fields and scheduler.tables.abandoned.lately(scheduler.clock()):
-            request_id = fields["request-id"].string_value.encode()
-            if scheduler.tables.abandoned.has(request_id, charge):
-                return  # given back already
+        abandoned = scheduler.tables.abandoned
+        request_id = fields["request-id"].string_value.encode() if "request-id" in fields else b""
+        if abandoned.lately(scheduler.clock()) and abandoned.has(request_id, charge, logged=False):
+            return  # given back already
         scheduler.tables.ledger.release(charge, held=False)
         code = entry.response.response_code.value
         flags = common.response_flags
         client_left = code == 0 or flags.downstream_connection_termination or flags.downstream_remote_reset
         pod = fields["pod"].string_value if "pod" in fields else ""
-        decided = charge
+        if client_left:
+            abandoned.add(request_id, charge, scheduler.clock(), logged=True)  # its stream's reset may come after this
         answered = self._after_retries(entry, charge) if ENVOY_LB in metadata else None
         if answered is not None:
             charge, pod = answered
         if not client_left:
             scheduler.outcome(charge, ok=code < 500)
-        elif "request-id" in fields:  # the reset of its stream may come after this
-            request_id = fields["request-id"].string_value.encode()
-            scheduler.tables.abandoned.add(request_id, decided, scheduler.clock())
         scheduler.series.add(1.0, "finished", pod, "499" if client_left else str(code))
 
     def _after_retries(self, entry: HTTPAccessLogEntry, charge: Charge) -> tuple[Charge, str] | None:

@@ -212,9 +212,9 @@ class Scheduler:
 
     def abandon(self, decision: Decision, request_id: bytes) -> None:
         """Nobody seems to have taken the decision, so the access log will hardly tell of it."""
-        if not decision.held and not self.tables.abandoned.has(request_id, decision.charge):
+        if not decision.held and not self.tables.abandoned.has(request_id, decision.charge, logged=True):
             self._ledger.release(decision.charge, held=False)
-            self.tables.abandoned.add(request_id, decision.charge, self.clock())
+            self.tables.abandoned.add(request_id, decision.charge, self.clock(), logged=False)
             self.finished(decision.pod, 499)
 
     def show_modes(self) -> None:

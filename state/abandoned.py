@@ -4,7 +4,9 @@ Envoy ends its half of a stream before it has read the end of ours if the client
 It does so too if it took the decision and in the same breath answered by itself, no pod being to be had for it: that is
 logged, with no address of a pod. Whoever receives such an entry looks here whether the charge was given back already.
 
-A stream whose response is watched may be reset before any response, too, by a client that left early or late.
+A stream whose response is watched may be reset before any response, too, by a client that left early or late. Then
+either may come first, the reset or the entry; each is put down for the other, and for nothing else: a client that tries
+again may send the same request with the same id.
 
 One ring per writer, in shared memory, since the entry comes to any worker, and the time of the last addition by
 anybody: f64, u64[W][KEPT].
@@ -40,10 +42,11 @@ class Abandoned:
         """Bytes of shared memory."""
         return 8 + 8 * writers * KEPT
 
-    def add(self, request_id: bytes, charge: Charge, now: float) -> None:
-        """It has been given back. The id alone will not do: requests of one trace have the same."""
+    def add(self, request_id: bytes, charge: Charge, now: float, *, logged: bool) -> None:
+        """It has been given back, by its log entry or because of its stream. The id alone will not do: requests of one
+        trace have the same."""
         if self._own is not None:
-            self._own[self._next] = _digest(request_id, charge)
+            self._own[self._next] = _digest(request_id, charge, logged)
             self._next = (self._next + 1) % KEPT
             self._latest[0] = now
 
@@ -51,10 +54,11 @@ class Abandoned:
         """Whether any were added whose entries may still come. For those who have no time to look for each."""
         return now - self._latest[0] < LATELY_SECONDS
 
-    def has(self, request_id: bytes, charge: Charge) -> bool:
-        """Whether it was given back."""
-        return bool((self._rings == _digest(request_id, charge)).any())
+    def has(self, request_id: bytes, charge: Charge, *, logged: bool) -> bool:
+        """Whether it was given back, and by what."""
+        return bool((self._rings == _digest(request_id, charge, logged)).any())
 
 
-def _digest(request_id: bytes, charge: Charge) -> int:
-    return xxh3_64_intdigest(b"%b.%d.%d.%d" % (request_id, charge.slot, charge.generation, charge.tokens))
+def _digest(request_id: bytes, charge: Charge, logged: bool) -> int:
+    text = b"%b.%d.%d.%d.%d" % (request_id, charge.slot, charge.generation, charge.tokens, logged)
+    return xxh3_64_intdigest(text)

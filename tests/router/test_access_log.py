@@ -143,6 +143,15 @@ def test_another_request_of_the_same_trace_is_not_taken_for_one_that_was_given_b
     assert sum(loads(tables, Entry.SUCCEEDED)) == 1
 
 
+def test_a_request_that_is_sent_again_is_not_taken_for_the_one_that_was_left() -> None:
+    tables = fleet.make_fleet(1)
+    by = scheduler(tables)
+    first, again = route(by), route(by)
+    AccessLog(by).receive(entries((first, 0), client_left=True))
+    AccessLog(by).receive(entries((again, 0), client_left=True))
+    assert tables.ledger.load(0) == (0, 0)
+
+
 @pytest.mark.parametrize("heeded", [False, True])
 def test_a_watched_request_whose_stream_was_lost_is_left_to_the_log(heeded: bool) -> None:
     """And so is one of an Envoy that does not show responses when it is asked to."""
