@@ -17,6 +17,7 @@ LOAD_STRATEGIES = (
 )  # fmt: skip
 DEFAULT_STRATEGY = "marginal-delay"
 WORKERS = (1, 2, 4)
+UNROUTED = {"grpc.aio, no routing": "bench.grpc_aio_baseline", "our HTTP/2, no routing": "bench.h2_server"}
 OPEN_STREAMS = 10_000
 
 
@@ -41,31 +42,38 @@ def idle_streams(rig: Rig) -> list[Figure]:
 
 
 def workers(rig: Rig) -> list[Figure]:
-    """CPU of a stream with more workers at the same total load."""
+    """CPU of a stream with more workers at the same total load, and with as many servers that route nothing: what a
+    core loses by going to and fro between processes shows there, too."""
     pods = rig.pods(64)
-    servers = {}
+    servers: dict[tuple[str, int], Server] = {}
     for count in WORKERS:
         rig.progress(f"starting {count} workers")
         lab = rig.router(pods, workers=count)
-        servers[count] = Server(",".join(lab.worker_addresses), tuple(lab.worker_pids()))
+        servers["router", count] = Server(",".join(lab.worker_addresses), tuple(lab.worker_pids()))
+        for name, module in UNROUTED.items():
+            processes = [rig.program(module) for _ in range(count)]
+            addresses = ",".join(process.address for process in processes)
+            servers[name, count] = Server(addresses, tuple(pid for process in processes for pid in process.pids))
 
-    def cell(count: int, strategy: str) -> Callable[[], float]:
+    def cell(kind: str, count: int) -> Callable[[], float]:
         connections = max(WORKERS) // count  # to each worker, the same number in all
-        options = ("-size", 4096, "-c", 64, "-conns", connections, "-strategy", strategy)
-        return lambda: rig.load(servers[count], *options).cpu_microseconds
+        options: tuple[str | int, ...] = ("-size", 4096, "-c", 64, "-conns", connections)
+        if kind in UNROUTED:
+            return lambda: rig.load(servers[kind, count], *options).cpu_microseconds
+        return lambda: rig.load(servers["router", count], *options, "-strategy", kind).cpu_microseconds
 
-    kinds = ("least-request", DEFAULT_STRATEGY)
-    values = rig.take_turns({(count, kind): cell(count, kind) for kind in kinds for count in WORKERS})
+    kinds = ("least-request", DEFAULT_STRATEGY, *UNROUTED)
+    values = rig.take_turns({(kind, count): cell(kind, count) for kind in kinds for count in WORKERS})
     figures = []
     for kind in kinds:
         figures += [
             Figure.over(
-                f"workers/{kind}/{count}", f"{kind}, {count} worker{'s' * (count > 1)}", values[count, kind], "µs"
+                f"workers/{kind}/{count}", f"{kind}, {count} worker{'s' * (count > 1)}", values[kind, count], "µs"
             )
             for count in WORKERS
         ]
         more = [
-            100 * (max(costs) / costs[0] - 1) for costs in zip(*(values[count, kind] for count in WORKERS), strict=True)
+            100 * (max(costs) / costs[0] - 1) for costs in zip(*(values[kind, count] for count in WORKERS), strict=True)
         ]
         figures.append(Figure.over(f"workers/{kind}/more", f"{kind}, most above 1 worker", more, "%"))
     return figures

@@ -61,7 +61,8 @@ SECTIONS: dict[str, Section] = {
         Section(
             "workers",
             "More workers",
-            "Streams of 4 KB, 64 at once on four connections, to 1, 2 or 4 workers on one core: CPU of a stream.",
+            "Streams of 4 KB, 64 at once on four connections, to 1, 2 or 4 workers on one core, and to as many servers "
+            "that route nothing: CPU of a stream.",
             processes.workers,
         ),
         Section(
