@@ -15,8 +15,9 @@ import yaml
 from fleet import make_tables
 
 from bench.lab import Lab
-from workers.config import Config, load
+from workers.config import Config, KubernetesConfig, load
 from workers.discovery.endpoints_file import read_endpoints
+from workers.discovery.kubernetes_source import ModelAdapter
 from workers.envoy import ROUTER_CLUSTER, bootstrap
 from workers.envoy_binary import envoy_path, validated
 from workers.metrics import TablesCollector
@@ -91,6 +92,29 @@ def test_what_is_commented_out_in_the_manifest_is_configuration_too(
     monkeypatch.setenv("POINTSMAN_SESSION_SECRET", "0123456789abcdef")
     config = load(tmp_path / "pointsman.yaml")
     assert config.redis == secret and config.session_secret.get_secret_value()
+
+
+def test_the_router_may_read_what_it_finds_the_pods_by(tmp_path: Path) -> None:
+    whole = (DEPLOY / "kubernetes" / "pointsman.yaml").read_text()
+    for old, new in (
+        ("    endpoints: endpoints.yaml\n", ""),
+        ("# kubernetes: {}", "kubernetes: {}"),
+        ("# serviceAccountName:", "serviceAccountName:"),
+        ("automountServiceAccountToken: false", "automountServiceAccountToken: true"),
+    ):
+        assert whole.count(old) == 1
+        whole = whole.replace(old, new)
+    router = {document["kind"]: document for document in yaml.safe_load_all(whole)}
+    (tmp_path / "pointsman.yaml").write_text(router["ConfigMap"]["data"]["pointsman.yaml"])
+    assert load(tmp_path / "pointsman.yaml").kubernetes == KubernetesConfig()
+    rights = manifest("discovery")
+    account = rights["ServiceAccount"]["metadata"]["name"]
+    assert pod_of(router)["serviceAccountName"] == account
+    assert rights["RoleBinding"]["subjects"][0]["name"] == account
+    assert rights["RoleBinding"]["roleRef"]["name"] == rights["Role"]["metadata"]["name"]
+    asked = {("", "pods"), ("model.aibrix.ai", ModelAdapter._api_info.plural)}
+    allowed = {(rule["apiGroups"][0], rule["resources"][0]): rule["verbs"] for rule in rights["Role"]["rules"]}
+    assert allowed == {each: ["list", "watch"] for each in asked}
 
 
 def test_several_replicas_account_by_stream_and_find_each_other_by_one_name(config: Config) -> None:

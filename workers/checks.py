@@ -23,4 +23,8 @@ def load_checked(path: Path | None, flags: Mapping[str, Any] | None = None, *, s
         raise ConfigError(str(error)) from None
     if serving:
         tls_context(config.tls)
+        if config.kubernetes is not None:
+            from workers.discovery.kubernetes_source import check_access
+
+            check_access()
     return config

@@ -54,6 +54,7 @@ def _optional_path(value: Any) -> Any:
 
 Address = Annotated[str, AfterValidator(_address)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_optional_path)]
+Namespace = Annotated[str, Field(pattern=r"^(\*|[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)$")]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
@@ -213,6 +214,25 @@ class EnvoyConfig(_Section):
         return self
 
 
+class KubernetesConfig(_Section):
+    """Pods that the Kubernetes API lists. `kubernetes: {}` is enough for pods with AIBrix's labels."""
+
+    namespaces: tuple[Namespace, ...] = ()
+    """Empty: the router's own; "*": all."""
+    model_label: Annotated[str, Field(min_length=1, max_length=317)] = "model.aibrix.ai/name"
+    """The label, or annotation, that names a pod's model."""
+    selector: Annotated[str, Field(max_length=4096)] = ""
+    """A label selector as kubectl takes it; empty: pods that have `model_label` as a label."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Of pods that name none in `model.aibrix.ai/port`."""
+
+    @model_validator(mode="after")
+    def _once(self) -> "KubernetesConfig":
+        if "*" in self.namespaces and len(self.namespaces) > 1:
+            raise ConflictingKeys('namespaces: "*" are all; leave the others out', "namespaces")
+        return self
+
+
 class Config(BaseSettings):
     """Everything `pointsman` can be told."""
 
@@ -238,6 +258,9 @@ class Config(BaseSettings):
     session_secret: SecretStr = SecretStr("")
     """Makes session ids. Set the same in all replicas; empty: new with each start of the router."""
     endpoints: OptionalPath = None
+    """A file of models and their pods; without it and `kubernetes` there are none."""
+    kubernetes: KubernetesConfig | None = None
+    """Find the pods by the Kubernetes API."""
     redis: str | None = None
     max_message_bytes: int = Field(64 << 20, ge=4096, le=1 << 30)
     """The largest gRPC message a worker takes: a request body and its envelope."""
@@ -290,6 +313,12 @@ class Config(BaseSettings):
             except ValueError as error:
                 raise ConflictingKeys(f"strategy: {error}", "strategy") from None
         self._check_users()
+        if self.endpoints is not None and self.kubernetes is not None:
+            raise ConflictingKeys(
+                "kubernetes: the pods are listed in `endpoints` already; leave one of them out",
+                "kubernetes",
+                "endpoints",
+            )
         limit = self.envoy.body_limit_bytes
         if "body_limit_bytes" in self.envoy.model_fields_set and limit > self.max_message_bytes - ENVELOPE_BYTES:
             raise ConflictingKeys(

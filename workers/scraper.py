@@ -20,9 +20,9 @@ from state.pods import COLUMN, FIELDS, Floats, Health
 from state.tables import REPLICATOR, Tables
 from workers.address import parse_address
 from workers.config import Config
-from workers.discovery.file_source import FileSource, Settings
 from workers.discovery.model_config import usable
-from workers.discovery.registry import FoundPod, Registry, RegistryFull
+from workers.discovery.registry import FoundPod, Registry, RegistryFull, Settings
+from workers.discovery.source import source_of
 from workers.envoy_pods import PodsFile
 from workers.process import until_stopped
 from workers.scrape.engines import engine_named
@@ -36,9 +36,9 @@ from workers.scrape.window import EngineState, Window
 log = structlog.get_logger()
 
 LOOK_SECONDS = 1.0
-"""Between two looks at the endpoints file."""
+"""Between two looks at the source of pods."""
 RESOLVE_SECONDS = 10.0
-"""Between two resolutions of the host names."""
+"""Between two lists of the pods when nothing has changed: host names are resolved again."""
 NICENESS = 5
 """A page read half a millisecond later harms nobody; a decision that waits for one does, where cores are few."""
 ANNOUNCE_SECONDS = 0.05
@@ -83,7 +83,7 @@ class Scraper:
         self._tables = tables
         self._clock = clock
         self._series = tables.series()
-        self._source = FileSource(config.endpoints) if config.endpoints else None
+        self._source = source_of(config)
         self._registry = Registry(tables, clock())
         if self._source is not None:
             self._source.remember(self._registry.pods.values())
@@ -105,9 +105,13 @@ class Scraper:
         for slot, pod in self._registry.pods.items():
             if slot not in self._pods:
                 self._watch(slot, pod)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._judge_forever())
-            group.create_task(self._discover_forever(ready))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._judge_forever())
+                group.create_task(self._discover_forever(ready))
+        finally:
+            if self._source is not None:
+                await self._source.stop()
 
     async def discover(self) -> None:
         """Follow the source once."""
@@ -142,7 +146,7 @@ class Scraper:
                     self._watch(slot, pod)
                 watched.pod = pod
         if complete and not found and not self._without:
-            cure = "set `endpoints`" if self._source is None else self._source.cure()
+            cure = "set `endpoints` or `kubernetes`" if self._source is None else self._source.cure()
             log.warning("there are no pods, every request will be refused", cure=cure)
         self._without = complete and not found
         if added or leaving:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from state.tables import FIRST_WORKER, Capacity
-from workers.config import ENVELOPE_BYTES, Config, ConfigError, TlsConfig, load
+from workers.config import ENVELOPE_BYTES, Config, ConfigError, KubernetesConfig, TlsConfig, load
 
 
 def write(folder: Path, text: str) -> Path:
@@ -436,7 +436,7 @@ DOCUMENTED = re.compile(r"^\| (?P<keys>`[a-z_.]+`(?:, `[a-z_.]+`)*) \| (?P<defau
 def told(key: str, default: object) -> str:
     """A default as the page has it."""
     match default:
-        case None | "":
+        case None | "" | []:
             return "none"
         case bool():
             return str(default).lower()
@@ -454,7 +454,10 @@ def test_every_key_is_documented_with_its_default() -> None:
     rows = {
         key: row["default"] for row in DOCUMENTED.finditer(page) for key in row["keys"].replace("`", "").split(", ")
     }
-    usual = load(None).model_dump(mode="json") | {"tls": dict.fromkeys(TlsConfig.model_fields)}
+    usual = load(None).model_dump(mode="json") | {
+        "tls": dict.fromkeys(TlsConfig.model_fields),
+        "kubernetes": KubernetesConfig().model_dump(mode="json"),
+    }
     defaults = {}
     for name, value in usual.items():
         for key, inner in value.items() if isinstance(value, dict) else [("", value)]:

@@ -36,7 +36,7 @@ async def test_names_that_lead_nowhere_are_named(tmp_path: Path) -> None:
 
 async def test_a_router_without_pods_says_so_once(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
-    assert await cures(None) == ["set `endpoints`"]
+    assert await cures(None) == ["set `endpoints` or `kubernetes`"]
     path.write_text("models: []")
     assert await cures(path) == [f"list some in {path}"]
 

@@ -14,18 +14,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import structlog
 
 from router.claims import claims_of
 from workers.address import canonical_ip, is_ip, join_address, parse_address
 from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, read_endpoints
-from workers.discovery.registry import FoundPod
+from workers.discovery.registry import FoundPod, Settings
 
 log = structlog.get_logger()
-
-Settings = Mapping[str, Mapping[str, Any]]
 
 PATIENCE_SECONDS = 0.25
 """For all look-ups together, before the pods are listed without those that are still under way."""
@@ -122,6 +119,12 @@ class FileSource:
             return f"list some in {self.path}"
         more = f" and {len(lost) - _TOLD} more" if len(lost) > _TOLD else ""
         return f"see that {', '.join(lost[:_TOLD])}{more} can be resolved here, or correct {self.path}"
+
+    async def stop(self) -> None:
+        """End the look-ups; one that hangs keeps its thread until it is answered."""
+        for task in self._look_ups.values():
+            task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _look_up(self, host: str) -> None:
         ask = partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)

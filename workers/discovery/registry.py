@@ -21,6 +21,9 @@ from state.tables import REPLICATOR, Tables
 
 REST_SECONDS = 30.0
 
+Settings = Mapping[str, Mapping[str, Any]]
+"""Of models, as their source gives them."""
+
 
 class RegistryFull(Exception):
     """More pods than the tables have rows, or a longer description than the catalog has room for."""
@@ -64,7 +67,7 @@ class Registry:
         self._drain_seconds = drain_seconds
         self._rows: dict[str, _Row] = {}
         self._resting: dict[int, float] = {}
-        self._settings: Mapping[str, Mapping[str, Any]] = {}
+        self._settings: Settings = {}
         self.waiting = 0
         """Pods that are listed and will get their rows from those that drain."""
         self._adopt(now)
@@ -109,7 +112,7 @@ class Registry:
     def update(
         self,
         found: Sequence[FoundPod],
-        settings: Mapping[str, Mapping[str, Any]],
+        settings: Settings,
         now: float,
         *,
         complete: bool = True,
@@ -211,7 +214,7 @@ def _called_apart(pod: FoundPod, names: set[str]) -> FoundPod:
     return pod if name == pod.name else replace(pod, name=name)
 
 
-def _document(rows: Mapping[str, _Row], settings: Mapping[str, Mapping[str, Any]]) -> CatalogDocument:
+def _document(rows: Mapping[str, _Row], settings: Settings) -> CatalogDocument:
     records = [
         PodRecord(
             slot=row.slot,
