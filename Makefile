@@ -15,7 +15,7 @@ ARGS ?=
 # Tests of the compiled modules' sources: they have to hold where nothing can be compiled, too.
 INTERPRETED := tests/router tests/state tests/workers/h2
 
-.PHONY: install demo test check bench protos fuzz ghz h2spec clean
+.PHONY: install demo test check bench protos fuzz ghz h2spec kube-apiserver clean
 
 install: $(STAMP) $(COMPILED)
 
@@ -65,6 +65,12 @@ ghz:
 h2spec:
 	@if [ ! -x bin/h2spec ] && command -v go >/dev/null; then \
 	    GOBIN=$(CURDIR)/bin GOFLAGS=-mod=mod go install github.com/summerwind/h2spec/cmd/h2spec@latest || true; fi
+
+# A real Kubernetes API server, a quarter of an hour to build; with it and etcd (Debian's etcd-server) the tests of
+# discovery run against it as well.
+kube-apiserver:
+	rm -rf build/kube_apiserver && mkdir -p build && cp -r tests/kube_apiserver build/
+	cd build/kube_apiserver && go mod tidy && go build -o $(CURDIR)/bin/kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver
 
 # ARGS="--runs 1000000 --corpus FOLDER"
 fuzz: install

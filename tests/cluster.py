@@ -2,18 +2,24 @@
 
 Lists come in pages that `continue`, watches begin at a resource version and go on as lines of JSON, versions that are
 no longer kept get a 410, kinds that nobody has defined the real one's 404 in plain text, whoever has no token a 401.
-`tests/workers/test_kubernetes_api.py` runs the same tests with a real API server where there is one.
+Where a real API server can be had (`make kube-apiserver`, and etcd), the tests that change only objects run with that,
+too: `RealCluster`.
 """
 
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Iterable
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from aiohttp import web
+
+from bench.lab import free_ports
 
 Json = dict[str, Any]
 TOKEN = "of-the-router"
@@ -165,7 +171,7 @@ async def cluster() -> AsyncIterator[Cluster]:
 def kubeconfig(path: Path, url: str, token: str = TOKEN) -> Path:
     """What leads a client there."""
     document = {
-        "clusters": [{"name": "c", "cluster": {"server": url}}],
+        "clusters": [{"name": "c", "cluster": {"server": url, "insecure-skip-tls-verify": True}}],
         "users": [{"name": "u", "user": {"token": token}}],
         "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}],
         "current-context": "x",
@@ -214,3 +220,158 @@ def _selected(one: Json, selector: str) -> bool:
         if key not in labels or (value and labels[key] != value):
             return False
     return True
+
+
+# -- the real one
+
+BIN = Path(__file__).parent.parent / "bin" / "kube-apiserver"
+ADMIN = "of-the-tests"
+CRD = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "modeladapters.model.aibrix.ai"},
+    "spec": {
+        "group": "model.aibrix.ai",
+        "scope": "Namespaced",
+        "names": {"plural": "modeladapters", "singular": "modeladapter", "kind": "ModelAdapter"},
+        "versions": [
+            {
+                "name": "v1alpha1",
+                "served": True,
+                "storage": True,
+                "schema": {
+                    "openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                },
+            }
+        ],
+    },
+}
+
+
+def missing() -> str:
+    """What a real API server needs and is not there."""
+    if not BIN.exists():
+        return "there is no bin/kube-apiserver; `make kube-apiserver` builds it (Go, a quarter of an hour)"
+    return "" if shutil.which("etcd") else "there is no etcd; apt-get install etcd-server"
+
+
+class RealCluster:
+    """kube-apiserver with etcd behind it, no nodes and no controllers. For tests it has the same methods."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        etcd, peers, port = free_ports(3)
+        self.url = f"https://127.0.0.1:{port}"
+        self._etcd = f"http://127.0.0.1:{etcd}"
+        self._peers = f"http://127.0.0.1:{peers}"
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.rights: list[Json] = []
+        """Cluster roles and their bindings, for the user that the token is for."""
+
+    def start(self) -> None:
+        """Until it is ready. Blocks."""
+        folder = self.folder
+        for command in ("genrsa -out sa.key 2048", "rsa -in sa.key -pubout -out sa.pub"):
+            subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+        (folder / "tokens.csv").write_text(f'{ADMIN},admin,1,"system:masters"\n{TOKEN},router,2\n')
+        listen = f"--listen-client-urls {self._etcd} --advertise-client-urls {self._etcd} --data-dir etcd"
+        self._run("etcd", f"{listen} --listen-peer-urls {self._peers} --unsafe-no-fsync".split())
+        port = self.url.rpartition(":")[2]
+        options = (
+            f"--etcd-servers {self._etcd} --bind-address 127.0.0.1 --advertise-address 127.0.0.1 --secure-port {port} "
+            "--cert-dir certs --service-account-issuer https://tests --service-account-key-file sa.pub "
+            "--service-account-signing-key-file sa.key --token-auth-file tokens.csv --authorization-mode RBAC "
+            "--service-cluster-ip-range 10.0.0.0/24 --disable-admission-plugins ServiceAccount"
+        )
+        self._run(str(BIN), options.split())
+
+    def _run(self, program: str, options: list[str]) -> None:
+        with (self.folder / f"{Path(program).name}.log").open("wb") as output:
+            run = subprocess.Popen([program, *options], cwd=self.folder, stdout=output, stderr=subprocess.STDOUT)
+        self._processes.append(run)
+
+    def end(self) -> None:
+        """End both."""
+        for process in reversed(self._processes):
+            process.terminate()
+            process.wait(20)
+
+    async def set_up(self) -> None:
+        """Namespaces, the kind of adapters, and what the router may do; once."""
+        if not self.rights:
+            return
+        await until_async(self._ready, 120)
+        for namespace in (NAMESPACE, "other", "third", "elsewhere"):
+            await self.ask("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+        await self.ask("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", CRD)
+        for one in self.rights:
+            plural = {"ClusterRole": "clusterroles", "ClusterRoleBinding": "clusterrolebindings"}[one["kind"]]
+            await self.ask("POST", f"/apis/rbac.authorization.k8s.io/v1/{plural}", one)
+        await until_async(self._serves_adapters, 60)
+        self.rights = []
+
+    async def clear(self) -> None:
+        """Take away what a test has put there."""
+        for kind in KINDS:
+            _, listed = await self.ask("GET", self._path(kind, ""))
+            for one in listed["items"]:
+                await self.delete(kind, one["metadata"]["name"], one["metadata"]["namespace"])
+
+    async def put(self, kind: str, one: Json) -> None:
+        """Create or change an object."""
+        metadata = one["metadata"]
+        path = self._path(kind, metadata["namespace"])
+        own = f"{path}/{metadata['name']}"
+        going = "deletionTimestamp" in metadata
+        known = {key: value for key, value in metadata.items() if key not in ("uid", "deletionTimestamp")}
+        if kind == "pods":
+            body = {"metadata": known, "spec": {**one["spec"], "nodeName": "node", "enableServiceLinks": False}}
+            code, _ = await self.ask("POST", path, body)
+            if code == 409:
+                _, old = await self.ask("GET", own)
+                gone = dict.fromkeys(set(old["metadata"].get("labels") or {}) - set(known["labels"]))
+                await self.ask("PATCH", own, {"metadata": {"labels": {**known["labels"], **gone}}})
+            await self.ask("PATCH", own + "/status", {"status": one["status"]})
+            if going:
+                await self.ask("DELETE", own + "?gracePeriodSeconds=60")
+            return
+        body = {**one, "apiVersion": "model.aibrix.ai/v1alpha1", "kind": "ModelAdapter"}
+        code, _ = await self.ask("POST", path, body)
+        if code == 409:
+            await self.ask("PATCH", own, {"status": one["status"]})
+
+    async def delete(self, kind: str, name: str, namespace: str = NAMESPACE) -> None:
+        """Delete an object, without waiting for anybody."""
+        await self.ask("DELETE", f"{self._path(kind, namespace)}/{name}?gracePeriodSeconds=0")
+
+    async def ask(self, method: str, path: str, body: Json | None = None) -> tuple[int, Json]:
+        """Status and answer."""
+        headers = {"authorization": f"Bearer {ADMIN}"}
+        if method == "PATCH":
+            headers["content-type"] = "application/merge-patch+json"
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.request(method, self.url + path, json=body, ssl=False) as answer,
+        ):
+            text = await answer.text()
+            assert answer.status < 400 or answer.status in (404, 409, 500), text
+            return answer.status, json.loads(text) if text.startswith("{") else {}
+
+    async def _ready(self) -> bool:
+        try:
+            return (await self.ask("GET", "/readyz"))[0] == 200
+        except aiohttp.ClientError:
+            return False
+
+    async def _serves_adapters(self) -> bool:
+        return (await self.ask("GET", self._path("modeladapters", "")))[0] == 200
+
+    def _path(self, kind: str, namespace: str) -> str:
+        group = "/api/v1" if kind == "pods" else "/apis/model.aibrix.ai/v1alpha1"
+        return f"{group}/namespaces/{namespace}/{kind}" if namespace else f"{group}/{kind}"
+
+
+async def until_async(happened: Callable[[], Awaitable[bool]], seconds: float) -> None:
+    async with asyncio.timeout(seconds):
+        while not await happened():
+            await asyncio.sleep(0.1)

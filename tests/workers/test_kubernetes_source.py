@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import structlog
-from cluster import Cluster, adapter, cluster, kubeconfig, pod
+import yaml
+from cluster import Cluster, RealCluster, adapter, cluster, kubeconfig, missing, pod
 from fleet import make_tables
 from waiting import until
 
@@ -18,6 +19,28 @@ from workers.discovery.registry import FoundPod
 from workers.discovery.source import source_of
 from workers.scraper import Scraper
 
+RIGHTS = Path(__file__).parents[2] / "deploy" / "kubernetes" / "discovery.yaml"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+    """With the rights of the manifest, for all namespaces, and with none but those."""
+    if problem := missing():
+        pytest.skip(problem)
+    made = RealCluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        made.start()
+        (role,) = [one for one in yaml.safe_load_all(RIGHTS.read_text()) if one["kind"] == "Role"]
+        bound = {"kind": "User", "name": "router", "apiGroup": "rbac.authorization.k8s.io"}
+        reference = {"kind": "ClusterRole", "name": "pointsman", "apiGroup": "rbac.authorization.k8s.io"}
+        binding = {"kind": "ClusterRoleBinding", "roleRef": reference, "subjects": [bound]}
+        for one in (role, binding):
+            one["metadata"] = {"name": "pointsman"}
+        made.rights = [{**role, "kind": "ClusterRole"}, binding]
+        yield made
+    finally:
+        made.end()
+
 
 @pytest.fixture
 async def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
@@ -25,6 +48,23 @@ async def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     async with cluster() as made:
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "kubeconfig", made.url)))
         yield made
+
+
+@pytest.fixture(params=["ours", "real"])
+async def either(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Cluster | RealCluster]:
+    """Our own API server, and a real one where it can be had."""
+    if request.param == "real":
+        made: RealCluster = request.getfixturevalue("real")
+        await made.set_up()
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "kubeconfig", made.url)))
+        yield made
+        await made.clear()
+        return
+    async with cluster() as ours:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig(tmp_path / "kubeconfig", ours.url)))
+        yield ours
 
 
 @pytest.fixture
@@ -59,11 +99,11 @@ def listed(source: KubernetesSource) -> dict[str, FoundPod]:
     return {pod.name: pod for pod in pods}
 
 
-async def test_a_pod_with_aibrix_labels(kube: Cluster, sources: list[KubernetesSource]) -> None:
+async def test_a_pod_with_aibrix_labels(either: Cluster | RealCluster, sources: list[KubernetesSource]) -> None:
     labels = {"model.aibrix.ai/port": "9000", "model.aibrix.ai/metric-port": "9001", "model.aibrix.ai/engine": "sglang"}
     labels |= {"role-name": "decode", "roleset-name": "rs-0", "tier": "gold"}
     notes = {"model.aibrix.ai/config": '{"profiles": {}}', "modelclaim.aibrix.ai/a": '{"model": "qwen", "port": 8000}'}
-    await kube.put("pods", pod("vllm-0", "10.0.0.7", labels=labels, annotations={**notes, "other": "x"}))
+    await either.put("pods", pod("vllm-0", "10.0.0.7", labels=labels, annotations={**notes, "other": "x"}))
     found = listed(await start(sources))["vllm-0"]
     assert (found.address, found.metrics_address) == ("10.0.0.7:9000", "10.0.0.7:9001")
     assert (found.engine, found.role, found.roleset) == ("sglang", "decode", "rs-0")
@@ -72,8 +112,10 @@ async def test_a_pod_with_aibrix_labels(kube: Cluster, sources: list[KubernetesS
     assert found.labels == {"model.aibrix.ai/name": "llama", **labels, **notes}
 
 
-async def test_what_a_pod_without_them_is_taken_for(kube: Cluster, sources: list[KubernetesSource]) -> None:
-    await kube.put("pods", pod("vllm-0", "fd00::1"))
+async def test_what_a_pod_without_them_is_taken_for(
+    either: Cluster | RealCluster, sources: list[KubernetesSource]
+) -> None:
+    await either.put("pods", pod("vllm-0", "fd00::1"))
     found = listed(await start(sources, port=8001))["vllm-0"]
     assert (found.address, found.metrics_address, found.engine) == ("[fd00::1]:8001", "[fd00::1]:8001", "vllm")
 
@@ -88,20 +130,24 @@ async def test_another_label_and_a_selector(kube: Cluster, sources: list[Kuberne
     assert {query["labelSelector"] for path, query in kube.requests if "pods" in path} == {"app=vllm", "model"}
 
 
-async def test_pods_that_serve_nothing_are_not_listed(kube: Cluster, sources: list[KubernetesSource]) -> None:
-    await kube.put("pods", pod("no-address", ""))
-    await kube.put("pods", pod("over", "10.0.0.2", phase="Succeeded"))
-    await kube.put("pods", pod("ray-worker", "10.0.0.3", labels={"ray.io/node-type": "worker"}))
+async def test_pods_that_serve_nothing_are_not_listed(
+    either: Cluster | RealCluster, sources: list[KubernetesSource]
+) -> None:
+    await either.put("pods", pod("no-address", ""))
+    await either.put("pods", pod("over", "10.0.0.2", phase="Succeeded"))
+    await either.put("pods", pod("ray-worker", "10.0.0.3", labels={"ray.io/node-type": "worker"}))
     index = "stormservice.orchestration.aibrix.ai/pod-group-index"
-    await kube.put("pods", pod("second-of-a-group", "10.0.0.4", labels={index: "1"}))
-    await kube.put("pods", pod("first-of-a-group", "10.0.0.5", labels={index: "0"}))
+    await either.put("pods", pod("second-of-a-group", "10.0.0.4", labels={index: "1"}))
+    await either.put("pods", pod("first-of-a-group", "10.0.0.5", labels={index: "0"}))
     assert set(listed(await start(sources))) == {"first-of-a-group"}
 
 
-async def test_pods_that_start_or_go_stay_known_and_get_nothing(kube: Cluster, sources: list[KubernetesSource]) -> None:
-    await kube.put("pods", pod("starting", "10.0.0.1", ready=False))
-    await kube.put("pods", pod("going", "10.0.0.2", going=True))
-    await kube.put("pods", pod("serving", "10.0.0.3"))
+async def test_pods_that_start_or_go_stay_known_and_get_nothing(
+    either: Cluster | RealCluster, sources: list[KubernetesSource]
+) -> None:
+    await either.put("pods", pod("starting", "10.0.0.1", ready=False))
+    await either.put("pods", pod("going", "10.0.0.2", going=True))
+    await either.put("pods", pod("serving", "10.0.0.3"))
     found = listed(await start(sources))
     assert {name: pod.draining for name, pod in found.items()} == {"starting": True, "going": True, "serving": False}
 
@@ -122,39 +168,39 @@ async def test_labels_that_cannot_be_used_leave_their_pod_out_and_are_told_of_on
     assert str(told["b"]).startswith("engine 'tgi' is not known: use one of")
 
 
-async def test_changes_are_news(kube: Cluster, sources: list[KubernetesSource]) -> None:
-    await kube.put("pods", pod("a", "10.0.0.1"))
+async def test_changes_are_news(either: Cluster | RealCluster, sources: list[KubernetesSource]) -> None:
+    await either.put("pods", pod("a", "10.0.0.1"))
     source = await start(sources)
     assert set(listed(source)) == {"a"} and not source.news
 
-    await kube.put("pods", pod("b", "10.0.0.2", ready=False))
+    await either.put("pods", pod("b", "10.0.0.2", ready=False))
     await until(lambda: source.news)
     assert listed(source)["b"].draining
 
-    await kube.put("pods", pod("b", "10.0.0.2"))
+    await either.put("pods", pod("b", "10.0.0.2"))
     await until(lambda: source.news)
     assert not listed(source)["b"].draining
 
-    await kube.put("pods", pod("a", "10.0.0.1", model="", labels={"other": "x"}))  # to a watch, that is its end
+    await either.put("pods", pod("a", "10.0.0.1", model="", labels={"other": "x"}))  # to a watch, that is its end
     await until(lambda: source.news)
     assert set(listed(source)) == {"b"}
 
-    await kube.delete("pods", "b")
+    await either.delete("pods", "b")
     await until(lambda: source.news)
     assert not listed(source) and source.complete
 
 
 async def test_adapters_are_models_of_the_pods_that_have_loaded_them(
-    kube: Cluster, sources: list[KubernetesSource]
+    either: Cluster | RealCluster, sources: list[KubernetesSource]
 ) -> None:
-    await kube.put("pods", pod("a", "10.0.0.1"))
-    await kube.put("pods", pod("b", "10.0.0.2"))
-    await kube.put("modeladapters", adapter("sql", ["b"]))
-    await kube.put("modeladapters", adapter("sql", ["a"], namespace="elsewhere"))
+    await either.put("pods", pod("a", "10.0.0.1"))
+    await either.put("pods", pod("b", "10.0.0.2"))
+    await either.put("modeladapters", adapter("sql", ["b"]))
+    await either.put("modeladapters", adapter("sql", ["a"], namespace="elsewhere"))
     source = await start(sources)
     await until(lambda: listed(source)["b"].models == ("llama", "sql"))
     assert listed(source)["a"].models == ("llama",)
-    await kube.put("modeladapters", adapter("sql", ["a", "gone"]))
+    await either.put("modeladapters", adapter("sql", ["a", "gone"]))
     await until(lambda: listed(source)["a"].models == ("llama", "sql"))
     assert listed(source)["b"].models == ("llama",)
 
@@ -171,10 +217,10 @@ async def test_a_cluster_without_that_kind(
     assert sum("modeladapters" in path for path, _ in kube.requests) == 1
 
 
-async def test_namespaces(kube: Cluster, sources: list[KubernetesSource]) -> None:
-    await kube.put("pods", pod("vllm-0", "10.0.0.1"))
-    await kube.put("pods", pod("vllm-0", "10.0.0.2", namespace="other"))
-    await kube.put("pods", pod("vllm-1", "10.0.0.3", namespace="third"))
+async def test_namespaces(either: Cluster | RealCluster, sources: list[KubernetesSource]) -> None:
+    await either.put("pods", pod("vllm-0", "10.0.0.1"))
+    await either.put("pods", pod("vllm-0", "10.0.0.2", namespace="other"))
+    await either.put("pods", pod("vllm-1", "10.0.0.3", namespace="third"))
     assert {found.address for found in listed(await start(sources)).values()} == {"10.0.0.1:8000"}
     two = listed(await start(sources, namespaces=["models", "other"]))
     assert {name: found.address for name, found in two.items()} == {
@@ -185,12 +231,12 @@ async def test_namespaces(kube: Cluster, sources: list[KubernetesSource]) -> Non
 
 
 async def test_of_two_pods_with_one_address_the_one_that_serves_counts(
-    kube: Cluster, sources: list[KubernetesSource]
+    either: Cluster | RealCluster, sources: list[KubernetesSource]
 ) -> None:
-    await kube.put("pods", pod("a-new", "10.0.0.1"))
-    await kube.put("pods", pod("b-old", "10.0.0.1", going=True))
-    await kube.put("pods", pod("c-old", "10.0.0.2", going=True))
-    await kube.put("pods", pod("d-new", "10.0.0.2"))
+    await either.put("pods", pod("a-new", "10.0.0.1"))
+    await either.put("pods", pod("b-old", "10.0.0.1", going=True))
+    await either.put("pods", pod("c-old", "10.0.0.2", going=True))
+    await either.put("pods", pod("d-new", "10.0.0.2"))
     assert set(listed(await start(sources))) == {"a-new", "d-new"}
 
 
@@ -270,18 +316,18 @@ async def test_a_token_that_is_renewed(kube: Cluster, sources: list[KubernetesSo
     await until(lambda: source.complete)
 
 
-async def test_the_scraper_follows_it(kube: Cluster, tmp_path: Path) -> None:
-    await kube.put("pods", pod("a", "127.0.0.1", labels={"model.aibrix.ai/port": "9"}))
+async def test_the_scraper_follows_it(either: Cluster | RealCluster, tmp_path: Path) -> None:
+    await either.put("pods", pod("a", "127.0.0.1", labels={"model.aibrix.ai/port": "9"}))
     (tmp_path / "p.yaml").write_text("kubernetes: {}")
     tables = make_tables(writer=SCRAPER)
     scraper = Scraper(load(tmp_path / "p.yaml"), tables)
     running = asyncio.ensure_future(scraper.run())
     try:
         await until(lambda: [record.name for record in tables.catalog.read()[1].pods] == ["a"])
-        await kube.put("pods", pod("a", "127.0.0.1", going=True, labels={"model.aibrix.ai/port": "9"}))
+        await either.put("pods", pod("a", "127.0.0.1", going=True, labels={"model.aibrix.ai/port": "9"}))
         await until(lambda: [record.draining for record in tables.catalog.read()[1].pods] == [True])
-        await kube.put("pods", pod("b", "127.0.0.1", labels={"model.aibrix.ai/port": "10"}))
-        await kube.delete("pods", "a")
+        await either.put("pods", pod("b", "127.0.0.1", labels={"model.aibrix.ai/port": "10"}))
+        await either.delete("pods", "a")
         await until(lambda: [record.name for record in tables.catalog.read()[1].pods] == ["b"])
     finally:
         running.cancel()
