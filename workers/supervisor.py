@@ -58,7 +58,12 @@ class Supervisor:
     def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
         self.settings = launch_settings(config)
         self._restart = RollingRestart(self, reload)
-        self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
+        try:
+            self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
+        except OSError as error:
+            raise ConfigError(
+                f"the shared tables cannot be made: {error.strerror}; lower `capacity` or prefix.ring_bytes"
+            ) from None
         for writer in (SUPERVISOR, SCRAPER, ADMIN, REPLICATOR):
             self._tables.ledger.admit(writer)
         self._series = self._tables.series()
@@ -288,6 +293,7 @@ class Supervisor:
             log.info("ready", child=child.job.name, child_pid=child.pid)
             if child.settings is self._restart.trial:
                 self.settings = self._restart.accept()
+                set_up_logging(self._config.log, "supervisor")
                 self._add_replicator()
 
     def _add_replicator(self) -> None:
@@ -485,7 +491,7 @@ class Supervisor:
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:
-    """Run until stopped. Raises ConfigError when an address is taken."""
+    """Run until stopped. Raises ConfigError when an address is taken, or there is no memory for the tables."""
     for number in range(config.max_workers):
         clear_stale_socket(config.worker_address(number))
     clear_stale_socket(config.listen)
