@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import aiohttp
@@ -245,6 +246,8 @@ def demo(
 
     What follows -- goes to `pointsman simulate-pod`.
     """
+    if picture is not None and not Path(picture).parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(picture).parent}", param_hint="--picture")
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PLAIN_WIDTH)
