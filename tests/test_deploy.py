@@ -20,6 +20,7 @@ from workers.discovery.endpoints_file import read_endpoints
 from workers.envoy import ROUTER_CLUSTER, bootstrap
 from workers.envoy_binary import envoy_path, validated
 from workers.metrics import TablesCollector
+from workers.supervisor import KILL_AFTER_SECONDS
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -68,7 +69,9 @@ def test_the_kubernetes_manifest_fits_the_configuration_in_it(config: Config) ->
     assert config.listen.endswith(f":{ports['grpc']}") and config.admin.endswith(f":{ports['admin']}")
     assert {port["port"] for port in router["Service"]["spec"]["ports"]} == set(ports.values())
     assert router["Service"]["spec"]["clusterIP"] == "None"
-    assert pod["terminationGracePeriodSeconds"] > config.drain_seconds + 5
+    _, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod["terminationGracePeriodSeconds"] > int(seconds) + config.drain_seconds + KILL_AFTER_SECONDS
+    assert router["Deployment"]["spec"]["minReadySeconds"] > int(seconds), "whoever leaves is missed by nobody"
 
     names = {source["secretRef"]["name"] for source in pod["containers"][0]["envFrom"]}
     assert names == {router["Secret"]["metadata"]["name"]}
