@@ -273,6 +273,16 @@ def test_alerts_are_on_metrics_that_exist() -> None:
         assert rule["annotations"]["summary"] and rule["annotations"]["description"]
 
 
+def test_the_operations_page_lists_only_events_that_are_logged() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (table,) = re.findall(r"^\| event \| level .*\n((?:\|.*\n)+)", page, re.M)
+    listed = [event for row in table.splitlines()[1:] for event in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    sources = "".join(path.read_text() for path in (ROOT / "workers").rglob("*.py"))
+    logged = set(re.findall(r"log\.\w+\(\s*\"([^\"]+)\"", sources))
+    assert len(listed) > 10
+    assert [event for event in listed if event not in logged] == []
+
+
 def test_the_operations_page_lists_all_alerts_and_only_metrics_that_exist() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
     alerts = [rule["alert"] for rule in rules()]
