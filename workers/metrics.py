@@ -86,6 +86,7 @@ class TablesCollector(Collector):
         return {
             ("foreign",): 0.0,
             ("page_cpu_seconds",): 0.0,
+            ("transport", "calls_crashed"): 0.0,
             **{("limits_outage", policy): 0.0 for policy in ("open", "closed")},
             **{("restarts", name): 0.0 for name in names},
             **{(name, pod.name): 0.0 for name in ("retried", "ejections", "settled") for pod in document.pods},

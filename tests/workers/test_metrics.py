@@ -161,6 +161,7 @@ def test_counters_that_are_watched_for_their_first_event_are_there_before_it() -
         assert values(tables, f"pointsman_{name}") == {(("pod", "pod-0"),): 0.0}
     assert values(tables, "pointsman_restarts") == {(("process", "worker 0"),): 0.0}
     assert values(tables, "pointsman_foreign_log_entries") == {(): 0.0}
+    assert values(tables, "pointsman_transport_events") == {(("event", "calls_crashed"),): 0.0}
     assert values(tables, "pointsman_limits_outage") == {(("policy", "open"),): 0.0, (("policy", "closed"),): 0.0}
 
 
