@@ -32,7 +32,7 @@ from workers.config import Config, ConfigError
 from workers.ext_proc import run_worker
 from workers.jobs import Child, Job, LaunchSettings, launch_settings
 from workers.ports import Reservation, clear_stale_socket
-from workers.process import run_child, set_up_logging
+from workers.process import raise_file_limit, run_child, set_up_logging
 from workers.replicator import run_replicator
 from workers.rolling_restart import RollingRestart
 from workers.scraper import run_scraper
@@ -86,6 +86,7 @@ class Supervisor:
     def run(self) -> int:
         """Until everything has ended. Returns the exit code."""
         set_up_logging(self._config.log, "supervisor")
+        raise_file_limit()
         self._reserve()
         self._install_signals()
         self._selector.register(self._wake_read, selectors.EVENT_READ)

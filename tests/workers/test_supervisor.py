@@ -8,6 +8,7 @@ import contextlib
 import errno
 import http.client
 import os
+import resource
 import signal
 import sys
 import time
@@ -295,6 +296,16 @@ def test_the_supervisor_takes_what_a_new_configuration_says_of_the_log(running: 
     one.hang_up()
     wait_until(lambda: one.says("ready"))
     wait_until(one.ready)
+
+
+def test_its_processes_may_open_as_many_files_as_the_system_allows(running: Callable[..., Running]) -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most // 2, most))
+    try:
+        one = running()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+    assert resource.prlimit(one.children()["scraper"], resource.RLIMIT_NOFILE) == (most, most)
 
 
 def test_tables_that_cannot_be_made_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
