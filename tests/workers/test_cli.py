@@ -111,6 +111,14 @@ def test_check_config_looks_at_the_tls_files_as_serve_does(tmp_path: Path, comma
     assert run("envoy", "--config", tmp_path / "pointsman.yaml").exit_code == 0, "Envoy needs none of them"
 
 
+def test_nobody_is_asked_for_the_pass_phrase_of_a_key(tmp_path: Path) -> None:
+    """Whoever is in the foreground of a terminal would be."""
+    pem = Path(__file__).parents[1] / "fixtures" / "tls"
+    key = pem / "server-encrypted.key"
+    (tmp_path / "pointsman.yaml").write_text(f"tls: {{certificate: {pem / 'server.pem'}, key: {key}}}")
+    assert f"tls.key: {key} needs a pass phrase" in refused("check-config", "--config", tmp_path / "pointsman.yaml")
+
+
 @pytest.mark.parametrize("command", ["check-config", "serve", "envoy"])
 def test_a_missing_file(tmp_path: Path, command: str) -> None:
     assert "cannot be read: No such file" in refused(command, "--config", tmp_path / "none.yaml")
