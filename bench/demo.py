@@ -219,7 +219,7 @@ def try_it(console: Console, lab: Lab) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-@click.command()
+@click.command(short_help="The whole thing on this machine: real Envoy, simulated pods.")
 @click.option("--pods", type=click.IntRange(1, 200), default=3, show_default=True, help="Simulated pods.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker processes.")
 @click.option("--requests", type=click.IntRange(1), default=48, show_default=True, help="In the first round.")

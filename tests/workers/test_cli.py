@@ -203,7 +203,8 @@ def test_override_host_without_endpoints_is_refused(tmp_path: Path) -> None:
 
 
 def test_help_and_version() -> None:
-    assert "simulate-pod" in run("--help").stdout
+    commands = run("--help").stdout.partition("Commands:")[2]
+    assert "simulate-pod" in commands and "..." not in commands, "all of it can be read"
     assert "pointsman, version" in run("--version").stdout
     assert run("no-such-command").exit_code == 2
 
