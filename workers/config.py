@@ -55,11 +55,18 @@ def _host(value: str) -> str:
     return value
 
 
+def _secret(value: SecretStr) -> SecretStr:
+    if value.get_secret_value() == str(SecretStr("hidden")):
+        raise ValueError("is what check-config shows in its place: write the secret itself")
+    return value
+
+
 def _optional_path(value: Any) -> Any:
     return None if value == "" else value
 
 
 Address = Annotated[str, AfterValidator(_address)]
+Secret = Annotated[SecretStr, AfterValidator(_secret)]
 Host = Annotated[str, AfterValidator(_host)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_optional_path)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -121,7 +128,7 @@ class LimitsConfig(_Section):
     """User records where there is no Redis; `pointsman users` edits it."""
     require_key: bool = False
     """Refuse requests without a user's API key."""
-    bearer_token: SecretStr = SecretStr("")
+    bearer_token: Secret = SecretStr("")
     """One token that every request must carry, unless it carries a user's API key."""
     on_outage: Literal["open", "closed"] = "open"
     """While Redis cannot be reached, requests pass unlimited (open) or are refused (closed)."""
@@ -244,7 +251,7 @@ class Config(BaseSettings):
     """Read the usage of every request and count tokens per model. Responses then pass through the router."""
     retry_candidates: int = Field(2, ge=0, le=16)
     """With destination override-host: how many pods Envoy may try after the first."""
-    session_secret: SecretStr = SecretStr("")
+    session_secret: Secret = SecretStr("")
     """Makes session ids. Set the same in all replicas; empty: new with each start of the router."""
     endpoints: OptionalPath = None
     redis: str | None = None

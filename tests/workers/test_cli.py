@@ -70,6 +70,14 @@ def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path
     assert run("check-config", "--config", tmp_path / "again.yaml").stdout == first
 
 
+@pytest.mark.parametrize("text", ["session_secret: abc", "limits: {bearer_token: abc}"])
+def test_what_it_prints_for_a_secret_is_not_taken_for_one(tmp_path: Path, text: str) -> None:
+    """Else ten asterisks would be everybody's token."""
+    (tmp_path / "pointsman.yaml").write_text(text)
+    (tmp_path / "again.yaml").write_text(run("check-config", "--config", tmp_path / "pointsman.yaml").stdout)
+    assert "is what check-config shows in its place" in refused("serve", "--config", tmp_path / "again.yaml")
+
+
 @pytest.mark.parametrize("command", ["check-config", "serve", "envoy"])
 @pytest.mark.parametrize(
     ("text", "says"),
