@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import aiohttp
@@ -218,7 +219,7 @@ def try_it(console: Console, lab: Lab) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-@click.command()
+@click.command(short_help="The whole thing on this machine: real Envoy, simulated pods.")
 @click.option("--pods", type=click.IntRange(1, 200), default=3, show_default=True, help="Simulated pods.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker processes.")
 @click.option("--requests", type=click.IntRange(1), default=48, show_default=True, help="In the first round.")
@@ -245,6 +246,8 @@ def demo(
 
     What follows -- goes to `pointsman simulate-pod`.
     """
+    if picture is not None and not Path(picture).parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(picture).parent}", param_hint="--picture")
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PLAIN_WIDTH)

@@ -15,6 +15,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -386,8 +387,10 @@ async def serve(pods: list[Pod], host: str, port: int, ready: Callable[[str], No
             try:
                 await site.start()
             except OSError as error:
+                unknown = isinstance(error, socket.gaierror)  # whose numbers are its own
+                why, option = (error.strerror, "--host") if unknown else (os.strerror(error.errno or 0), "--port")
                 raise click.ClickException(
-                    f"cannot listen on {host}:{port + i}: {os.strerror(error.errno or 0)}; choose another --port"
+                    f"cannot listen on {host}:{port + i}: {why}; choose another {option}"
                 ) from None
             pod.name = "{}:{}".format(*runner.addresses[0][:2])
             ready(pod.name)

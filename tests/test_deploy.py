@@ -21,6 +21,7 @@ from workers.discovery.kubernetes_source import ModelAdapter
 from workers.envoy import ROUTER_CLUSTER, bootstrap
 from workers.envoy_binary import envoy_path, validated
 from workers.metrics import TablesCollector
+from workers.supervisor import KILL_AFTER_SECONDS
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -69,7 +70,9 @@ def test_the_kubernetes_manifest_fits_the_configuration_in_it(config: Config) ->
     assert config.listen.endswith(f":{ports['grpc']}") and config.admin.endswith(f":{ports['admin']}")
     assert {port["port"] for port in router["Service"]["spec"]["ports"]} == set(ports.values())
     assert router["Service"]["spec"]["clusterIP"] == "None"
-    assert pod["terminationGracePeriodSeconds"] > config.drain_seconds + 5
+    _, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod["terminationGracePeriodSeconds"] > int(seconds) + config.drain_seconds + KILL_AFTER_SECONDS
+    assert router["Deployment"]["spec"]["minReadySeconds"] > int(seconds), "whoever leaves is missed by nobody"
 
     names = {source["secretRef"]["name"] for source in pod["containers"][0]["envFrom"]}
     assert names == {router["Secret"]["metadata"]["name"]}
@@ -294,10 +297,20 @@ def test_alerts_are_on_metrics_that_exist() -> None:
         assert rule["annotations"]["summary"] and rule["annotations"]["description"]
 
 
-def test_the_operations_page_lists_all_alerts_and_only_metrics_that_exist() -> None:
+def test_the_operations_page_lists_only_events_that_are_logged() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (table,) = re.findall(r"^\| event \| level .*\n((?:\|.*\n)+)", page, re.M)
+    listed = [event for row in table.splitlines()[1:] for event in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    sources = "".join(path.read_text() for path in (ROOT / "workers").rglob("*.py"))
+    logged = set(re.findall(r"log\.\w+\(\s*\"([^\"]+)\"", sources))
+    assert len(listed) > 10
+    assert [event for event in listed if event not in logged] == []
+
+
+def test_the_operations_page_lists_all_alerts_and_all_metrics() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
     alerts = [rule["alert"] for rule in rules()]
     assert re.findall(r"^\| `(Pointsman\w+)` \|", page, re.M) == alerts
     named = set(re.findall(r"\bpointsman_\w+", page))
     plain = {name.removesuffix("_bucket") for name in metric_names()}
-    assert {name for name in named if name not in plain and not name.endswith("_")} == set()
+    assert named == {name for name in plain if not name.endswith(("_count", "_sum"))}

@@ -115,7 +115,7 @@ def _bind_address(value: str | None) -> str | None:
     return f"0.0.0.0{value}" if value is not None and value.startswith(":") else value
 
 
-@main.command("check-config")
+@main.command("check-config", short_help="Check the configuration, print what is in force.")
 @config_option
 def check_config(path: Path | None) -> None:
     """Check the configuration and the files it names, as `serve` does, and print what is in force."""
@@ -151,7 +151,7 @@ def envoy(path: Path | None, validate: bool) -> None:
     click.echo(yaml.safe_dump(document, sort_keys=False, width=110), nl=False)
 
 
-@main.command()
+@main.command(short_help="Show where a running router would send a request.")
 @click.argument("file", type=click.File("rb"))
 @config_option
 @click.option("--address", help="The router's ext_proc address; by default that of the configuration.")

@@ -7,6 +7,7 @@ Whatever is wrong is reported in one line that names the place, the thing and th
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -28,7 +29,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from state.tables import FIRST_WORKER, Capacity
-from workers.address import Parsed, parse_address
+from workers.address import Parsed, is_ip, parse_address
 from workers.documents import NotYaml, read_yaml
 from workers.origins import Origins, unknown_variable
 from workers.problems import ConflictingKeys, check_strategy, kinds_of, numbers_only, problems_of
@@ -48,11 +49,25 @@ def _address(value: str) -> str:
     return value
 
 
+def _host(value: str) -> str:
+    if not is_ip(value) and not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
+        raise ValueError(f"{value!r} is not a host: write a name or an IP address alone, such as pointsman.example")
+    return value
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    if value.get_secret_value() == str(SecretStr("hidden")):
+        raise ValueError("is what check-config shows in its place: write the secret itself")
+    return value
+
+
 def _optional_path(value: Any) -> Any:
     return None if value == "" else value
 
 
 Address = Annotated[str, AfterValidator(_address)]
+Secret = Annotated[SecretStr, AfterValidator(_secret)]
+Host = Annotated[str, AfterValidator(_host)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_optional_path)]
 Namespace = Annotated[str, Field(pattern=r"^(\*|[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)$")]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -84,7 +99,8 @@ class ScrapeConfig(_Section):
     def _ordered(self) -> "ScrapeConfig":
         if self.interval_max_seconds < self.interval_min_seconds:
             raise ConflictingKeys(
-                "interval_max_seconds must not be below interval_min_seconds",
+                f"interval_max_seconds must not be below interval_min_seconds; set it to at least "
+                f"{self.interval_min_seconds:g} (it is {self.interval_max_seconds:g})",
                 "interval_max_seconds",
                 "interval_min_seconds",
             )
@@ -97,8 +113,8 @@ class CapacityConfig(_Section):
     pods: int = Field(1024, ge=1, le=65536)
     workers: int = Field(0, ge=0, le=512)
     """Most workers that may ever run (SIGTTIN adds one); 0: four more than `workers`."""
-    catalog_bytes: int = Field(4 << 20, ge=4096)
-    series: int = Field(4096, ge=64)
+    catalog_bytes: int = Field(4 << 20, ge=4096, le=1 << 30)
+    series: int = Field(4096, ge=64, le=1 << 20)
     """Label sets each process can count."""
     limited_users: int = Field(4096, ge=1, le=1 << 20)
     """Users of the users file whose use is counted at a time."""
@@ -113,7 +129,7 @@ class LimitsConfig(_Section):
     """User records where there is no Redis; `pointsman users` edits it."""
     require_key: bool = False
     """Refuse requests without a user's API key."""
-    bearer_token: SecretStr = SecretStr("")
+    bearer_token: Secret = SecretStr("")
     """One token that every request must carry, unless it carries a user's API key."""
     on_outage: Literal["open", "closed"] = "open"
     """While Redis cannot be reached, requests pass unlimited (open) or are refused (closed)."""
@@ -140,7 +156,7 @@ class PrefixConfig(_Section):
     blocks."""
     seed: int = Field(0, ge=0, lt=1 << 63)
     """Of the hashes; must be the same in all replicas."""
-    ring_bytes: int = Field(4 << 20, ge=65536)
+    ring_bytes: int = Field(4 << 20, ge=65536, le=1 << 30)
     """Room of each worker's log in shared memory."""
 
 
@@ -177,7 +193,7 @@ class EnvoyConfig(_Section):
 
     listen: Address = "0.0.0.0:10080"
     admin: Address = "127.0.0.1:9901"
-    router_host: str = "127.0.0.1"
+    router_host: Host = "127.0.0.1"
     """Where Envoy finds the workers when they listen on a wildcard address."""
     destination: Literal["header", "metadata", "override-host"] = "header"
     pods_file: OptionalPath = None
@@ -255,7 +271,7 @@ class Config(BaseSettings):
     """Read the usage of every request and count tokens per model. Responses then pass through the router."""
     retry_candidates: int = Field(2, ge=0, le=16)
     """With destination override-host: how many pods Envoy may try after the first."""
-    session_secret: SecretStr = SecretStr("")
+    session_secret: Secret = SecretStr("")
     """Makes session ids. Set the same in all replicas; empty: new with each start of the router."""
     endpoints: OptionalPath = None
     """A file of models and their pods; without it and `kubernetes` there are none."""
@@ -363,6 +379,13 @@ class Config(BaseSettings):
         if _collide(listen, admin):
             raise ConflictingKeys(
                 f"listen: {self.listen} and admin, {self.admin}, use the same address; change one", "listen", "admin"
+            )
+        envoy = self.envoy
+        if _collide(parse_address(envoy.listen), parse_address(envoy.admin)):
+            raise ConflictingKeys(
+                f"envoy.listen: {envoy.listen} and envoy.admin, {envoy.admin}, use the same address; change one",
+                "envoy.listen",
+                "envoy.admin",
             )
         for name, other in (("listen", listen), ("admin", admin)):
             if kind == other.kind == "tcp" and port <= other.port < port + most and _overlap(place, other.place):
@@ -484,7 +507,8 @@ def _aibrix_environment() -> dict[str, Any]:
         password = f":{quote(env['REDIS_PASSWORD'], safe='')}@" if env.get("REDIS_PASSWORD") else ""
         # For a Service called redis, Kubernetes sets REDIS_PORT=tcp://10.0.0.1:6379.
         port = env.get("REDIS_PORT", "6379").rpartition(":")[2]
-        values["redis"] = f"redis://{password}{env['REDIS_HOST']}:{port}/0"
+        host = env["REDIS_HOST"]
+        values["redis"] = f"redis://{password}{f'[{host}]' if ':' in host and is_ip(host) else host}:{port}/0"
     interval = _aibrix_number("AIBRIX_POD_METRIC_REFRESH_INTERVAL_MS", "milliseconds")
     if interval is not None:
         values["scrape"] = {"interval_min_seconds": interval / 1000}

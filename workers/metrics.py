@@ -86,6 +86,8 @@ class TablesCollector(Collector):
         return {
             ("foreign",): 0.0,
             ("page_cpu_seconds",): 0.0,
+            ("transport", "calls_crashed"): 0.0,
+            **{("limits_outage", policy): 0.0 for policy in ("open", "closed")},
             **{("restarts", name): 0.0 for name in names},
             **{(name, pod.name): 0.0 for name in ("retried", "ejections", "settled") for pod in document.pods},
         }
@@ -100,6 +102,12 @@ class TablesCollector(Collector):
         replicas = GaugeMetricFamily("pointsman_replicas_heard", "Other replicas that report what they have in flight")
         replicas.add_metric((), merged.get(("replicas",), 0.0))
         yield replicas
+        usable = GaugeMetricFamily(
+            "pointsman_endpoints_usable", "1 where the endpoints file can be used, 0 where its pods are those of before"
+        )
+        if ("endpoints_usable",) in merged:
+            usable.add_metric((), merged["endpoints_usable",])
+        yield usable
         modes = GaugeMetricFamily(
             "pointsman_strategy_mode",
             "Workers whose last marginal-delay decision used this mode",

@@ -6,6 +6,7 @@ held by a bound socket that does not listen: it gets no connections, and it refu
 """
 
 import errno
+import os
 import socket
 from pathlib import Path
 
@@ -35,8 +36,13 @@ class Reservation:
         self._socket: socket.socket | None = None
         kind, host, port = parse_address(address)
         if kind == "unix":
-            if not Path(host).parent.is_dir():
-                raise AddressError(address, f"the directory {Path(host).parent} does not exist; make it")
+            folder = Path(host).parent
+            if not folder.is_dir():
+                raise AddressError(address, f"the directory {folder} does not exist; make it")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise AddressError(
+                    address, f"the directory {folder} may not be written to by this user; let it, or write another path"
+                )
             return
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:

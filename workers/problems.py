@@ -16,6 +16,7 @@ _SHAPES = {
     "mapping_type": "must be a mapping of keys to values",
     "tuple_type": "must be a list",
     "path_type": "must be a path",
+    "string_type": "must be text: write it in quotes",
 }
 """For what pydantic says in terms of Python."""
 

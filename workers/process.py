@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 import select
 import signal
 import sys
@@ -27,6 +28,13 @@ def die_with_parent(parent: int, how: signal.Signals) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(how), 0, 0, 0)
     if os.getppid() != parent:  # it died before the kernel was asked
         os.kill(os.getpid(), how)
+
+
+def raise_file_limit() -> None:
+    """Let this process and its children open as many files as they may: a connection to a pod is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Lossy:

@@ -32,7 +32,7 @@ from workers.config import Config, ConfigError
 from workers.ext_proc import run_worker
 from workers.jobs import Child, Job, LaunchSettings, launch_settings
 from workers.ports import Reservation, clear_stale_socket
-from workers.process import run_child, set_up_logging
+from workers.process import raise_file_limit, run_child, set_up_logging
 from workers.replicator import run_replicator
 from workers.rolling_restart import RollingRestart
 from workers.scraper import run_scraper
@@ -58,7 +58,12 @@ class Supervisor:
     def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
         self.settings = launch_settings(config)
         self._restart = RollingRestart(self, reload)
-        self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
+        try:
+            self._tables = Tables.create(config.table_capacity(), writer=SUPERVISOR)
+        except OSError as error:
+            raise ConfigError(
+                f"the shared tables cannot be made: {error.strerror}; lower `capacity` or prefix.ring_bytes"
+            ) from None
         for writer in (SUPERVISOR, SCRAPER, ADMIN, REPLICATOR):
             self._tables.ledger.admit(writer)
         self._series = self._tables.series()
@@ -81,6 +86,7 @@ class Supervisor:
     def run(self) -> int:
         """Until everything has ended. Returns the exit code."""
         set_up_logging(self._config.log, "supervisor")
+        raise_file_limit()
         self._reserve()
         self._install_signals()
         self._selector.register(self._wake_read, selectors.EVENT_READ)
@@ -288,6 +294,7 @@ class Supervisor:
             log.info("ready", child=child.job.name, child_pid=child.pid)
             if child.settings is self._restart.trial:
                 self.settings = self._restart.accept()
+                set_up_logging(self._config.log, "supervisor")
                 self._add_replicator()
 
     def _add_replicator(self) -> None:
@@ -485,7 +492,7 @@ class Supervisor:
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:
-    """Run until stopped. Raises ConfigError when an address is taken."""
+    """Run until stopped. Raises ConfigError when an address is taken, or there is no memory for the tables."""
     for number in range(config.max_workers):
         clear_stale_socket(config.worker_address(number))
     clear_stale_socket(config.listen)

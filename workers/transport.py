@@ -48,8 +48,14 @@ def tls_context(config: TlsConfig | None) -> ssl.SSLContext | None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
+
+    def no_phrase() -> str:  # else OpenSSL would ask on the terminal
+        raise ConfigError(
+            f"tls.key: {config.key} needs a pass phrase; write one that needs none (openssl pkey makes it)"
+        )
+
     try:
-        context.load_cert_chain(config.certificate, config.key)
+        context.load_cert_chain(config.certificate, config.key, no_phrase)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"tls: {config.certificate} and {config.key} cannot be used: {_why(error)}") from None
     if config.client_ca is not None:

@@ -21,7 +21,7 @@ _rpm = click.option("--rpm", type=int, help="Requests per minute; 0: 100; negati
 _tpm = click.option("--tpm", type=int, help="Tokens per minute; 0: 1000 for each request.")
 
 
-@click.group()
+@click.group(short_help="Users, their limits and API keys.")
 def users() -> None:
     """Add, list, change and remove the users whose requests are limited.
 

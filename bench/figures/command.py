@@ -99,7 +99,7 @@ def _document(outcomes: Sequence[Outcome], about: dict[str, str], seconds: float
     }
 
 
-@click.group()
+@click.group(short_help="Measure what the project promises.")
 def bench() -> None:
     """Measure what the project promises, beside our bar and beside other routers."""
 

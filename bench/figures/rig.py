@@ -309,6 +309,8 @@ def _is_free(host: str, port: int) -> bool:
 def generator() -> str:
     """The load generator, built anew when its sources are newer. Raises Missing without Go."""
     binary = BIN / "extload"
+    if not GENERATOR.is_dir():
+        raise Missing("a clone of pointsman to be run in: the load generator's sources are not installed")
     newest = max(source.stat().st_mtime for source in GENERATOR.iterdir())
     if binary.exists() and binary.stat().st_mtime >= newest:
         return str(binary)

@@ -26,7 +26,7 @@ DEFAULT_STRATEGIES = (
 )
 
 
-@click.command()
+@click.command(short_help="Compare routing strategies on a trace.")
 @click.argument("trace")
 @click.option("--pods", default=8, show_default=True, type=click.IntRange(1, 1024), help="Engines.")
 @click.option("--blocks", type=click.IntRange(1), help="KV blocks per engine [default: the preset's memory].")

@@ -100,7 +100,7 @@ def plot_problem(path: Path) -> str | None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError:
-        return "needs the Python package 'matplotlib': pip install 'pointsman[bench]'"
+        return "needs the Python package 'matplotlib': pip install '.[bench]' in a clone of pointsman"
     endings = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in endings:
         return f"{path.name!r} must end in one of .{', .'.join(sorted(endings))}"

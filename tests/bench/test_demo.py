@@ -105,6 +105,13 @@ def test_a_failed_request_makes_the_exit_code_1(tmp_path: Path) -> None:
     assert "Failed on purpose" in done.stdout
 
 
+def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    done = run(tmp_path, "--once", "--picture", str(tmp_path / "no" / "demo.svg"))
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"Error: Invalid value for --picture: there is no folder {tmp_path / 'no'}\n")
+    assert done.stdout == ""
+
+
 def test_a_pod_that_dies_ends_the_demo_which_names_it_and_shows_its_log(tmp_path: Path) -> None:
     with running(tmp_path) as (demo, children):
         pods = next(pid for pid in children if b"bench.pod" in Path(f"/proc/{pid}/cmdline").read_bytes())

@@ -232,5 +232,8 @@ def test_what_is_missing_is_said_with_its_cure(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(Missing, match=r"wrk \(apt-get install wrk\)"):
         rig.tool("wrk", "wrk")
     done = CliRunner().invoke(bench, ["bodies", "--json"])
+    monkeypatch.setattr(rig, "GENERATOR", tmp_path / "extload")
+    with pytest.raises(Missing, match="a clone of pointsman"):
+        rig.generator()
     assert done.exit_code == 0
     assert json.loads(done.stdout)["sections"]["bodies"]["missing"].startswith("Go")

@@ -442,3 +442,6 @@ def test_mistakes_are_told_in_one_line() -> None:
         result = run(simulate_pod, ["--model", "m", "--port", str(port)])
     assert result.exit_code == 1
     assert result.output == f"Error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
+    result = run(simulate_pod, ["--model", "m", "--host", "nohost.invalid"])
+    assert result.exit_code == 1 and result.output.endswith("; choose another --host\n")
+    assert "Unknown error" not in result.output

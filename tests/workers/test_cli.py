@@ -70,6 +70,14 @@ def test_what_check_config_prints_can_be_read_again(config: Path, tmp_path: Path
     assert run("check-config", "--config", tmp_path / "again.yaml").stdout == first
 
 
+@pytest.mark.parametrize("text", ["session_secret: abc", "limits: {bearer_token: abc}"])
+def test_what_it_prints_for_a_secret_is_not_taken_for_one(tmp_path: Path, text: str) -> None:
+    """Else ten asterisks would be everybody's token."""
+    (tmp_path / "pointsman.yaml").write_text(text)
+    (tmp_path / "again.yaml").write_text(run("check-config", "--config", tmp_path / "pointsman.yaml").stdout)
+    assert "is what check-config shows in its place" in refused("serve", "--config", tmp_path / "again.yaml")
+
+
 @pytest.mark.parametrize("command", ["check-config", "serve", "envoy"])
 @pytest.mark.parametrize(
     ("text", "says"),
@@ -109,6 +117,14 @@ def test_check_config_looks_at_the_tls_files_as_serve_does(tmp_path: Path, comma
     assert says in message
     assert message.endswith("none.pem cannot be read: No such file or directory") == ("none.pem" in text)
     assert run("envoy", "--config", tmp_path / "pointsman.yaml").exit_code == 0, "Envoy needs none of them"
+
+
+def test_nobody_is_asked_for_the_pass_phrase_of_a_key(tmp_path: Path) -> None:
+    """Whoever is in the foreground of a terminal would be."""
+    pem = Path(__file__).parents[1] / "fixtures" / "tls"
+    key = pem / "server-encrypted.key"
+    (tmp_path / "pointsman.yaml").write_text(f"tls: {{certificate: {pem / 'server.pem'}, key: {key}}}")
+    assert f"tls.key: {key} needs a pass phrase" in refused("check-config", "--config", tmp_path / "pointsman.yaml")
 
 
 @pytest.mark.parametrize("command", ["check-config", "serve", "envoy"])
@@ -195,7 +211,8 @@ def test_override_host_without_endpoints_is_refused(tmp_path: Path) -> None:
 
 
 def test_help_and_version() -> None:
-    assert "simulate-pod" in run("--help").stdout
+    commands = run("--help").stdout.partition("Commands:")[2]
+    assert "simulate-pod" in commands and "..." not in commands, "all of it can be read"
     assert "pointsman, version" in run("--version").stdout
     assert run("no-such-command").exit_code == 2
 

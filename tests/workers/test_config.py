@@ -97,6 +97,24 @@ def test_the_port_that_kubernetes_sets_for_a_service_called_redis(
 
 
 @pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("fd00::1", "redis://[fd00::1]:6379/0"),
+        ("[fd00::1]", "redis://[fd00::1]:6379/0"),
+        ("10.0.0.1", "redis://10.0.0.1:6379/0"),
+    ],
+)
+def test_a_redis_host_may_be_an_address(monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> None:
+    monkeypatch.setenv("REDIS_HOST", host)
+    assert load(None).redis == url
+
+
+@pytest.mark.parametrize("host", ["router", "router-0.ns.svc.cluster.local", "10.0.0.1", "fd00::1"])
+def test_where_the_router_is_may_be_a_name_or_an_address(host: str) -> None:
+    assert load(None, {"envoy": {"router_host": host}}).envoy.router_host == host
+
+
+@pytest.mark.parametrize(
     ("given", "taken"), [("0", 0), ("1", 1), ("2", 2), ("100", 128), ("128", 128), ("129.0", 256), ("65535", 65536)]
 )
 def test_aibrix_block_size_becomes_a_power_of_two(monkeypatch: pytest.MonkeyPatch, given: str, taken: int) -> None:
@@ -187,7 +205,10 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ),
         ("capacity: {workers: 1}\nworkers: 2", "capacity.workers: 1 is fewer than the 2 workers to start"),
         ("transport: http", "transport: Input should be 'h2' or 'grpcio'"),
-        ("scrape: {interval_min_seconds: 9}", "interval_max_seconds must not be below interval_min_seconds"),
+        (
+            "scrape: {interval_min_seconds: 9}",
+            "interval_max_seconds must not be below interval_min_seconds; set it to at least 9 (it is 5)",
+        ),
         ("scrape: {interval_min_seconds: .nan}", "scrape.interval_min_seconds: "),
         ("scrape: {timeout_seconds: 0}", "scrape.timeout_seconds: "),
         ("log: {level: loud}", "log.level: "),
@@ -206,6 +227,14 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ("tls: {certificate: , key: k}", "tls.certificate: must be a path"),
         ("tls: {certificate: a, key: b, ca: c}", "no key 'tls.ca'; known: tls.certificate, tls.client_ca, tls.key"),
         ("envoy: {listen: x}", "envoy.listen: 'x' is not an address"),
+        ("envoy: {listen: '0.0.0.0:9901'}", "envoy.listen: 0.0.0.0:9901 and envoy.admin, 127.0.0.1:9901, use the"),
+        ("envoy: {router_host: 'http://router'}", "envoy.router_host: 'http://router' is not a host: write a name or"),
+        ("envoy: {router_host: 'router:20052'}", "envoy.router_host: 'router:20052' is not a host"),
+        ("envoy: {router_host: '[::1]'}", "envoy.router_host: '[::1]' is not a host"),
+        ("envoy: {router_host: ''}", "envoy.router_host: '' is not a host"),
+        ("capacity: {catalog_bytes: 1000000000000000}", "capacity.catalog_bytes: Input should be less than or equal"),
+        ("capacity: {series: 100000000000000000000}", "capacity.series: Input should be less than or equal"),
+        ("prefix: {ring_bytes: 100000000000000000000}", "prefix.ring_bytes: Input should be less than or equal"),
         ("- a\n- b", "must be a mapping of keys to values"),
         ("just text", "must be a mapping of keys to values"),
         ("1: 2", "must be a mapping of keys to values"),

@@ -90,6 +90,8 @@ def test_no_models_at_all_is_a_file(tmp_path: Path) -> None:
         ("models: [{name: a, labels: {a: 1}}]", "models.0.labels.a"),
         ("models: [{name: a, config: {1: 2}}]", "models.0.config.1"),
         ("models: [{name: a, endpoints: [{adress: x}]}]", "models.0.endpoints.0.address: Field required"),
+        ("models: [{name: a, endpoints: [{adress: x}]}]", "did you mean 'models.0.endpoints.0.address'?"),
+        ("models: [{name: 5}]", "models.0.name: must be text: write it in quotes (got 5)"),
         (
             "models: [{name: a, endpoints: [{address: x, adapter: [y]}]}]",
             "did you mean 'models.0.endpoints.0.adapters'?",
@@ -178,3 +180,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_pod_without_a_port_has_aibrixs(tmp_path: Path, text: str) -> None:
     (model,) = read_endpoints(write(tmp_path, f"models: [{{name: a, endpoints: [{text}]}}]"))
     assert model.endpoints[0].address == "vllm-host:8000"
+
+
+def test_an_ipv6_pod_without_a_port_has_it_too(tmp_path: Path) -> None:
+    (model,) = read_endpoints(write(tmp_path, "models: [{name: a, endpoints: ['[fd00::1]']}]"))
+    assert model.endpoints[0].address == "[fd00::1]:8000"

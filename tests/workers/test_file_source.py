@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 import workers.discovery.file_source
 from workers.discovery.file_source import FileSource, pod_name
@@ -104,8 +105,12 @@ async def test_a_file_that_cannot_be_used_keeps_the_pods(tmp_path: Path, spoil: 
     assert source.changed()
     assert await found(source) == before
     assert not source.changed()  # said once, not every second
+    assert not source.usable
     source.path.write_text(ONE)
-    assert len(await found(source)) == 1
+    with capture_logs() as logs:
+        assert len(await found(source)) == 1
+    assert source.usable
+    assert [line["event"] for line in logs] == ["endpoints file can be used again"]
 
 
 async def test_a_file_that_was_never_good_is_not_one_without_pods(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What /metrics says of the shared tables."""
 
 import time
+from pathlib import Path
 
 import fleet
 import pytest
@@ -13,8 +14,10 @@ from state.catalog import CatalogDocument
 from state.pods import Health
 from state.roster import Kind, Phase, Process
 from state.series import DECISION_BUCKETS, OVERFLOW, Histogram
-from state.tables import Capacity, Tables
+from state.tables import SCRAPER, Capacity, Tables
+from workers.config import load
 from workers.metrics import TablesCollector
+from workers.scraper import Scraper
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -158,6 +161,8 @@ def test_counters_that_are_watched_for_their_first_event_are_there_before_it() -
         assert values(tables, f"pointsman_{name}") == {(("pod", "pod-0"),): 0.0}
     assert values(tables, "pointsman_restarts") == {(("process", "worker 0"),): 0.0}
     assert values(tables, "pointsman_foreign_log_entries") == {(): 0.0}
+    assert values(tables, "pointsman_transport_events") == {(("event", "calls_crashed"),): 0.0}
+    assert values(tables, "pointsman_limits_outage") == {(("policy", "open"),): 0.0, (("policy", "closed"),): 0.0}
 
 
 def test_the_page_says_what_runs() -> None:
@@ -184,3 +189,17 @@ def test_counters_of_pods_that_are_gone_are_not_shown() -> None:
         *((f"pointsman_{name}_total", pod) for name in ("finished", "decisions") for pod in ("pod-0", "")),
         ("pointsman_refused_total", None),
     }
+
+
+async def test_a_file_that_cannot_be_used_any_more_is_seen(tmp_path: Path) -> None:
+    tables = make_tables(writer=SCRAPER)
+    assert values(tables, "pointsman_endpoints_usable") == {}
+    path = tmp_path / "e.yaml"
+    path.write_text("models: [{name: m, endpoints: ['10.0.0.1:1']}]")
+    scraper = Scraper(load(None, {"endpoints": path}), tables)
+    seen = []
+    for text in ("models: []", "models: [", "models: [] # mended"):
+        path.write_text(text)
+        await scraper.discover()
+        seen.append(values(tables, "pointsman_endpoints_usable")[()])
+    assert seen == [1.0, 0.0, 1.0]

@@ -1,10 +1,12 @@
 """Addresses at start-up: taken or not, and held afterwards."""
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fleet import end_of, in_child
 
 from workers.config import ConfigError
 from workers.ports import Reservation, clear_stale_socket
@@ -83,6 +85,16 @@ def test_a_unix_path_needs_its_directory(tmp_path: Path) -> None:
     Reservation(f"unix:{tmp_path}/a.sock", shared=True).release()
     with pytest.raises(ConfigError, match=r"the directory .* does not exist"):
         Reservation(f"unix:{tmp_path}/no/a.sock", shared=True)
+
+
+def test_a_unix_path_needs_a_directory_that_may_be_written_to() -> None:
+    def as_nobody() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        with pytest.raises(ConfigError, match=r"^unix:/a.sock: the directory / may not be written to by this user"):
+            Reservation("unix:/a.sock", shared=True)
+
+    assert end_of(in_child(as_nobody)) == 0
 
 
 def test_a_stale_socket_is_removed_a_live_one_and_any_other_file_stay(tmp_path: Path) -> None:

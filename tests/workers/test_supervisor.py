@@ -8,6 +8,7 @@ import contextlib
 import errno
 import http.client
 import os
+import resource
 import signal
 import sys
 import time
@@ -27,7 +28,8 @@ import workers.rolling_restart
 import workers.supervisor
 from bench.lab import Lab, free_ports, get
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
-from workers.config import Config, load
+from state.tables import Tables
+from workers.config import Config, ConfigError, load
 from workers.supervisor import Supervisor
 
 
@@ -286,6 +288,36 @@ def test_what_needs_a_full_restart_is_named(running: Callable[..., Running]) -> 
     wait_until(lambda: one.says("rolling restart"))
     assert [line["key"] for line in one.told() if "full restart" in line["event"]] == ["capacity", "prefix.ring_bytes"]
     wait_until(one.ready)
+
+
+def test_the_supervisor_takes_what_a_new_configuration_says_of_the_log(running: Callable[..., Running]) -> None:
+    one = running(log={"format": "json", "level": "error"})
+    one.tell(log={"format": "json", "level": "info"})
+    one.hang_up()
+    wait_until(lambda: one.says("ready"))
+    wait_until(one.ready)
+
+
+def test_its_processes_may_open_as_many_files_as_the_system_allows(running: Callable[..., Running]) -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most // 2, most))
+    try:
+        one = running()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+    assert resource.prlimit(one.children()["scraper"], resource.RLIMIT_NOFILE) == (most, most)
+
+
+def test_tables_that_cannot_be_made_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(Tables, "create", no_memory)
+    config = load(None)
+    with pytest.raises(
+        ConfigError, match=r"^the shared tables cannot be made: Cannot allocate memory; lower `capacity`"
+    ):
+        Supervisor(config, lambda: config)
 
 
 def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(

@@ -46,7 +46,7 @@ class EndpointsError(Exception):
 
 
 def _tcp(value: str) -> str:
-    if ":" not in value and "/" not in value:
+    if (":" not in value and "/" not in value) or (value.startswith("[") and value.endswith("]")):
         value = f"{value}:{DEFAULT_PORT}"
     parse_address(value, of_pod=True)
     return value
@@ -139,4 +139,7 @@ def read_endpoints(path: Path) -> tuple[ModelEntry, ...]:
         raise EndpointsError(f"{path}:{error}") from None
     except ValidationError as error:
         first, *more = problems_of(error, _File)
-        raise EndpointsError(f"{path}: {first}{f' (and {len(more)} more)' if more else ''}") from None
+        # What is missing may be what is written wrongly.
+        told = [first, *[problem for problem in more if problem.placed][:1]]
+        left = 1 + len(more) - len(told)
+        raise EndpointsError(f"{path}: {'; '.join(map(str, told))}{f' (and {left} more)' if left else ''}") from None

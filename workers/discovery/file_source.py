@@ -49,6 +49,8 @@ class FileSource:
         self._late: set[str] = set()
         # Threads of our own: the event loop waits for its own before it ends, and has a handful for everybody.
         self._threads = ThreadPoolExecutor(MAX_LOOK_UPS, "look-up")
+        self.usable = False
+        """Whether the file could be read when it was looked at last."""
         self.loaded = False
         """Whether the file could ever be read: until then nothing is known, which is not the same as no pods."""
         self.news = False
@@ -74,8 +76,11 @@ class FileSource:
         try:
             self._models = read_endpoints(self.path)
             self._hosts = {parse_address(endpoint.address).place for endpoint, *_ in _lines(self._models)}
-            self.loaded = True
+            if self.loaded and not self.usable:
+                log.info("endpoints file can be used again")
+            self.usable = self.loaded = True
         except EndpointsError as error:
+            self.usable = False
             log.error("endpoints file cannot be used, the pods stay as they are", error=str(error))
 
     def _look(self) -> object:
