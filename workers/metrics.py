@@ -103,10 +103,10 @@ class TablesCollector(Collector):
         replicas.add_metric((), merged.get(("replicas",), 0.0))
         yield replicas
         usable = GaugeMetricFamily(
-            "pointsman_endpoints_usable", "1 where the endpoints file can be used, 0 where its pods are those of before"
+            "pointsman_discovery_usable", "1 where the source of pods can be used, 0 where they are those of before"
         )
-        if ("endpoints_usable",) in merged:
-            usable.add_metric((), merged["endpoints_usable",])
+        if ("discovery_usable",) in merged:
+            usable.add_metric((), merged["discovery_usable",])
         yield usable
         modes = GaugeMetricFamily(
             "pointsman_strategy_mode",

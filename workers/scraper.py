@@ -119,7 +119,7 @@ class Scraper:
             self._take_over([], {})
             return
         self._source.reload()
-        self._series.put(float(self._source.usable), "endpoints_usable")
+        self._series.put(float(self._source.usable), "discovery_usable")
         if self._source.loaded:
             self._take_over(*await self._source.resolve())
 

@@ -300,11 +300,11 @@ async def test_who_may_not_list_pods_is_told_what_to_do(
     kube.forbidden.add("pods")
     source = await start(sources, reachable=False)
     await until(lambda: "deploy/kubernetes/discovery.yaml" in source.cure())
-    assert not source.complete and not listed(source)
+    assert not source.complete and not source.usable and not listed(source)
     kube.forbidden.clear()
     await kube.put("pods", pod("a"))
     await until(lambda: source.complete)
-    assert set(listed(source)) == {"a"}
+    assert set(listed(source)) == {"a"} and source.usable
 
 
 async def test_a_token_that_is_renewed(kube: Cluster, sources: list[KubernetesSource], tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_counters_of_pods_that_are_gone_are_not_shown() -> None:
 
 async def test_a_file_that_cannot_be_used_any_more_is_seen(tmp_path: Path) -> None:
     tables = make_tables(writer=SCRAPER)
-    assert values(tables, "pointsman_endpoints_usable") == {}
+    assert values(tables, "pointsman_discovery_usable") == {}
     path = tmp_path / "e.yaml"
     path.write_text("models: [{name: m, endpoints: ['10.0.0.1:1']}]")
     scraper = Scraper(load(None, {"endpoints": path}), tables)
@@ -201,5 +201,5 @@ async def test_a_file_that_cannot_be_used_any_more_is_seen(tmp_path: Path) -> No
     for text in ("models: []", "models: [", "models: [] # mended"):
         path.write_text(text)
         await scraper.discover()
-        seen.append(values(tables, "pointsman_endpoints_usable")[()])
+        seen.append(values(tables, "pointsman_discovery_usable")[()])
     assert seen == [1.0, 0.0, 1.0]

@@ -158,6 +158,11 @@ class KubernetesSource:
         """Whether all pods have been listed at least once."""
         return all(followed.listed for followed in self._pods)
 
+    @property
+    def usable(self) -> bool:
+        """Whether the API tells of all pods."""
+        return self.complete and not any(followed.problem for followed in self._pods)
+
     def cure(self) -> str:
         """What to do where the cluster has come to no pods."""
         problem = next((followed.problem for followed in self._pods if followed.problem), "")

@@ -16,6 +16,10 @@ class Source(Protocol):
         """Whether anything was ever read: until then nothing is known, which is not the same as no pods."""
 
     @property
+    def usable(self) -> bool:
+        """Whether it could be read when that was last tried."""
+
+    @property
     def news(self) -> bool:
         """Whether something has changed since the pods were listed last."""
 
