@@ -208,6 +208,8 @@ class EnvoyConfig(_Section):
     max_connections: int = Field(65536, ge=1)
     router_ca: OptionalPath = None
     """Where `tls` is set: what Envoy checks the workers' certificate against; none: it is not checked."""
+    router_name: Host | None = None
+    """With `router_ca`: the name that the certificate must be for; none: any."""
     client_certificate: OptionalPath = None
     client_key: OptionalPath = None
     """What Envoy shows where `tls.client_ca` is set."""
@@ -219,6 +221,12 @@ class EnvoyConfig(_Section):
                 "client_certificate and client_key: one needs the other; set both or neither",
                 "client_certificate",
                 "client_key",
+            )
+        if self.router_name is not None and self.router_ca is None:
+            raise ConflictingKeys(
+                "router_name: a name proves nothing in a certificate that nobody checks; set router_ca",
+                "router_name",
+                "router_ca",
             )
         if self.pods_file is not None and self.destination != "override-host":
             raise ConflictingKeys(

@@ -24,7 +24,7 @@ from router.replies import (
     TARGET_POD,
     TARGET_POD_IP,
 )
-from workers.address import parse_address
+from workers.address import is_ip, parse_address
 from workers.config import Config, ConfigError
 from workers.discovery.endpoints_file import read_endpoints
 from workers.discovery.file_source import fixed_names
@@ -387,7 +387,11 @@ def _tls(config: Config) -> Json:
     envoy = config.envoy
     common: Json = {"alpn_protocols": ["h2"]}
     if envoy.router_ca is not None:
-        common["validation_context"] = {"trusted_ca": {"filename": str(envoy.router_ca)}}
+        checks: Json = {"trusted_ca": {"filename": str(envoy.router_ca)}}
+        common["validation_context"] = checks
+        if envoy.router_name is not None:
+            kind = "IP_ADDRESS" if is_ip(envoy.router_name) else "DNS"
+            checks["match_typed_subject_alt_names"] = [{"san_type": kind, "matcher": {"exact": envoy.router_name}}]
     if envoy.client_certificate is not None:
         common["tls_certificates"] = [
             {

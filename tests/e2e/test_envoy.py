@@ -162,7 +162,10 @@ async def test_accounting_by_stream(transport: str, session: aiohttp.ClientSessi
         lab.until(lambda: sum(in_flight(lab)) == 0, "the charge to be released")
 
 
-async def test_tls_with_client_certificates_between_envoy_and_the_workers(session: aiohttp.ClientSession) -> None:
+@pytest.mark.parametrize(("name", "status"), [(None, 200), ("localhost", 200), ("other.example", 503)])
+async def test_tls_with_client_certificates_between_envoy_and_the_workers(
+    session: aiohttp.ClientSession, name: str | None, status: int
+) -> None:
     pem = Path(__file__).parent.parent / "fixtures" / "tls"
     settings = {
         "tls": {
@@ -172,13 +175,14 @@ async def test_tls_with_client_certificates_between_envoy_and_the_workers(sessio
         },
         "envoy": {
             "router_ca": str(pem / "ca.pem"),
+            "router_name": name,
             "client_certificate": str(pem / "client.pem"),
             "client_key": str(pem / "client.key"),
         },
     }
     with Lab(pods=1, workers=1, settings=settings) as lab:
         outcome = await send(session, lab.envoy_url, chat(lab.model, stream=True))
-        assert outcome.ok, outcome
+        assert outcome.status == status, outcome
 
 
 async def test_the_router_tells_of_its_transport_and_its_strategy(lab: Lab, session: aiohttp.ClientSession) -> None:
