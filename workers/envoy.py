@@ -229,7 +229,8 @@ def _ext_proc(config: Config) -> Json:
                         "typed_config": _typed("extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
                     }
                 ],
-                "host_selection_retry_max_attempts": 5,
+                # The worker that is gone has the fewest streams, so it is nearly always the first choice.
+                "host_selection_retry_max_attempts": 100,
             },
             "initial_metadata": [
                 {"key": ACCOUNTING_KEY, "value": envoy.accounting},

@@ -107,6 +107,25 @@ async def test_workers_more_and_fewer(lab: Lab) -> None:
         assert not load.failed, load.failed
 
 
+def router_stat(lab: Lab, name: str) -> int:
+    """What Envoy has counted for the workers."""
+    page = get(lab.config.envoy.admin, f"/stats?filter=^cluster.pointsman.{name}$")[1].decode()
+    return int(page.rpartition(":")[2])
+
+
+async def test_who_met_a_worker_that_is_gone_meets_another_at_once(lab: Lab) -> None:
+    """The one that is gone has nothing to do, so Envoy would choose it again and again."""
+    lab.accounting = "stream"
+    with lab:
+        async with steady_load(lab.envoy_url, lab.model, per_second=40, max_tokens=100) as load:
+            await asyncio.sleep(1)
+            os.kill(lab.router.pid, signal.SIGTTOU)
+            await until_told(lambda: router_stat(lab, "upstream_rq_retry") > 10)
+            await asyncio.sleep(2)
+        assert not load.failed, load.failed
+        assert router_stat(lab, "upstream_rq_retry_success") == router_stat(lab, "upstream_rq_retry")
+
+
 @pytest.mark.parametrize("accounting", ["access-log", "stream"])
 async def test_sigterm_during_a_streamed_answer_loses_nothing(lab: Lab, accounting: str) -> None:
     lab.accounting = accounting
