@@ -215,14 +215,16 @@ def _set_header(name: str, value: str) -> Json:
 def _ext_proc(config: Config) -> Json:
     envoy = config.envoy
     by_log = envoy.accounting == "access-log"
+    # Ten take a second, in which a killed worker that is the only one is back; three, 20 ms.
+    retries = 3 if _may_pass_unrouted(config) else 10
     return _typed(
         "extensions.filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={
             "envoy_grpc": {"cluster_name": ROUTER_CLUSTER},
             "retry_policy": {
-                "num_retries": 3,
+                "num_retries": retries,
                 "retry_on": "unavailable,connect-failure,refused-stream,reset",
-                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.5s"},
                 "retry_host_predicate": [
                     {
                         "name": "envoy.retry_host_predicates.previous_hosts",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from client import chat, in_flight, steady_load
+from client import chat, in_flight, send, steady_load
 from waiting import until_told
 
 from bench.lab import Lab, get
@@ -50,6 +50,17 @@ async def test_a_killed_worker_costs_at_most_one_request(lab: Lab) -> None:
         assert back < 1.0
         # A log entry that died with the worker leaves a charge behind, which is settled against the engine's count.
         await until_told(lambda: not any(in_flight(lab)), PATIENCE_SECONDS + 20)
+
+
+async def test_requests_wait_for_the_only_worker_to_come_back(lab: Lab) -> None:
+    lab.workers = 1
+    with lab:
+        before = lab.worker_pids()
+        async with aiohttp.ClientSession() as session:
+            os.kill(before[0], signal.SIGKILL)
+            outcomes = await asyncio.gather(*(send(session, lab.envoy_url, chat(lab.model)) for _ in range(5)))
+        assert lab.worker_pids() != before
+        assert all(outcome.ok for outcome in outcomes), outcomes
 
 
 async def test_what_a_killed_worker_held_is_given_back(lab: Lab) -> None:
