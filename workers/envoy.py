@@ -215,21 +215,24 @@ def _set_header(name: str, value: str) -> Json:
 def _ext_proc(config: Config) -> Json:
     envoy = config.envoy
     by_log = envoy.accounting == "access-log"
+    # Ten take a second, in which a killed worker that is the only one is back; three, 20 ms.
+    retries = 3 if _may_pass_unrouted(config) else 10
     return _typed(
         "extensions.filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={
             "envoy_grpc": {"cluster_name": ROUTER_CLUSTER},
             "retry_policy": {
-                "num_retries": 3,
+                "num_retries": retries,
                 "retry_on": "unavailable,connect-failure,refused-stream,reset",
-                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.05s"},
+                "retry_back_off": {"base_interval": "0.005s", "max_interval": "0.5s"},
                 "retry_host_predicate": [
                     {
                         "name": "envoy.retry_host_predicates.previous_hosts",
                         "typed_config": _typed("extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
                     }
                 ],
-                "host_selection_retry_max_attempts": 5,
+                # The worker that is gone has the fewest streams, so it is nearly always the first choice.
+                "host_selection_retry_max_attempts": 100,
             },
             "initial_metadata": [
                 {"key": ACCOUNTING_KEY, "value": envoy.accounting},

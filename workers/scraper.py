@@ -43,6 +43,10 @@ NICENESS = 5
 """A page read half a millisecond later harms nobody; a decision that waits for one does, where cores are few."""
 ANNOUNCE_SECONDS = 0.05
 """For which samples are gathered before readers are told of them. Of a pod's health they are told at once."""
+OFTEN_SECONDS = 30.0
+"""An engine does not restart that soon, let alone again and again: then there are several behind one address, or its
+counters are wrong."""
+OFTEN = 3
 JUDGE_SECONDS = 0.1
 """Between two looks at what the workers saw of the pods' answers."""
 
@@ -65,6 +69,9 @@ class _Watched:
     row: Floats
     excess: Excess = field(default_factory=Excess)
     incarnation: int = 0
+    restarted_at: float = -math.inf
+    often: int = 0
+    """Restarts that each came soon after the one before."""
     told_incarnation: int = 0
     restarts: float = 0.0
     started: float = math.nan
@@ -295,7 +302,7 @@ class Scraper:
         if state.restarts > watched.restarts or (started == started and starts == starts and started != starts):
             watched.restarts = state.restarts
             watched.incarnation += 1
-            log.info("an engine has restarted", pod=watched.pod.name)
+            self._tell_restart(watched, now)
         if sample.implausible != watched.implausible:
             watched.implausible = sample.implausible
             if sample.implausible:
@@ -332,6 +339,20 @@ class Scraper:
         self._plan()
         if before is not Health.READY and health.state(now) is Health.READY:
             log.info("a pod is ready", pod=watched.pod.name, address=watched.pod.address)
+
+    @staticmethod
+    def _tell_restart(watched: _Watched, now: float) -> None:
+        soon = now - watched.restarted_at < OFTEN_SECONDS
+        watched.restarted_at, watched.often = now, watched.often + 1 if soon else 0
+        pod = watched.pod
+        if watched.often < OFTEN:
+            log.info("an engine has restarted", pod=pod.name)
+        elif watched.often == OFTEN:
+            log.warning(
+                "an engine seems to restart all the time, so that nothing of it stays known: list each engine by an "
+                "address of its own",
+                pod=pod.name, address=pod.metrics_address,
+            )  # fmt: skip
 
     def _of_this_replica(self, slot: int) -> tuple[int, int]:
         """(requests, tokens) that this replica has in flight: what others have is theirs to put right. Read between two

@@ -383,7 +383,7 @@ class Supervisor:
             job.retiring.remove(child)
             self._release_writer(child.writer)
             if job.closing and not job.retiring:
-                self.jobs.remove(job)
+                self._drop(job)
             return
         if child is job.successor:
             job.successor = None
@@ -447,7 +447,10 @@ class Supervisor:
     # -- more and fewer workers
 
     def _add_worker(self) -> None:
-        numbers = {job.number for job in self.jobs if job.kind is Kind.WORKER}
+        jobs = {job.number: job for job in self.jobs if job.kind is Kind.WORKER}
+        # The number of one that was removed is free at once, though its last child may still drain: Envoy knows workers
+        # by number.
+        numbers = {number for number, job in jobs.items() if not job.closing}
         number = next(number for number in range(len(numbers) + 1) if number not in numbers)
         if number >= self._config.max_workers:
             log.error("no room for another worker: raise capacity.workers", workers=len(numbers))
@@ -455,13 +458,17 @@ class Supervisor:
         if not self._free_writers:
             log.error("no room for another worker while so many are draining", workers=len(numbers))
             return
-        try:
-            self._reservations.append(Reservation(self._config.worker_address(number), shared=True))
-        except ConfigError as error:
-            log.error("no address for another worker", error=str(error))
-            return
-        job = Job(Kind.WORKER, number)
-        self.jobs.append(job)
+        job = jobs.get(number)
+        if job is not None:
+            job.closing = False
+        else:
+            try:
+                self._reservations.append(Reservation(self._config.worker_address(number), shared=True))
+            except ConfigError as error:
+                log.error("no address for another worker", error=str(error))
+                return
+            job = Job(Kind.WORKER, number)
+            self.jobs.append(job)
         self._start_job(job)
         self._restart.add(job)
         log.info("worker added", workers=len(numbers) + 1)
@@ -477,18 +484,22 @@ class Supervisor:
         if job.kept_writer is not None:
             self._release_writer(job.kept_writer)
             job.kept_writer = None
-        address = self._config.worker_address(job.number)
-        for reservation in [held for held in self._reservations if held.address == address]:
-            reservation.release()
-            self._reservations.remove(reservation)
         for child in (job.child, job.successor):
             if child is not None:
                 self.retire(child)
                 job.retiring.append(child)
         job.child = job.successor = None
         if not job.retiring:
-            self.jobs.remove(job)
+            self._drop(job)
         log.info("worker removed", workers=len(workers) - 1)
+
+    def _drop(self, job: Job) -> None:
+        """A worker is no more: its address, too, is given up."""
+        self.jobs.remove(job)
+        address = self._config.worker_address(job.number)
+        for reservation in [held for held in self._reservations if held.address == address]:
+            reservation.release()
+            self._reservations.remove(reservation)
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:

@@ -46,6 +46,10 @@ class UsersError(Exception):
     """A record, or the place where it is kept, cannot be used. The message is one line for a person."""
 
 
+class Unreadable(UsersError):
+    """What a users file holds is not known: it may be readable in a moment, without being another file."""
+
+
 @dataclass(frozen=True, slots=True)
 class UserRecord:
     """One user, as it is written down."""
@@ -134,7 +138,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UsersError(f"{path}: no such users file; `pointsman users add` makes it") from None
     except OSError as error:
-        raise UsersError(f"{path}: cannot be read: {error.strerror}") from None
+        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsersError(f"{path}: is not UTF-8 text") from None
 
@@ -279,8 +283,11 @@ class UserBook:
         self._limits: dict[str, Limits] = {}
         self._keys: dict[str, tuple[str, str]] = {}
         self._with_keys: frozenset[str] = frozenset()
-        self._seen = self._look()
+        self._unread = ""
+        self._seen: object = self._look()
         users = self._read()
+        if isinstance(users, Unreadable):
+            self._seen = None
         if last is not None and isinstance(users, UsersError):
             text = last.text()
             if text is None:
@@ -309,7 +316,13 @@ class UserBook:
             seen = self._look()
             if seen != self._seen:
                 self._seen = seen
-                self._take(await asyncio.to_thread(self._read))
+                users = await asyncio.to_thread(self._read)
+                if isinstance(users, Unreadable):
+                    self._seen = None  # it is tried again
+                    if str(users) == self._unread:
+                        continue
+                self._unread = str(users) if isinstance(users, Unreadable) else ""
+                self._take(users)
 
     def _read(self) -> dict[str, UserRecord] | UsersError:
         try:

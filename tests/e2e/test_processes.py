@@ -10,7 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from client import chat, in_flight, steady_load
+from client import chat, in_flight, send, steady_load
 from waiting import until_told
 
 from bench.lab import Lab, get
@@ -50,6 +50,17 @@ async def test_a_killed_worker_costs_at_most_one_request(lab: Lab) -> None:
         assert back < 1.0
         # A log entry that died with the worker leaves a charge behind, which is settled against the engine's count.
         await until_told(lambda: not any(in_flight(lab)), PATIENCE_SECONDS + 20)
+
+
+async def test_requests_wait_for_the_only_worker_to_come_back(lab: Lab) -> None:
+    lab.workers = 1
+    with lab:
+        before = lab.worker_pids()
+        async with aiohttp.ClientSession() as session:
+            os.kill(before[0], signal.SIGKILL)
+            outcomes = await asyncio.gather(*(send(session, lab.envoy_url, chat(lab.model)) for _ in range(5)))
+        assert lab.worker_pids() != before
+        assert all(outcome.ok for outcome in outcomes), outcomes
 
 
 async def test_what_a_killed_worker_held_is_given_back(lab: Lab) -> None:
@@ -105,6 +116,25 @@ async def test_workers_more_and_fewer(lab: Lab) -> None:
             await asyncio.sleep(0.5)
             assert len(lab.worker_pids()) == 1
         assert not load.failed, load.failed
+
+
+def router_stat(lab: Lab, name: str) -> int:
+    """What Envoy has counted for the workers."""
+    page = get(lab.config.envoy.admin, f"/stats?filter=^cluster.pointsman.{name}$")[1].decode()
+    return int(page.rpartition(":")[2])
+
+
+async def test_who_met_a_worker_that_is_gone_meets_another_at_once(lab: Lab) -> None:
+    """The one that is gone has nothing to do, so Envoy would choose it again and again."""
+    lab.accounting = "stream"
+    with lab:
+        async with steady_load(lab.envoy_url, lab.model, per_second=40, max_tokens=100) as load:
+            await asyncio.sleep(1)
+            os.kill(lab.router.pid, signal.SIGTTOU)
+            await until_told(lambda: router_stat(lab, "upstream_rq_retry") > 2)
+            await asyncio.sleep(2)
+        assert not load.failed, load.failed
+        assert router_stat(lab, "upstream_rq_retry_success") == router_stat(lab, "upstream_rq_retry")
 
 
 @pytest.mark.parametrize("accounting", ["access-log", "stream"])

@@ -1,13 +1,14 @@
 """The endpoints file over time, and names whose addresses change."""
 
 import asyncio
+import errno
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from structlog.testing import capture_logs
@@ -45,6 +46,10 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
         monkeypatch.setattr(socket, "getaddrinfo", answer)
 
     return install
+
+
+def raise_(error: Exception) -> NoReturn:
+    raise error
 
 
 async def found(source: FileSource) -> dict[str, FoundPod]:
@@ -111,6 +116,24 @@ async def test_a_file_that_cannot_be_used_keeps_the_pods(tmp_path: Path, spoil: 
         assert len(await found(source)) == 1
     assert source.usable
     assert [line["event"] for line in logs] == ["endpoints file can be used again"]
+
+
+async def test_a_file_that_cannot_be_read_for_a_moment_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Out of file descriptors, or written before its mode was set: it does not become another file."""
+    source = source_of(tmp_path, ONE)
+    before = await found(source)
+    source.path.write_text(TWO)
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr(Path, "read_text", lambda self: raise_(OSError(errno.EMFILE, "Too many open files")))
+        for _ in range(3):
+            assert source.changed()
+            assert await found(source) == before
+    assert "".join(capsys.readouterr()).count("Too many open files") == 1
+    assert source.changed()
+    assert len(await found(source)) == 2
+    assert not source.changed()
 
 
 async def test_a_file_that_was_never_good_is_not_one_without_pods(tmp_path: Path) -> None:

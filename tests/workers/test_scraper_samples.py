@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet import make_tables
+from structlog.testing import capture_logs
 
 from state.pods import COLUMN
 from state.tables import FIRST_WORKER, SCRAPER, Tables
@@ -65,3 +66,18 @@ async def test_a_restart_between_two_scrapers_is_seen() -> None:
     restarted = re.sub(rb"(?m)^process_start_time_seconds .*$", b"process_start_time_seconds 1.99e9", PAGE)
     assert world.poll(restarted)[COLUMN["incarnation"]] == 1
     assert world.poll(restarted)[COLUMN["incarnation"]] == 1
+
+
+async def test_several_engines_behind_one_address_are_told_of_once() -> None:
+    world = World()
+    other = re.sub(rb"(?m)^process_start_time_seconds .*$", b"process_start_time_seconds 1.99e9", PAGE)
+    world.poll(PAGE)
+    with capture_logs() as logs:
+        for _ in range(10):
+            world.poll(other)
+            world.poll(PAGE)
+        events = [(line["log_level"], line["event"][:20]) for line in logs]
+        assert events == 3 * [("info", "an engine has restar")] + [("warning", "an engine seems to r")]
+        world.now += 60.0
+        world.poll(other)
+        assert len(logs) == 5

@@ -388,6 +388,27 @@ def test_a_child_that_hangs_is_not_waited_for_when_it_is_to_be_replaced(
     wait_until(one.ready)
 
 
+def test_a_worker_added_while_the_one_removed_before_drains_has_its_number(
+    running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so the address that Envoy knows."""
+    monkeypatch.setattr(workers.supervisor, "KILL_AFTER_SECONDS", 0.1)
+    one = running(workers=2)
+    before = one.children()["worker 1"]
+    os.kill(before, signal.SIGSTOP)  # as one that is not done draining
+    os.kill(one.pid, signal.SIGTTOU)
+    wait_until(lambda: one.says("worker removed"))
+    os.kill(one.pid, signal.SIGTTIN)
+    wait_until(lambda: one.says("worker added"))
+    wait_until(lambda: not Path(f"/proc/{before}").exists())
+    wait_until(one.ready)
+    assert {name for name in one.children() if "worker" in name} == {"worker 0", "worker 1"}
+    os.kill(one.pid, signal.SIGTTOU)
+    wait_until(lambda: "worker 1" not in one.children())
+    os.kill(one.pid, signal.SIGTTIN)  # its address was given up, and can be had again
+    wait_until(lambda: "worker 1" in one.children() and one.ready())
+
+
 @pytest.mark.usefixtures("_fast_looks")
 def test_a_child_that_hangs_before_it_is_ready_is_replaced(
     running: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

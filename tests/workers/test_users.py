@@ -1,6 +1,7 @@
 """User records, the users file, and the book that a worker keeps of it."""
 
 import asyncio
+import errno
 import stat
 from multiprocessing import get_context
 from pathlib import Path
@@ -168,6 +169,31 @@ async def test_a_worker_follows_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text("users: [{name: bob}]")
     await until(lambda: book.limits_of("bob") is not None)
     assert book.limits_of("alice") is None
+    watching.cancel()
+
+
+async def test_a_file_that_cannot_be_read_for_a_moment_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key that was revoked meanwhile does not stay good."""
+    monkeypatch.setattr(workers.users, "LOOK_SECONDS", 0.01)
+    path, key = tmp_path / "users.yaml", new_key()
+    UsersFile(path).add(UserRecord("alice", 60, 0, (digest_of(key),)))
+    book = UserBook(path, 10)
+    watching = asyncio.create_task(book.watch())
+    tries: list[Path] = []
+
+    def read_text(self: Path) -> str:
+        tries.append(self)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr(Path, "read_text", read_text)
+        path.write_text("users: [{name: alice}]")
+        await until(lambda: len(tries) > 3)
+        assert book.user_of(digest_of(key)) == "alice"
+    await until(lambda: book.user_of(digest_of(key)) is None)
+    assert "".join(capsys.readouterr()).count("Too many open files") == 1
     watching.cancel()
 
 

@@ -45,6 +45,10 @@ class EndpointsError(Exception):
     """The file cannot be used. The message is one line for a person."""
 
 
+class Unreadable(EndpointsError):
+    """What it holds is not known: it may be readable in a moment, without being another file."""
+
+
 def _tcp(value: str) -> str:
     if (":" not in value and "/" not in value) or (value.startswith("[") and value.endswith("]")):
         value = f"{value}:{DEFAULT_PORT}"
@@ -126,11 +130,12 @@ class _File(_Strict):
 
 
 def read_endpoints(path: Path) -> tuple[ModelEntry, ...]:
-    """The file's models. Raises EndpointsError when it is missing, no YAML, or not of this shape."""
+    """The file's models. Raises EndpointsError when it is no YAML or not of this shape, Unreadable when it cannot be
+    read."""
     try:
         text = path.read_text()
     except OSError as error:
-        raise EndpointsError(f"{path}: cannot be read: {error.strerror}") from None
+        raise Unreadable(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise EndpointsError(f"{path}: is not UTF-8 text") from None
     try:

@@ -1,7 +1,8 @@
 """The endpoints file as a source of pods: read when it changes, host names resolved again and again.
 
 Changes are seen by what `stat` says of the file (a Kubernetes ConfigMap is swapped by a symbolic link, which `stat`
-follows). A file that cannot be used is reported once and the pods stay as they are.
+follows). A file that cannot be used is reported once and the pods stay as they are; one that is there and cannot be
+read is tried again.
 
 Nobody waits for a name server that hangs: what is given by IP address, and names whose addresses are known, are listed
 at once. A look-up that takes long goes on by itself, and `news` says when it has come to something.
@@ -19,7 +20,7 @@ import structlog
 
 from router.claims import claims_of
 from workers.address import canonical_ip, is_ip, join_address, parse_address
-from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, read_endpoints
+from workers.discovery.endpoints_file import Endpoint, EndpointsError, ModelEntry, Unreadable, read_endpoints
 from workers.discovery.registry import FoundPod, Settings
 
 log = structlog.get_logger()
@@ -43,6 +44,7 @@ class FileSource:
         self.path = path
         self._models: tuple[ModelEntry, ...] = ()
         self._seen: object = None
+        self._complaint = ""
         self._hosts: set[str] = set()
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._look_ups: dict[str, asyncio.Task[None]] = {}
@@ -79,9 +81,14 @@ class FileSource:
             if self.loaded and not self.usable:
                 log.info("endpoints file can be used again")
             self.usable = self.loaded = True
+            self._complaint = ""
         except EndpointsError as error:
             self.usable = False
-            log.error("endpoints file cannot be used, the pods stay as they are", error=str(error))
+            if isinstance(error, Unreadable) and not isinstance(seen, int):
+                self._seen = None
+            if str(error) != self._complaint or not isinstance(error, Unreadable):
+                log.error("endpoints file cannot be used, the pods stay as they are", error=str(error))
+            self._complaint = str(error)
 
     def _look(self) -> object:
         try:
