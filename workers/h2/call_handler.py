@@ -91,7 +91,7 @@ class CallHandler(Outbound):
         self.send_block(stream, refusal.block, end=False)
         stream.last_block = b""
         self.hold(stream, refusal.body)
-        self.flush_stream(stream)
+        self.send_pending(stream)
 
     # Messages.
 

@@ -235,8 +235,11 @@ class Connection(Inbound):
                         else:
                             self.take_result(stream, call, reply)
                         if not stream.fast_path:
-                            if start < pos and stream.call is not None:
-                                self.collect(stream, buf[start:pos])
+                            if stream.call is not None:
+                                if start < pos:
+                                    self.collect(stream, buf[start:pos])
+                                else:
+                                    self.settle(stream)
                             break
                     if flags:
                         if stream.fast_path and stream.headers_sent:

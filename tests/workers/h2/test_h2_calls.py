@@ -280,6 +280,32 @@ def test_the_clients_end_waits_for_the_awaited_answer() -> None:
     assert peer.call.half_closed == 1
 
 
+def test_an_awaited_reply_longer_than_a_frame_is_sent_whole_before_what_waits_is_read() -> None:
+    peer = Peer()
+    peer.send(peer.open(1), peer.say(1, b"wait", b"next"))
+    got = peer.answer(0, (b"first", b"x" * 40_000, b"third"))
+    assert messages(got, 1) == [b"first", b"x" * 40_000, b"third", b"<next>"]
+    assert messages(peer.send(peer.say(1, b"last", end=True)), 1) == [b"<last>"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_awaited_reply_longer_than_a_frame_is_followed_by_one_end(finished: bool) -> None:
+    peer = Peer()
+    peer.send(peer.open(1), peer.say(1, b"wait", end=True))
+    peer.call.finished = finished
+    got = peer.answer(0, (b"x" * 20_000, b"second"))
+    assert messages(got, 1) == [b"x" * 20_000, b"second"]
+    assert [bool(f.flags & END_STREAM) for f in got] == [False] * 4 + [True]
+    assert (peer.call.half_closed, peer.call.closed) == (not finished, 1)
+
+
+def test_after_a_reply_longer_than_a_frame_a_stream_is_on_the_fast_path_again() -> None:
+    peer = Peer()
+    got = peer.send(peer.open(1), peer.say(1, b"long 20000"))
+    assert messages(got, 1) == [b"x" * 20_000]
+    assert peer.connection.streams[1].fast_path
+
+
 def test_an_awaited_answer_may_be_an_error() -> None:
     peer = Peer()
     peer.send(peer.open(1), peer.say(1, b"wait"), peer.say(1, b"held"))
