@@ -252,7 +252,7 @@ class Connection(Inbound):
                     try:
                         self.data(stream, stream_id, flags, buf, start, pos)
                     except StreamFault as fault:
-                        self._stream_fault(stream_id, fault)
+                        self._stream_fault(stream_id & MAX_WINDOW, fault)
                 continue
             # What grpc-go sends with every message, to measure the path, comes before the general case.
             if kind == WINDOW_UPDATE and not (stream_id or special) and length == 4:

@@ -44,6 +44,13 @@ def calmed(peer: Peer, got: list[Frame], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
+def test_the_reserved_bit_of_a_stream_id_hides_no_stream() -> None:
+    peer = Peer()
+    (reset,) = peer.send(peer.open(1, ("content-length", "3")), frame(DATA, 0, 1 | 1 << 31, b"abcd"))
+    assert (reset.kind, reset.stream_id, reset.code) == (RST_STREAM, 1, PROTOCOL_ERROR)
+    assert not peer.connection.streams
+
+
     ("nuisance", "reason"),
     [
         (frame(PING, 0, 0, bytes(8)), "PING"),
