@@ -373,6 +373,9 @@ class CallHandler(Outbound):
             self.reset(stream, ENHANCE_YOUR_CALM)
         before = now - self.limits.linger_seconds
         while self.lingering and (stream := next(iter(self.lingering.values()))).since <= before:
+        self.unpark()  # what was reset may have been what they waited for
+        if self.counters.buffered_bytes > self.limits.max_buffered_bytes // 2:
+            self._give_up_unfinished(now)
             self.reset(stream, NO_ERROR)
 
     def end_idle_calls(self) -> None:

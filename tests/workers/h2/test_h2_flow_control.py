@@ -198,6 +198,16 @@ def test_a_connection_that_owes_too_much_reads_no_more_messages() -> None:
     assert peer.counters.buffered_bytes == 0
 
 
+def test_messages_are_read_again_once_what_nobody_reads_is_given_up() -> None:
+    peer = Peer(TransportLimits(max_pending_send_bytes=1_000, stall_seconds=5), window=100)
+    peer.send(peer.open(1), peer.say(1, b"long 2000"))
+    assert peer.send(peer.open(3), peer.say(3, b"hello", end=True)) == []
+    got = peer.later(6)
+    assert (got[0].kind, got[0].stream_id) == (RST_STREAM, 1)
+    assert messages(got, 3) == [b"<hello>"]
+    assert not peer.connection.streams
+
+
 def test_a_full_socket_holds_what_calls_say_meanwhile() -> None:
     peer = Peer()
     peer.send(peer.open(1), peer.say(1, b"wait"))
