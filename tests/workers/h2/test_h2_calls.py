@@ -253,7 +253,7 @@ def test_while_an_answer_is_awaited_other_streams_go_on_and_this_one_waits() -> 
     assert peer.send(peer.say(1, b"third")) == []
     assert messages(peer.send(peer.open(3), peer.say(3, b"other")), 3) == [b"<other>"]
     assert peer.log.calls[0].got == [b"wait"]
-    assert peer.counters.buffered_bytes == len(b"second" + b"third")
+    assert peer.counters.buffered_bytes == len(b"second" + b"third") + 2 * 64
     assert messages(peer.answer(0, b"at last"), 1) == [b"at last", b"<second>", b"<third>"]
     assert peer.wakes == 1
     assert peer.counters.buffered_bytes == 0
@@ -488,6 +488,16 @@ def test_messages_under_way_when_a_call_was_ended_are_heard(cut: int) -> None:
     assert peer.call.closed == 1
     peer.send(frame(RST_STREAM, 0, 1, NO_ERROR.to_bytes(4, "big")))
     assert peer.counters.buffered_bytes == 0
+    assert not peer.connection.streams
+
+
+def test_what_is_begun_late_has_to_fit_beside_all_the_rest() -> None:
+    peer = finished_late()
+    peer.counters.buffered_bytes = (512 << 20) - 1000  # other connections'
+    peer.send(frame(DATA, 0, 1, message(b"x" * 2000)[:1500]))
+    assert peer.counters.buffered_bytes == (512 << 20) - 1000
+    peer.send(frame(DATA, END_STREAM, 1, message(b"x" * 2000)[1500:]))
+    assert peer.call.heard_late == []
     assert not peer.connection.streams
 
 
