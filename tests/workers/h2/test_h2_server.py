@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import inspect
 import socket
 import ssl
@@ -13,6 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 import uvloop
+from h2_wire import RST_STREAM, Peer, frame
 
 from workers.calls import Metadata, Method
 from workers.h2.limits import TransportLimits
@@ -285,6 +287,35 @@ async def test_a_client_that_does_not_read_is_not_read_either() -> None:
         await asyncio.wait_for(flood(), 20)
     sock.close()
     assert one.counters.abuse_closes == {"unread socket": 1}
+    await one.stop(0)
+
+
+# Awaited answers.
+
+
+@on_both_loops
+async def test_a_stream_may_be_reset_before_the_wait_for_its_answer_has_begun() -> None:
+    closed = []
+
+    class Slow(Named):
+        async def later(self) -> bytes:
+            return self.name
+
+        def receive(self, message: bytes) -> Any:
+            return self.later()
+
+        def close(self) -> None:
+            closed.append(True)
+
+    one = H2Server({"/test/Name": Method(lambda metadata: Slow(b"slow"))})
+    await one.listen("127.0.0.1:0")
+    host, port = one.addresses[0].split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    peer = Peer(greet=False)
+    writer.write(HELLO + peer.open(1, path="/test/Name") + peer.say(1, b"a") + frame(RST_STREAM, 0, 1, bytes(4)))
+    assert await eventually(lambda: closed == [True])
+    gc.collect()  # a coroutine that was never awaited would warn
+    writer.close()
     await one.stop(0)
 
 
