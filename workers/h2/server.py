@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -88,8 +89,9 @@ class H2Server:
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
             loop.remove_reader(listener.sock)
-            while self._accept(listener):
-                pass
+            for _ in range(_BACKLOG // _ACCEPTS_PER_WAKE + 1):  # others may go on connecting
+                if not self._accept(listener):
+                    break
             listener.sock.close()
             if listener.path is not None:
                 # A successor may have renamed its own socket over ours.
@@ -97,27 +99,27 @@ class H2Server:
                     if listener.path.stat().st_ino == listener.inode:
                         listener.path.unlink()
         self._listeners.clear()
-        if self._accepting:
-            await asyncio.wait(self._accepting, timeout=max(grace_seconds, self.limits.linger_seconds))
-        until = loop.time() + grace_seconds
-        while (self._live or self._accepting) and loop.time() < until:
-            for protocol in list(self._live):
-                protocol.drain()
-            await asyncio.sleep(0.02)
-        for protocol in list(self._live):
-            protocol.abandon()
-        until = loop.time() + self.limits.linger_seconds
-        while self._live and loop.time() < until:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+        # Connections whose TLS handshake is under way are asked to leave as soon as they can be.
+        await self._until_empty(H2Protocol.drain, grace_seconds)
+        await self._until_empty(H2Protocol.abandon, self.limits.linger_seconds)
         for task in self._accepting:
             task.cancel()
         for protocol in list(self._live):
             protocol.abort()
-        while self._live:  # noqa: ASYNC110
+        while self._live or self._accepting:  # noqa: ASYNC110
             await asyncio.sleep(0)
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
+
+    async def _until_empty(self, ask: Callable[[H2Protocol], None], seconds: float) -> None:
+        """Ask all connections, and those that join them, until there are none or the time is over."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while (self._live or self._accepting) and loop.time() < until:
+            for protocol in list(self._live):
+                ask(protocol)
+            await asyncio.sleep(0.02)
 
     def _accept(self, listener: _Listener) -> int:
         """Take in what waits in the backlog, within reason. Returns how many connections that were."""
@@ -133,6 +135,10 @@ class H2Server:
                 if loop.remove_reader(listener.sock):
                     loop.call_later(1.0, self._listen_again, listener)
                 return count
+            if len(self._accepting) >= self.limits.max_connections:  # handshakes of TLS that nobody finishes
+                self.counters.connections_refused += 1
+                sock.close()
+                continue
             sock.setblocking(False)
             if listener.path is None:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

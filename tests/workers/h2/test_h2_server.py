@@ -348,6 +348,54 @@ async def test_after_stopping_nobody_listens() -> None:
 
 
 @on_both_loops
+async def test_a_tls_handshake_that_nobody_finishes_does_not_put_off_the_drain() -> None:
+    one = server(limits=TransportLimits(linger_seconds=0.1, handshake_seconds=600))
+    await one.listen("127.0.0.1:0", tls())
+    host, port = one.addresses[0].split(":")
+    context = ssl.create_default_context(cafile=str(TLS / "ca.pem"))
+    context.set_alpn_protocols(["h2"])
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="localhost")
+    writer.write(HELLO)
+    await reader.readexactly(27)
+    silent = socket.create_connection((host, int(port)))
+    assert await eventually(lambda: len(one._accepting) == 1)
+    stopping = asyncio.ensure_future(one.stop(300))
+    while b"draining" not in await asyncio.wait_for(reader.read(1 << 16), 20):
+        pass
+    assert not stopping.done()
+    silent.close()
+    writer.close()
+    await asyncio.wait_for(stopping, 20)
+
+
+@on_both_loops
+async def test_tls_handshakes_that_nobody_finishes_end_with_the_grace() -> None:
+    one = server(limits=TransportLimits(linger_seconds=0.1, handshake_seconds=600))
+    await one.listen("127.0.0.1:0", tls())
+    host, port = one.addresses[0].split(":")
+    silent = socket.create_connection((host, int(port)))
+    assert await eventually(lambda: len(one._accepting) == 1)
+    await asyncio.wait_for(one.stop(0.1), 20)
+    assert not one._accepting
+    silent.close()
+
+
+@on_both_loops
+async def test_tls_handshakes_that_nobody_finishes_are_bounded() -> None:
+    one = server(limits=TransportLimits(linger_seconds=0.1, max_connections=3))
+    await one.listen("127.0.0.1:0", tls())
+    host, port = one.addresses[0].split(":")
+    socks = [socket.create_connection((host, int(port))) for _ in range(5)]
+    assert await eventually(lambda: one.counters.connections_refused == 2)
+    assert len(one._accepting) == 3
+    for sock in socks:
+        sock.close()
+    assert await eventually(lambda: not one._accepting)
+    assert one.counters.connections_refused == 5
+    await one.stop(0)
+
+
+@on_both_loops
 async def test_a_client_that_ignores_goaway_is_cut_after_the_grace() -> None:
     one = server(limits=TransportLimits(linger_seconds=0.1))
     await one.listen("127.0.0.1:0")
