@@ -171,6 +171,18 @@ async def test_a_successor_takes_over_the_path_while_the_predecessor_serves(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@on_both_loops
+async def test_the_longest_path_that_a_configuration_may_have(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    if len(path) > 100:
+        pytest.skip("the folder's name is too long")
+    path += "s" * (100 - len(path))
+    one = server()
+    await one.listen(f"unix:{path}")
+    assert await ask(f"unix:{path}") == b"server"
+    await one.stop(0)
+
+
 # TLS.
 
 
