@@ -442,6 +442,9 @@ class Supervisor:
     def _add_worker(self) -> None:
         numbers = {job.number for job in self.jobs if job.kind is Kind.WORKER}
         number = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        if self._config.listen.startswith("unix:"):
+            log.error("no room for another worker: the unix path of `listen` serves one", workers=len(numbers))
+            return
         if number >= self._config.max_workers:
             log.error("no room for another worker: raise capacity.workers", workers=len(numbers))
             return

@@ -288,6 +288,21 @@ def test_what_needs_a_full_restart_is_named(running: Callable[..., Running]) -> 
     wait_until(one.ready)
 
 
+def test_a_unix_path_of_all_workers_stays_that_of_the_only_one(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    one = Running(tmp_path, listen=f"unix:{tmp_path}/own/sock", capacity={"workers": 2})
+    try:
+        wait_until(one.ready)
+        before = (tmp_path / "own" / "sock").stat().st_ino
+        os.kill(one.pid, signal.SIGTTIN)
+        wait_until(lambda: one.says("no room for another worker: the unix path"))
+        assert (tmp_path / "own" / "sock").stat().st_ino == before
+        assert "worker 1" not in one.children()
+    finally:
+        one.stop()
+    assert list((tmp_path / "own").iterdir()) == []
+
+
 def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(
     running: Callable[..., Running], valkey_url: str
 ) -> None:
