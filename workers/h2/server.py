@@ -127,8 +127,8 @@ class H2Server:
             except OSError:
                 # Out of file descriptors: the backlog keeps the rest until the next try.
                 self.counters.connections_refused += 1
-                if loop.remove_reader(listener.sock):
-                    loop.call_later(1.0, self._listen_again, listener)
+                loop.remove_reader(listener.sock)
+                loop.call_later(_TICK_SECONDS, self._listen_again, listener)
                 return count
             if len(self._accepting) >= self.limits.max_connections:  # handshakes of TLS that nobody finishes
                 self.counters.connections_refused += 1

@@ -1,6 +1,7 @@
 """Listening, TLS, taking over and stopping, with real sockets."""
 
 import asyncio
+import errno
 import functools
 import gc
 import inspect
@@ -252,6 +253,26 @@ async def test_connections_over_the_limit_are_closed() -> None:
         end.close()
     await one.stop(0)
     assert one.counters.connections_open == 0
+
+
+@on_both_loops
+async def test_connections_for_which_there_is_no_file_descriptor_are_accepted_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accept = socket.socket.accept
+    failures = [errno.EMFILE, errno.ENFILE, errno.EMFILE]
+
+    def accept_if_possible(sock: socket.socket) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "Too many open files")
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_if_possible)
+    one = server()
+    await one.listen("127.0.0.1:0")
+    assert await ask(one.addresses[0]) == b"server"
+    assert failures == []
+    await one.stop(0)
 
 
 @on_both_loops
