@@ -14,6 +14,7 @@ milliseconds and shares the memory of the code. What a child does is in `ext_pro
 import contextlib
 import gc
 import os
+import resource
 import selectors
 import signal
 import sys
@@ -487,8 +488,17 @@ class Supervisor:
         log.info("worker removed", workers=len(workers) - 1)
 
 
+def raise_file_limit() -> None:
+    """As many open files as the system grants: a worker may have some thousand connections, and the usual limit, which
+    spares programs that use `select`, is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(config: Config, reload: Callable[[], Config]) -> int:
     """Run until stopped. Raises ConfigError when an address is taken."""
+    raise_file_limit()
     for number in range(config.max_workers):
         clear_stale_socket(config.worker_address(number))
     clear_stale_socket(config.listen)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import http.client
 import os
+import resource
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ import workers.supervisor
 from bench.lab import Lab, free_ports, get
 from protos.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 from workers.config import Config, load
-from workers.supervisor import Supervisor
+from workers.supervisor import Supervisor, raise_file_limit
 
 
 class Running:
@@ -286,6 +287,16 @@ def test_what_needs_a_full_restart_is_named(running: Callable[..., Running]) -> 
     wait_until(lambda: one.says("rolling restart"))
     assert [line["key"] for line in one.told() if "full restart" in line["event"]] == ["capacity", "prefix.ring_bytes"]
     wait_until(one.ready)
+
+
+def test_as_many_files_may_be_open_as_the_system_grants() -> None:
+    def child() -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+        raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+
+    assert end_of(in_child(child)) == 0
 
 
 def test_a_unix_path_of_all_workers_stays_that_of_the_only_one(tmp_path: Path) -> None:
