@@ -133,6 +133,13 @@ def test_a_call_error_after_a_reply_is_in_the_trailers() -> None:
     assert peer.call.got == [b"a", b"error"]
 
 
+def test_an_error_message_has_no_space_at_its_ends() -> None:
+    peer = Peer()
+    path = "/" + "p" * (1024 - len("unknown method /") - 1) + " cut"
+    (trailers,) = peer.send(peer.open(1, path=path, end=True))
+    assert peer.headers(trailers)["grpc-message"] == f"unknown method {path[:-4]}"
+
+
 def test_opening_may_refuse() -> None:
     peer = Peer()
     (trailers,) = peer.send(peer.open(1, ("refuse", "1"), end=True))
