@@ -139,8 +139,13 @@ class CallHandler(Outbound):
             return  # ended by a push of its own while it was making this reply
         if reply is not None:
             self._send(stream, reply)
-            if stream.pending is not None and stream.inbox is None:
-                stream.inbox = deque()
+            if stream.pending is not None:
+                if self.counters.buffered_bytes > self.limits.max_buffered_bytes:
+                    self.counters.abuse("unread reply")
+                    self.reset(stream, ENHANCE_YOUR_CALM)
+                    return
+                if stream.inbox is None:
+                    stream.inbox = deque()
         if call.finished:
             self.finish(stream)
 

@@ -11,8 +11,9 @@ class TransportLimits:
     max_message_bytes: int = 64 << 20
     """A longer gRPC message ends its call with RESOURCE_EXHAUSTED."""
     max_buffered_bytes: int = 512 << 20
-    """Parts of messages and waiting messages of all connections together; the call that passes it is ended with
-    RESOURCE_EXHAUSTED. From half of it on, a message must come to its end within `stall_seconds`."""
+    """Parts of messages, waiting messages and waiting replies of all connections together; the call that passes it is
+    ended with RESOURCE_EXHAUSTED, or reset where it was a reply. From half of it on, a message must come to its end
+    within `stall_seconds`."""
     max_connections: int = 4096
     """As many TLS handshakes may be under way beside them."""
     max_concurrent_streams: int = 65536

@@ -3,7 +3,8 @@
 A reply that does not fit into the windows waits in its stream's `pending`. A stream waits in one of two places: for a
 WINDOW_UPDATE of its own (found through its id), or in `_queue` for the connection's window, served in turn. While a
 stream waits none of its messages are read, and while a connection holds more than `max_pending_send_bytes` none of
-any stream; so what is held is bounded by one reply per stream and the limit together.
+any stream; so what is held is bounded by one reply per stream and the limit together, and for all connections by
+`max_buffered_bytes`.
 """
 
 from collections import OrderedDict, deque
@@ -141,6 +142,7 @@ class Outbound:
 
     def _count_pending(self, change: int) -> None:
         self.pending_bytes += change
+        self.counters.buffered_bytes += change
         self.congested = self.pending_bytes > self.limits.max_pending_send_bytes
 
     def flush_stream(self, stream: Stream) -> None:
