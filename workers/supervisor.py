@@ -452,6 +452,9 @@ class Supervisor:
         # by number.
         numbers = {number for number, job in jobs.items() if not job.closing}
         number = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        if self._config.listen.startswith("unix:"):
+            log.error("no room for another worker: the unix path of `listen` serves one", workers=len(numbers))
+            return
         if number >= self._config.max_workers:
             log.error("no room for another worker: raise capacity.workers", workers=len(numbers))
             return

@@ -8,8 +8,8 @@ between which answers come, time passes and the socket fills. Without atheris
 `python -m bench.fuzz.h2_engine --random N [seed]` plays N random inputs, which finds less but runs everywhere.
 
 What must hold whatever comes: `receive` raises nothing and returns whole frames; no DATA goes beyond the client's
-windows; when the connection is lost every call has been closed exactly once and nothing is counted as open, buffered or
-pending.
+windows; nothing follows the end of a stream; when the connection is lost every call has been closed exactly once and
+nothing is counted as open, buffered or pending.
 """
 
 import logging
@@ -91,7 +91,7 @@ class FuzzCall:
         self.push = push
 
     def receive(self, message: bytes) -> Reply | Awaitable[Reply]:
-        assert not self.closed and not self.awaited, "receive while closed or waiting"
+        assert not self.closed and not self.finished and not self.awaited, "receive while closed or waiting"
         if message == b"finish":
             self.finished = True
         elif message == b"idle":
@@ -154,6 +154,8 @@ class World:
         self.connection = Connection(methods, LIMITS, self.counters, lambda: self.now)
         self.connection.wait = self._wait
         self.connection_room = 65_535
+        self.ended: set[int] = set()
+        """Streams that the server has ended."""
         self.check(self.connection.take())
 
     def _open(self, metadata: Metadata) -> FuzzCall:
@@ -172,6 +174,11 @@ class World:
             if out[3] == 0:
                 self.connection_room -= size
                 assert self.connection_room >= 0, "DATA beyond the connection's window"
+            if out[3] <= 1:
+                stream_id = int.from_bytes(out[5:9], "big")
+                assert stream_id not in self.ended, "something after the end of a stream"
+                if out[4] & 1:
+                    self.ended.add(stream_id)
             out = out[9 + size :]
 
     def end(self) -> None:
@@ -269,7 +276,8 @@ def play(data: bytes) -> None:
                 answer = waiting[event % len(waiting)]
                 done, answer.done, answer.call.awaited = answer.done, None, False
                 assert done is not None
-                done((b"late", None, CallError(8, "no"), ValueError())[event % 4])
+                answer.call.finished = event > 190
+                done((b"late", None, CallError(8, "no"), ValueError(), (b"1", bytes(17_000), b"2"))[event % 5])
                 world.check(connection.take())
         elif event < 210:
             world.now += event - 199

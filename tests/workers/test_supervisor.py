@@ -320,6 +320,21 @@ def test_tables_that_cannot_be_made_are_told_in_one_line(monkeypatch: pytest.Mon
         Supervisor(config, lambda: config)
 
 
+def test_a_unix_path_of_all_workers_stays_that_of_the_only_one(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    one = Running(tmp_path, listen=f"unix:{tmp_path}/own/sock", capacity={"workers": 2})
+    try:
+        wait_until(one.ready)
+        before = (tmp_path / "own" / "sock").stat().st_ino
+        os.kill(one.pid, signal.SIGTTIN)
+        wait_until(lambda: one.says("no room for another worker: the unix path"))
+        assert (tmp_path / "own" / "sock").stat().st_ino == before
+        assert "worker 1" not in one.children()
+    finally:
+        one.stop()
+    assert list((tmp_path / "own").iterdir()) == []
+
+
 def test_a_replicator_comes_with_redis_and_is_replaced_when_it_dies(
     running: Callable[..., Running], valkey_url: str
 ) -> None:

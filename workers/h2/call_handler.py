@@ -26,6 +26,8 @@ Result = Reply | BaseException
 """What an awaited answer became."""
 
 _REMEMBERED_RESETS: Final = 1024
+_WAITING_COST: Final = 64
+"""What a message that waits takes besides its bytes."""
 
 
 class CallHandler(Outbound):
@@ -91,7 +93,7 @@ class CallHandler(Outbound):
         self.send_block(stream, refusal.block, end=False)
         stream.last_block = b""
         self.hold(stream, refusal.body)
-        self.flush_stream(stream)
+        self.send_pending(stream)
 
     # Messages.
 
@@ -105,7 +107,7 @@ class CallHandler(Outbound):
             if stream.inbox is None:
                 self._receive(stream, stream.call, message)
             else:
-                self.counters.buffered_bytes += len(message)
+                self.counters.buffered_bytes += len(message) + _WAITING_COST
                 stream.inbox.append(message)
         self.check_buffered(stream)
 
@@ -137,8 +139,13 @@ class CallHandler(Outbound):
             return  # ended by a push of its own while it was making this reply
         if reply is not None:
             self._send(stream, reply)
-            if stream.pending is not None and stream.inbox is None:
-                stream.inbox = deque()
+            if stream.pending is not None:
+                if self.counters.buffered_bytes > self.limits.max_buffered_bytes:
+                    self.counters.abuse("unread reply")
+                    self.reset(stream, ENHANCE_YOUR_CALM)
+                    return
+                if stream.inbox is None:
+                    stream.inbox = deque()
         if call.finished:
             self.finish(stream)
 
@@ -173,7 +180,7 @@ class CallHandler(Outbound):
                 self._park(stream)
                 return
             message = inbox.popleft()
-            self.counters.buffered_bytes -= len(message)
+            self.counters.buffered_bytes -= len(message) + _WAITING_COST
             self._receive(stream, stream.call, message)
         if stream.call is None or stream.waiter is not None or stream.pending is not None:
             return
@@ -316,7 +323,7 @@ class CallHandler(Outbound):
         stream.deadline = inf
         self._parked.pop(stream.id, None)
         if stream.inbox:
-            self.counters.buffered_bytes -= sum(map(len, stream.inbox))
+            self.counters.buffered_bytes -= sum(map(len, stream.inbox)) + _WAITING_COST * len(stream.inbox)
         stream.inbox = None
         if stream.late is None:
             self._drop_deframer(stream)
@@ -371,9 +378,24 @@ class CallHandler(Outbound):
         while self.blocked and (stream := next(iter(self.blocked.values()))).since <= before:
             self.counters.abuse("unread reply")
             self.reset(stream, ENHANCE_YOUR_CALM)
+        self.unpark()  # what was reset may have been what they waited for
+        if self.counters.buffered_bytes > self.limits.max_buffered_bytes // 2:
+            self._give_up_unfinished(now)
         before = now - self.limits.linger_seconds
         while self.lingering and (stream := next(iter(self.lingering.values()))).since <= before:
             self.reset(stream, NO_ERROR)
+
+    def _give_up_unfinished(self, now: float) -> None:
+        """Space is getting short: whoever has begun a message and does not come to its end makes room for others."""
+        before = now - self.limits.stall_seconds
+        for stream in list(self.streams.values()):
+            deframer = stream.deframer
+            if deframer is None or not deframer.held:
+                continue
+            deframer.seen = min(deframer.seen, now)
+            if deframer.seen <= before:
+                self.counters.abuse("unfinished message")
+                self.reset(stream, ENHANCE_YOUR_CALM)
 
     def end_idle_calls(self) -> None:
         """End with OK whatever waits for nothing."""

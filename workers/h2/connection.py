@@ -235,8 +235,11 @@ class Connection(Inbound):
                         else:
                             self.take_result(stream, call, reply)
                         if not stream.fast_path:
-                            if start < pos and stream.call is not None:
-                                self.collect(stream, buf[start:pos])
+                            if stream.call is not None:
+                                if start < pos:
+                                    self.collect(stream, buf[start:pos])
+                                else:
+                                    self.settle(stream)
                             break
                     if flags:
                         if stream.fast_path and stream.headers_sent:
@@ -249,7 +252,7 @@ class Connection(Inbound):
                     try:
                         self.data(stream, stream_id, flags, buf, start, pos)
                     except StreamFault as fault:
-                        self._stream_fault(stream_id, fault)
+                        self._stream_fault(stream_id & MAX_WINDOW, fault)
                 continue
             # What grpc-go sends with every message, to measure the path, comes before the general case.
             if kind == WINDOW_UPDATE and not (stream_id or special) and length == 4:

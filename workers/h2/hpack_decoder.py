@@ -137,7 +137,7 @@ _field: Final = lru_cache(maxsize=4096)(_new_field)
 class HpackDecoder:
     """One connection's decoding context."""
 
-    __slots__ = ("_capacity", "_entries", "_max_list_bytes", "_used", "newest", "version")
+    __slots__ = ("_capacity", "_entries", "_max_list_bytes", "_used", "list_bytes", "newest", "version")
 
     def __init__(self, max_list_bytes: int) -> None:
         self._entries: list[Field] = []
@@ -147,6 +147,8 @@ class HpackDecoder:
         self._used = 0
         self._capacity = TABLE_BYTES
         self._max_list_bytes = max_list_bytes
+        self.list_bytes = 0
+        """What the last block decoded to, by RFC 9113 6.5.2."""
         self.version = 0
 
     def decode(self, block: bytes) -> list[Field] | None:
@@ -192,6 +194,7 @@ class HpackDecoder:
                 field, pos = self._literal(block, pos, 0x0F)
             fields.append(field)
             size += field.size
+        self.list_bytes = size
         return fields if size <= self._max_list_bytes else None
 
     def _literal(self, block: bytes, pos: int, mask: int) -> tuple[Field, int]:

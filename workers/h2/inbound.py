@@ -86,8 +86,9 @@ class Inbound(Control):
             self.reset(stream, NO_ERROR)
             return
         messages = self._cut(stream, piece)
-        if messages is None:
+        if messages is None or self.counters.buffered_bytes > self.limits.max_buffered_bytes:
             stream.late = None
+            self._drop_deframer(stream)
             self._discard(stream, piece)
             return
         for message in messages:

@@ -11,9 +11,11 @@ class TransportLimits:
     max_message_bytes: int = 64 << 20
     """A longer gRPC message ends its call with RESOURCE_EXHAUSTED."""
     max_buffered_bytes: int = 512 << 20
-    """Parts of messages and waiting messages of all connections together; the call that passes it is ended with
-    RESOURCE_EXHAUSTED."""
+    """Parts of messages, waiting messages and waiting replies of all connections together; the call that passes it is
+    ended with RESOURCE_EXHAUSTED, or reset where it was a reply. From half of it on, a message must come to its end
+    within `stall_seconds`."""
     max_connections: int = 4096
+    """As many TLS handshakes may be under way beside them."""
     max_concurrent_streams: int = 65536
     """Per connection (SETTINGS_MAX_CONCURRENT_STREAMS); the next one is refused."""
     max_open_streams: int = 131072
@@ -42,7 +44,8 @@ class TransportLimits:
     keepalive_timeout_seconds: float = 20.0
     """...and taken for dead after this long without any byte."""
     stall_seconds: float = 30.0
-    """How long a reply may wait for a closed window, and the socket for its reader."""
+    """How long a reply may wait for a closed window, the socket for its reader, and a message for its end where much
+    is held already."""
     linger_seconds: float = 2.0
     """How long a client may keep its half of an answered stream, or of a closed connection, open."""
     control_frames_burst: int = 10_000

@@ -5,6 +5,7 @@ pieces it came in, joined once when the last one is there. Pieces below `_SMALL`
 that a client that sends single bytes cannot make the list weigh more than the bytes.
 """
 
+from math import inf
 from typing import Final
 
 from workers.calls import CallError, Status
@@ -37,7 +38,7 @@ def deframe(piece: bytes, pos: int, limit: int, messages: list[bytes]) -> tuple[
 class MessageDeframer:
     """The bytes of one stream since its last whole message: at least one byte of a prefix."""
 
-    __slots__ = ("_limit", "_parts", "_prefix", "_wanted", "held")
+    __slots__ = ("_limit", "_parts", "_prefix", "_wanted", "held", "seen")
 
     def __init__(self, max_message_bytes: int, rest: bytes, wanted: int) -> None:
         """`rest` is the beginning of a message of `wanted` bytes, or with -1 of its prefix."""
@@ -51,6 +52,8 @@ class MessageDeframer:
         self._prefix = rest if wanted < 0 else b""
         self.held = 0
         """Message bytes collected."""
+        self.seen = inf
+        """When somebody who looks for messages without an end first saw this one."""
         if wanted >= 0 and rest:
             self.held = len(rest)
             self._keep(rest)

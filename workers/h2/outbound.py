@@ -3,7 +3,8 @@
 A reply that does not fit into the windows waits in its stream's `pending`. A stream waits in one of two places: for a
 WINDOW_UPDATE of its own (found through its id), or in `_queue` for the connection's window, served in turn. While a
 stream waits none of its messages are read, and while a connection holds more than `max_pending_send_bytes` none of
-any stream; so what is held is bounded by one reply per stream and the limit together.
+any stream; so what is held is bounded by one reply per stream and the limit together, and for all connections by
+`max_buffered_bytes`.
 """
 
 from collections import OrderedDict, deque
@@ -96,7 +97,7 @@ class Outbound:
         else:
             self.hold(stream, b"\0" + size.to_bytes(4, "big"))
             self.hold(stream, message)
-            self.flush_stream(stream)
+            self.send_pending(stream)
 
     def end_with(self, stream: Stream, block: bytes) -> None:
         """End our half with trailers, now or after what is pending; b"" lets the last DATA frame end it."""
@@ -111,7 +112,7 @@ class Outbound:
         raise NotImplementedError
 
     def unblocked(self, stream: Stream) -> None:
-        """Everything that was pending has been sent and the stream goes on."""
+        """A window has let go everything that was pending, and the stream goes on."""
         raise NotImplementedError
 
     def send_reset(self, stream_id: int, code: int) -> None:
@@ -141,10 +142,20 @@ class Outbound:
 
     def _count_pending(self, change: int) -> None:
         self.pending_bytes += change
+        self.counters.buffered_bytes += change
         self.congested = self.pending_bytes > self.limits.max_pending_send_bytes
 
     def flush_stream(self, stream: Stream) -> None:
-        """Send as much of a stream's `pending` as both windows allow, and what follows it once it is empty."""
+        """A window has opened: send, and go on with the stream if nothing is left to send."""
+        self.send_pending(stream)
+        if stream.pending is None and stream.last_block is None:
+            self.unblocked(stream)
+
+    def send_pending(self, stream: Stream) -> None:
+        """Send as much of a stream's `pending` as both windows allow, and the trailers once it is empty.
+
+        Whoever is not at the end of a reply may call it: nothing of what the client has said is read here.
+        """
         pending = stream.pending
         while pending:
             room = min(stream.send_window, self.send_window, self.max_send_frame)
@@ -173,12 +184,9 @@ class Outbound:
         if pending is None:
             return
         self.drop_pending(stream)
-        if stream.last_block is None:
-            self.unblocked(stream)
-        elif stream.last_block:
-            self.send_block(stream, stream.last_block, end=True)
-            self.local_end(stream)
-        else:
+        if stream.last_block is not None:
+            if stream.last_block:
+                self.send_block(stream, stream.last_block, end=True)
             self.local_end(stream)
 
     def flush(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import cast
 
 from workers.calls import Methods, Reply
@@ -100,8 +101,10 @@ class H2Protocol:
         self._flush_due = False
         self._write(self.connection.take())
 
-    def _wait(self, awaitable: Awaitable[Reply], done: Callable[[Result], None]) -> asyncio.Task[None]:
-        return self._loop.create_task(_report(awaitable, done))
+    def _wait(self, awaitable: Awaitable[Reply], done: Callable[[Result], None]) -> asyncio.Future[Reply]:
+        future = asyncio.ensure_future(awaitable, loop=self._loop)
+        future.add_done_callback(partial(_report, done))
+        return future
 
     # From the server.
 
@@ -156,10 +159,9 @@ class H2Protocol:
         self._loop.call_later(self._limits.linger_seconds, self.abort)
 
 
-async def _report(awaitable: Awaitable[Reply], done: Callable[[Result], None]) -> None:
-    """Await an answer and report what became of it. A cancelled wait is reported too, so that its call ends."""
-    try:
-        result: Result = await awaitable
-    except (Exception, asyncio.CancelledError) as error:
-        result = error
-    done(result)
+def _report(done: Callable[[Result], None], future: asyncio.Future[Reply]) -> None:
+    """What became of an awaited answer. A cancelled wait is reported too, so that its call ends."""
+    if future.cancelled():
+        done(asyncio.CancelledError())
+    else:
+        done(future.exception() or future.result())

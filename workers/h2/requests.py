@@ -23,6 +23,8 @@ _UNIT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, 
 _GRPC: Final = re.compile(r"application/grpc(?:[+;].*)?", re.IGNORECASE).fullmatch
 _PSEUDO: Final = {":method", ":scheme", ":path", ":authority"}
 _MAX_CACHED_LENGTH: Final = 1024
+_MAX_CACHED_LIST_BYTES: Final = 4096
+"""A short block can stand for much by repeating what is in the dynamic table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +94,21 @@ class RequestReader:
             if fields is None:
                 return TOO_LARGE
             newest = decoder.newest
-            if newest is None or newest.name != "grpc-timeout" or len(block) > _MAX_CACHED_LENGTH:
+            if newest is None or newest.name != "grpc-timeout" or not self._may_be_kept(block):
                 return read_request(fields, self._methods)
             return self._with_deadline(fields, newest)
         if fields is None:
             return TOO_LARGE
         request = read_request(fields, self._methods)
-        if len(block) <= _MAX_CACHED_LENGTH:
+        if self._may_be_kept(block):
             if len(self._cache) >= self._cache_entries:
                 self._cache.clear()
             self._cache[block] = request
         return request
+
+    def _may_be_kept(self, block: bytes) -> bool:
+        """Whether the block that was just decoded is small, in both of its forms."""
+        return len(block) <= _MAX_CACHED_LENGTH and self._decoder.list_bytes <= _MAX_CACHED_LIST_BYTES
 
     def _with_deadline(self, fields: list[Field], deadline: Field) -> Request:
         """A request like others but for its deadline, which is one of its fields."""

@@ -38,7 +38,8 @@ def trailers(code: int, message: str) -> bytes:
     block = literal("grpc-status", str(code))
     if message:
         safe = " !\"#$&'()*+,/:;<=>?@[\\]^`{|}"
-        text = quote(message[:1024], safe=safe, errors="replace")
+        # A field's value neither begins nor ends with a space (RFC 9113 8.2.1).
+        text = quote(message[:1024].strip(" "), safe=safe, errors="replace")
         block += literal("grpc-message", text)
     return block
 

@@ -1,21 +1,20 @@
 """Listening, and the life of a server: `H2Server` is what the rest of the program knows of this folder.
 
-The server accepts by itself instead of through `loop.create_server`, for two reasons: on shutdown the connections that
-wait in the backlog are taken in before the socket is closed (a closed listener resets them), and a unix socket's path
-belongs to whoever bound it last, so that a successor can take it over while its predecessor still serves.
+The server accepts by itself instead of through `loop.create_server`: on shutdown the connections that wait in the
+backlog are taken in before the socket is closed (a closed listener resets them).
 """
 
 import asyncio
-import contextlib
-import os
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 from workers.calls import Methods
 from workers.h2.limits import TransportCounters, TransportLimits
 from workers.h2.protocol import H2Protocol
+from workers.unix_path import UnixPath
 
 _BACKLOG = 1024
 _ACCEPTS_PER_WAKE = 64
@@ -24,13 +23,13 @@ _TICK_SECONDS = 0.1
 
 
 class _Listener:
-    __slots__ = ("inode", "path", "sock", "ssl_context")
+    __slots__ = ("place", "sock", "ssl_context")
 
-    def __init__(self, sock: socket.socket, ssl_context: ssl.SSLContext | None, path: Path | None = None) -> None:
+    def __init__(self, sock: socket.socket, ssl_context: ssl.SSLContext | None, place: UnixPath | None = None) -> None:
         self.sock = sock
         self.ssl_context = ssl_context
-        self.path = path
-        self.inode = path.stat().st_ino if path is not None else 0
+        self.place = place
+        """None for TCP."""
 
 
 class H2Server:
@@ -52,8 +51,8 @@ class H2Server:
         """Where the server listens, with the ports that the kernel chose for port 0."""
         names = []
         for listener in self._listeners:
-            if listener.path is not None:
-                names.append(f"unix:{listener.path}")
+            if listener.place is not None:
+                names.append(f"unix:{listener.place.path}")
             else:
                 host, port = listener.sock.getsockname()[:2]
                 names.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -69,8 +68,8 @@ class H2Server:
         if ssl_context is not None:
             ssl_context.set_alpn_protocols(["h2"])
         if address.startswith("unix:"):
-            path = Path(address.removeprefix("unix:"))
-            listeners = [_Listener(_bind_unix(path), ssl_context, path)]
+            place = UnixPath(Path(address.removeprefix("unix:")))
+            listeners = [_Listener(_bind_unix(place), ssl_context, place)]
         else:
             host, port = _split(address)
             infos = await loop.getaddrinfo(
@@ -88,36 +87,34 @@ class H2Server:
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
             loop.remove_reader(listener.sock)
-            while self._accept(listener):
-                pass
+            for _ in range(_BACKLOG // _ACCEPTS_PER_WAKE + 1):  # others may go on connecting
+                if not self._accept(listener):
+                    break
             listener.sock.close()
-            if listener.path is not None:
-                # A successor may have renamed its own socket over ours.
-                with contextlib.suppress(OSError):
-                    if listener.path.stat().st_ino == listener.inode:
-                        listener.path.unlink()
+            if listener.place is not None:
+                listener.place.release()
         self._listeners.clear()
-        if self._accepting:
-            await asyncio.wait(self._accepting, timeout=max(grace_seconds, self.limits.linger_seconds))
-        until = loop.time() + grace_seconds
-        while (self._live or self._accepting) and loop.time() < until:
-            for protocol in list(self._live):
-                protocol.drain()
-            await asyncio.sleep(0.02)
-        for protocol in list(self._live):
-            protocol.abandon()
-        until = loop.time() + self.limits.linger_seconds
-        while self._live and loop.time() < until:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+        # Connections whose TLS handshake is under way are asked to leave as soon as they can be.
+        await self._until_empty(H2Protocol.drain, grace_seconds)
+        await self._until_empty(H2Protocol.abandon, self.limits.linger_seconds)
         for task in self._accepting:
             task.cancel()
         for protocol in list(self._live):
             protocol.abort()
-        while self._live:  # noqa: ASYNC110
+        while self._live or self._accepting:  # noqa: ASYNC110
             await asyncio.sleep(0)
         if self._ticker is not None:
             self._ticker.cancel()
             self._ticker = None
+
+    async def _until_empty(self, ask: Callable[[H2Protocol], None], seconds: float) -> None:
+        """Ask all connections, and those that join them, until there are none or the time is over."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while (self._live or self._accepting) and loop.time() < until:
+            for protocol in list(self._live):
+                ask(protocol)
+            await asyncio.sleep(0.02)
 
     def _accept(self, listener: _Listener) -> int:
         """Take in what waits in the backlog, within reason. Returns how many connections that were."""
@@ -130,11 +127,15 @@ class H2Server:
             except OSError:
                 # Out of file descriptors: the backlog keeps the rest until the next try.
                 self.counters.connections_refused += 1
-                if loop.remove_reader(listener.sock):
-                    loop.call_later(1.0, self._listen_again, listener)
+                loop.remove_reader(listener.sock)
+                loop.call_later(_TICK_SECONDS, self._listen_again, listener)
                 return count
+            if len(self._accepting) >= self.limits.max_connections:  # handshakes of TLS that nobody finishes
+                self.counters.connections_refused += 1
+                sock.close()
+                continue
             sock.setblocking(False)
-            if listener.path is None:
+            if listener.place is None:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = loop.create_task(self._adopt(sock, listener.ssl_context))
             self._accepting.add(task)
@@ -190,18 +191,15 @@ def _bind_tcp(family: int, sockaddr: tuple[object, ...]) -> socket.socket:
     return sock
 
 
-def _bind_unix(path: Path) -> socket.socket:
-    """Bind to a name of our own and move it over `path`: there is never a moment without a listener."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+def _bind_unix(place: UnixPath) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.bind(str(temporary))
+        sock.bind(str(place.temporary))
         sock.listen(_BACKLOG)
         sock.setblocking(False)
-        temporary.rename(path)
+        place.take()
     except OSError:
         sock.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        place.release()
         raise
     return sock

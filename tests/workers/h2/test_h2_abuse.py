@@ -16,6 +16,7 @@ from h2_wire import (
     NO_ERROR,
     PING,
     PRIORITY,
+    PROTOCOL_ERROR,
     RST_STREAM,
     SETTINGS,
     SETTINGS_TIMEOUT,
@@ -41,6 +42,13 @@ def calmed(peer: Peer, got: list[Frame], reason: str) -> None:
     assert peer.counters.abuse_closes == {reason: 1}
     assert not peer.connection.streams
     assert peer.counters.streams_open == 0
+
+
+def test_the_reserved_bit_of_a_stream_id_hides_no_stream() -> None:
+    peer = Peer()
+    (reset,) = peer.send(peer.open(1, ("content-length", "3")), frame(DATA, 0, 1 | 1 << 31, b"abcd"))
+    assert (reset.kind, reset.stream_id, reset.code) == (RST_STREAM, 1, PROTOCOL_ERROR)
+    assert not peer.connection.streams
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,49 @@ def test_messages_held_for_a_waiting_call_are_bounded_too() -> None:
     assert peer.headers(got[0])["grpc-status"] == "8"
     assert peer.log.pending[0].cancelled
     assert peer.counters.buffered_bytes == 0
+
+
+def test_small_messages_held_for_a_waiting_call_count_as_what_they_take() -> None:
+    peer = Peer()
+    peer.send(peer.open(1), peer.say(1, b"wait"))
+    tracemalloc.start()
+    for _ in range(50):
+        peer.send(peer.say(1, *[b"ab"] * 200))
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used < peer.counters.buffered_bytes < 2 * used
+
+
+def test_when_space_gets_short_messages_without_an_end_are_given_up() -> None:
+    peer = Peer(TransportLimits(max_buffered_bytes=50_000, stall_seconds=5, keepalive_seconds=1e9))
+    start = b"\0" + (1 << 20).to_bytes(4, "big")
+    peer.send(peer.open(1), frame(DATA, 0, 1, start + bytes(10_000)), peer.open(3), peer.say(3, b"a"))
+    assert peer.later(100) == []
+    peer.counters.buffered_bytes += 30_000  # other connections'
+    assert peer.later(1) == peer.later(4) == []
+    peer.send(peer.open(5), frame(DATA, 0, 5, message(b"m" * 2000)[:1500]))
+    (reset,) = peer.later(1)
+    assert (reset.kind, reset.stream_id, reset.code) == (RST_STREAM, 1, ENHANCE_YOUR_CALM)
+    assert peer.counters.abuse_closes == {"unfinished message": 1}
+    assert peer.counters.buffered_bytes == 31_495
+    # Who comes to an end again and again is left alone.
+    for _ in range(5):
+        assert peer.later(2) == []
+        got = peer.send(frame(DATA, 0, 5, message(b"m" * 2000)[1500:] + message(b"m" * 2000)[:1500]))
+        assert len(messages(got, 5)) == 1
+
+
+def test_short_header_blocks_that_stand_for_much_are_not_kept() -> None:
+    peer = Peer()
+    encoder = hpack.Encoder()
+    plain = [(":method", "POST"), (":scheme", "http"), (":path", "/test/Echo"), ("content-type", "application/grpc")]
+    peer.send(frame(HEADERS, END_HEADERS, 1, encoder.encode([*plain, ("x", "v" * 3000)])))
+    repeated = encoder.encode([*plain, *[("x", "v" * 3000)] * 5])
+    assert len(repeated) < 100
+    for i in range(3, 103, 2):
+        peer.send(frame(HEADERS, END_HEADERS, i, repeated + b"\0\1a\3%03d" % i))
+        assert len(peer.call.metadata["x"]) > 15_000
+    assert not peer.connection._reader._cache
 
 
 def test_many_settings_in_one_frame_cost_one_walk_over_the_streams() -> None:

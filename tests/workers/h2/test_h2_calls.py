@@ -133,6 +133,13 @@ def test_a_call_error_after_a_reply_is_in_the_trailers() -> None:
     assert peer.call.got == [b"a", b"error"]
 
 
+def test_an_error_message_has_no_space_at_its_ends() -> None:
+    peer = Peer()
+    path = "/" + "p" * (1024 - len("unknown method /") - 1) + " cut"
+    (trailers,) = peer.send(peer.open(1, path=path, end=True))
+    assert peer.headers(trailers)["grpc-message"] == f"unknown method {path[:-4]}"
+
+
 def test_opening_may_refuse() -> None:
     peer = Peer()
     (trailers,) = peer.send(peer.open(1, ("refuse", "1"), end=True))
@@ -253,7 +260,7 @@ def test_while_an_answer_is_awaited_other_streams_go_on_and_this_one_waits() -> 
     assert peer.send(peer.say(1, b"third")) == []
     assert messages(peer.send(peer.open(3), peer.say(3, b"other")), 3) == [b"<other>"]
     assert peer.log.calls[0].got == [b"wait"]
-    assert peer.counters.buffered_bytes == len(b"second" + b"third")
+    assert peer.counters.buffered_bytes == len(b"second" + b"third") + 2 * 64
     assert messages(peer.answer(0, b"at last"), 1) == [b"at last", b"<second>", b"<third>"]
     assert peer.wakes == 1
     assert peer.counters.buffered_bytes == 0
@@ -278,6 +285,32 @@ def test_the_clients_end_waits_for_the_awaited_answer() -> None:
     got = peer.answer(0, b"done")
     assert kinds(got) == [HEADERS, DATA, HEADERS]
     assert peer.call.half_closed == 1
+
+
+def test_an_awaited_reply_longer_than_a_frame_is_sent_whole_before_what_waits_is_read() -> None:
+    peer = Peer()
+    peer.send(peer.open(1), peer.say(1, b"wait", b"next"))
+    got = peer.answer(0, (b"first", b"x" * 40_000, b"third"))
+    assert messages(got, 1) == [b"first", b"x" * 40_000, b"third", b"<next>"]
+    assert messages(peer.send(peer.say(1, b"last", end=True)), 1) == [b"<last>"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_awaited_reply_longer_than_a_frame_is_followed_by_one_end(finished: bool) -> None:
+    peer = Peer()
+    peer.send(peer.open(1), peer.say(1, b"wait", end=True))
+    peer.call.finished = finished
+    got = peer.answer(0, (b"x" * 20_000, b"second"))
+    assert messages(got, 1) == [b"x" * 20_000, b"second"]
+    assert [bool(f.flags & END_STREAM) for f in got] == [False] * 4 + [True]
+    assert (peer.call.half_closed, peer.call.closed) == (not finished, 1)
+
+
+def test_after_a_reply_longer_than_a_frame_a_stream_is_on_the_fast_path_again() -> None:
+    peer = Peer()
+    got = peer.send(peer.open(1), peer.say(1, b"long 20000"))
+    assert messages(got, 1) == [b"x" * 20_000]
+    assert peer.connection.streams[1].fast_path
 
 
 def test_an_awaited_answer_may_be_an_error() -> None:
@@ -462,6 +495,16 @@ def test_messages_under_way_when_a_call_was_ended_are_heard(cut: int) -> None:
     assert peer.call.closed == 1
     peer.send(frame(RST_STREAM, 0, 1, NO_ERROR.to_bytes(4, "big")))
     assert peer.counters.buffered_bytes == 0
+    assert not peer.connection.streams
+
+
+def test_what_is_begun_late_has_to_fit_beside_all_the_rest() -> None:
+    peer = finished_late()
+    peer.counters.buffered_bytes = (512 << 20) - 1000  # other connections'
+    peer.send(frame(DATA, 0, 1, message(b"x" * 2000)[:1500]))
+    assert peer.counters.buffered_bytes == (512 << 20) - 1000
+    peer.send(frame(DATA, END_STREAM, 1, message(b"x" * 2000)[1500:]))
+    assert peer.call.heard_late == []
     assert not peer.connection.streams
 
 

@@ -169,7 +169,7 @@ def test_a_message_larger_than_the_window_is_received() -> None:
         room -= size
         room += sum(int.from_bytes(f.payload, "big") for f in got if f.kind == WINDOW_UPDATE and f.stream_id == 1)
     assert [len(m) for m in peer.call.got] == [200_000]
-    assert peer.counters.buffered_bytes == 0
+    assert peer.counters.buffered_bytes == peer.connection.pending_bytes  # of the reply
 
 
 # Readers that do not read.
@@ -185,6 +185,18 @@ def test_a_reply_that_nobody_reads_is_given_up() -> None:
     assert peer.call.closed == 1
 
 
+def test_replies_that_wait_are_bounded_for_all_connections_together() -> None:
+    peer = Peer(TransportLimits(max_buffered_bytes=50_000), window=0)
+    peer.counters.buffered_bytes = 30_000  # other connections'
+    assert kinds(peer.send(peer.open(1), peer.say(1, b"long 15000"))) == [HEADERS]
+    got = peer.send(peer.open(3), peer.say(3, b"long 15000", b"more", end=True))
+    assert [(f.stream_id, f.code) for f in got if f.kind == RST_STREAM] == [(3, ENHANCE_YOUR_CALM)]
+    assert peer.counters.abuse_closes == {"unread reply": 1}
+    assert (peer.call.got, peer.call.closed) == ([b"long 15000"], 1)
+    assert messages(peer.send(window_update(1, 20_000)), 1) == [b"x" * 15_000]
+    assert peer.counters.buffered_bytes == 30_000
+
+
 def test_a_connection_that_owes_too_much_reads_no_more_messages() -> None:
     peer = Peer(TransportLimits(max_pending_send_bytes=2_000), window=0)
     peer.send(*(peer.open(i) + peer.say(i, b"long 1000") for i in (1, 3, 5, 7, 9)))
@@ -196,6 +208,16 @@ def test_a_connection_that_owes_too_much_reads_no_more_messages() -> None:
     got = peer.send(*(window_update(i, 2_000) for i in (5, 7, 9)))
     assert [messages(got, i) for i in (5, 7, 9)] == [[b"x" * 1000]] * 3
     assert peer.counters.buffered_bytes == 0
+
+
+def test_messages_are_read_again_once_what_nobody_reads_is_given_up() -> None:
+    peer = Peer(TransportLimits(max_pending_send_bytes=1_000, stall_seconds=5), window=100)
+    peer.send(peer.open(1), peer.say(1, b"long 2000"))
+    assert peer.send(peer.open(3), peer.say(3, b"hello", end=True)) == []
+    got = peer.later(6)
+    assert (got[0].kind, got[0].stream_id) == (RST_STREAM, 1)
+    assert messages(got, 3) == [b"<hello>"]
+    assert not peer.connection.streams
 
 
 def test_a_full_socket_holds_what_calls_say_meanwhile() -> None:

@@ -1,7 +1,9 @@
 """Listening, TLS, taking over and stopping, with real sockets."""
 
 import asyncio
+import errno
 import functools
+import gc
 import inspect
 import socket
 import ssl
@@ -13,6 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 import uvloop
+from h2_wire import RST_STREAM, Peer, frame
 
 from workers.calls import Metadata, Method
 from workers.h2.limits import TransportLimits
@@ -169,6 +172,18 @@ async def test_a_successor_takes_over_the_path_while_the_predecessor_serves(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@on_both_loops
+async def test_the_longest_path_that_a_configuration_may_have(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    if len(path) > 100:
+        pytest.skip("the folder's name is too long")
+    path += "s" * (100 - len(path))
+    one = server()
+    await one.listen(f"unix:{path}")
+    assert await ask(f"unix:{path}") == b"server"
+    await one.stop(0)
+
+
 # TLS.
 
 
@@ -241,6 +256,26 @@ async def test_connections_over_the_limit_are_closed() -> None:
 
 
 @on_both_loops
+async def test_connections_for_which_there_is_no_file_descriptor_are_accepted_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accept = socket.socket.accept
+    failures = [errno.EMFILE, errno.ENFILE, errno.EMFILE]
+
+    def accept_if_possible(sock: socket.socket) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "Too many open files")
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_if_possible)
+    one = server()
+    await one.listen("127.0.0.1:0")
+    assert await ask(one.addresses[0]) == b"server"
+    assert failures == []
+    await one.stop(0)
+
+
+@on_both_loops
 async def test_a_client_that_says_nothing_is_sent_away_in_time() -> None:
     one = server(limits=TransportLimits(handshake_seconds=0.1))
     await one.listen("127.0.0.1:0")
@@ -288,6 +323,35 @@ async def test_a_client_that_does_not_read_is_not_read_either() -> None:
     await one.stop(0)
 
 
+# Awaited answers.
+
+
+@on_both_loops
+async def test_a_stream_may_be_reset_before_the_wait_for_its_answer_has_begun() -> None:
+    closed = []
+
+    class Slow(Named):
+        async def later(self) -> bytes:
+            return self.name
+
+        def receive(self, message: bytes) -> Any:
+            return self.later()
+
+        def close(self) -> None:
+            closed.append(True)
+
+    one = H2Server({"/test/Name": Method(lambda metadata: Slow(b"slow"))})
+    await one.listen("127.0.0.1:0")
+    host, port = one.addresses[0].split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    peer = Peer(greet=False)
+    writer.write(HELLO + peer.open(1, path="/test/Name") + peer.say(1, b"a") + frame(RST_STREAM, 0, 1, bytes(4)))
+    assert await eventually(lambda: closed == [True])
+    gc.collect()  # a coroutine that was never awaited would warn
+    writer.close()
+    await one.stop(0)
+
+
 # Stopping.
 
 
@@ -314,6 +378,54 @@ async def test_after_stopping_nobody_listens() -> None:
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(host, int(port))
     assert one.addresses == []
+
+
+@on_both_loops
+async def test_a_tls_handshake_that_nobody_finishes_does_not_put_off_the_drain() -> None:
+    one = server(limits=TransportLimits(linger_seconds=0.1, handshake_seconds=600))
+    await one.listen("127.0.0.1:0", tls())
+    host, port = one.addresses[0].split(":")
+    context = ssl.create_default_context(cafile=str(TLS / "ca.pem"))
+    context.set_alpn_protocols(["h2"])
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="localhost")
+    writer.write(HELLO)
+    await reader.readexactly(27)
+    silent = socket.create_connection((host, int(port)))
+    assert await eventually(lambda: len(one._accepting) == 1)
+    stopping = asyncio.ensure_future(one.stop(300))
+    while b"draining" not in await asyncio.wait_for(reader.read(1 << 16), 20):
+        pass
+    assert not stopping.done()
+    silent.close()
+    writer.close()
+    await asyncio.wait_for(stopping, 20)
+
+
+@on_both_loops
+async def test_tls_handshakes_that_nobody_finishes_end_with_the_grace() -> None:
+    one = server(limits=TransportLimits(linger_seconds=0.1, handshake_seconds=600))
+    await one.listen("127.0.0.1:0", tls())
+    host, port = one.addresses[0].split(":")
+    silent = socket.create_connection((host, int(port)))
+    assert await eventually(lambda: len(one._accepting) == 1)
+    await asyncio.wait_for(one.stop(0.1), 20)
+    assert not one._accepting
+    silent.close()
+
+
+@on_both_loops
+async def test_tls_handshakes_that_nobody_finishes_are_bounded() -> None:
+    one = server(limits=TransportLimits(linger_seconds=0.1, max_connections=3))
+    await one.listen("127.0.0.1:0", tls())
+    host, port = one.addresses[0].split(":")
+    socks = [socket.create_connection((host, int(port))) for _ in range(5)]
+    assert await eventually(lambda: one.counters.connections_refused == 2)
+    assert len(one._accepting) == 3
+    for sock in socks:
+        sock.close()
+    assert await eventually(lambda: not one._accepting)
+    assert one.counters.connections_refused == 5
+    await one.stop(0)
 
 
 @on_both_loops

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -93,6 +94,8 @@ class Served:
     """A running server."""
 
     loop: asyncio.AbstractEventLoop
+    another: Callable[[], Any]
+    """Makes a server of the same methods."""
     server: Any
     calls: list[ContractCall] = field(default_factory=list)
 
@@ -132,7 +135,7 @@ def served(transport: Callable[..., Any]) -> Iterator[Served]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     calls: list[ContractCall] = []
-    served = Served(loop, transport(methods(calls), limits=LIMITS), calls)
+    served = Served(loop, another := partial(transport, methods(calls), limits=LIMITS), another(), calls)
     served.run(served.server.listen("127.0.0.1:0"))
     try:
         yield served

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -184,6 +185,24 @@ def test_compressed_messages_are_not_supported(served: Any) -> None:
             assert ask(channel, bytes(10_000)) == [bytes(10_000)]
         except grpc.RpcError as error:
             assert error.code() is grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]
+
+
+def test_a_successor_takes_a_unix_path_over_and_keeps_it(served: Any, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/sock"
+
+    def asked() -> list[bytes]:
+        with grpc.insecure_channel(address, options=OPTIONS) as channel:
+            return ask(channel, b"a")
+
+    served.run(served.server.listen(address))
+    assert asked() == [b"a"]
+    successor = served.another()
+    served.run(successor.listen(address))
+    served.run(served.server.stop(0))
+    assert asked() == [b"a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["sock"]
+    served.run(successor.stop(0))
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_many_streams_at_once(served: Any) -> None:
