@@ -246,7 +246,7 @@ async def test_clients_that_leave_before_the_decision_is_taken_leave_no_charge(g
     for _ in range(6):  # each worker sees once that this Envoy shows the responses that it is asked to show
         assert (await ground.ask(user="ann-leaves"))[0] == 200
     await asyncio.to_thread(leave)
-    until = time.monotonic() + 8  # sooner than a charge is taken for lost
+    until = time.monotonic() + 12  # sooner than a charge is taken for lost
     while ground.in_flight() and time.monotonic() < until:
         await asyncio.sleep(0.1)
     assert ground.in_flight() == 0
@@ -306,10 +306,9 @@ async def test_a_session_and_a_receipt_are_told_in_every_mode(ground: Ground) ->
 
 
 async def test_a_receipt_alone_charges_nobody(ground: Ground) -> None:
-    before = len(ground.pod.seen)
-    status, _, body = await ground.ask(**{"x-pointsman-explain": "only"})
+    status, _, body = await ground.ask(**{"x-pointsman-explain": "only", "x-mark": "of-the-receipt"})
     assert (status, json.loads(body)["of"]) == (200, 1)
-    assert len(ground.pod.seen) == before
+    assert not any("x-mark" in seen for seen in ground.pod.seen)  # what others have left may still come
 
 
 async def test_a_client_that_leaves_is_counted_as_499(ground: Ground) -> None:
