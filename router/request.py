@@ -10,6 +10,7 @@ class RoutingRequest:
     __slots__ = (
         "_read_text",
         "_text",
+        "body",
         "max_tokens",
         "model",
         "notes",
@@ -35,6 +36,8 @@ class RoutingRequest:
         """The name the client asked for: a base model or an adapter."""
         self._text = text
         self._read_text = read_text
+        self.body: Any = None
+        """The parsed body (`router.bodies.Body`), where there is one: for strategies that change it."""
         self.prompt_tokens = prompt_tokens
         """Prompt length, estimated from the text where the tokens are not known."""
         self.max_tokens = max_tokens
