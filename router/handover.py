@@ -2,10 +2,11 @@
 
     vLLM      the prefill pod is asked for one token; what its answer says of where the KV cache lies
               (`kv_transfer_params`) goes into the body for the decode pod, which fetches it from there
+    TensorRT  the same with `disaggregated_params`
     SGLang    both get the body with the same `bootstrap_room` at the same time, and meet there by themselves
 
-If a prefill fails, another pod of the roleset is asked once. If that fails too, vLLM's decode pod gets the whole
-request; SGLang's cannot prefill, so the request is refused. A prefill of SGLang that fails when both have been asked
+If a prefill fails, another pod of the roleset is asked once. If that fails too, the decode pod gets the whole request;
+SGLang's cannot prefill, so the request is refused. A prefill of SGLang that fails when both have been asked
 is told to the decode pod (`/abort_request`), which would wait for it.
 
 What goes to either pod are the members of the client's JSON as they came, byte for byte, without those that are taken
@@ -31,6 +32,8 @@ NIXL: Final = "nixl"
 CONNECTORS: Final = (SHFS, NIXL)
 """AIBrix's names for how vLLM's pods hand over: by `kv_transfer_params`, which is what vLLM's own connectors take, its
 NixlConnector included; or by the whole answer in `disagg_prefill_resp`, which is vLLM on Neuron."""
+_TRTLLM: Final = "trtllm"
+"""TensorRT-LLM, which has one way."""
 CONNECTOR_LABEL: Final = "model.aibrix.ai/kv-connector-type"
 BOOTSTRAP_PORT_LABEL: Final = "model.aibrix.ai/sglang-bootstrap-port"
 BOOTSTRAP_PORT: Final = 8998
@@ -48,6 +51,8 @@ _SKELETON: Final = {
     "remote_host": None,
     "remote_port": None,
 }
+_LEAST_ID: Final = 1 << 42
+"""TensorRT-LLM's ids of requests that go through several pods begin here; below are each pod's own."""
 _BLANKS: Final = " \t\n\r"
 _value_at: Final = JSONDecoder(strict=False, parse_int=str, parse_float=str).raw_decode
 
@@ -133,24 +138,26 @@ class Handover:
         if legs.pod is None:
             self._goes_whole("indivisible")
             return self._whole()
-        if legs.engine == "vllm":
-            return await self._by_vllm()
+        if legs.engine in ("vllm", _TRTLLM):
+            return await self._by_answer()
         if legs.engine == "sglang":
             return await self._by_sglang()
         legs.release()
         raise no_prefill(legs.engine)
 
-    # -- vLLM
+    # -- vLLM, TensorRT-LLM
 
-    async def _by_vllm(self) -> bytes | None:
+    async def _by_answer(self) -> bytes | None:
         legs, result = self._legs, ""
         while legs.pod is not None:
             connector = legs.pod.record.labels.get(CONNECTOR_LABEL) or self._prefills.connector
-            result, answer = await self.attempt(self._prefill_body(connector))
+            if legs.engine == _TRTLLM:
+                connector = _TRTLLM
+            result, answer = await self.attempt(self._prefill_body(_question(connector)))
             if result == "ok":
-                more = _handed_over(answer, connector, legs.pod)
+                more = _handed_over(answer, connector, legs.pod, self._parsed.kind)
                 if more:
-                    return rewritten(self._members(), _OURS, more)
+                    return rewritten(self._members(), _OURS | frozenset(more), more)
                 result = "nothing"
             if result in ("nothing", "refused") or not self._try_another():
                 break
@@ -158,15 +165,11 @@ class Handover:
         self._goes_whole(result)
         return self._whole()
 
-    def _prefill_body(self, connector: str, more: Mapping[str, Any] | None = None) -> bytes:
+    def _prefill_body(self, more: Mapping[str, Any]) -> bytes:
         added: dict[str, Any] = {"max_tokens": 1}
-        if self._parsed.kind == "chat":
+        if self._parsed.kind == "chat" and self._legs.engine != _TRTLLM:  # which refuses it
             added["max_completion_tokens"] = 1
-        added["stream"] = False
-        if more is not None:
-            added |= more
-        elif connector != NIXL:
-            added["kv_transfer_params"] = _SKELETON
+        added |= {"stream": False, **more}
         return rewritten(self._members(), _OURS | _OF_THE_ANSWER | frozenset(added), added)
 
     def _whole(self) -> bytes | None:
@@ -202,7 +205,7 @@ class Handover:
                 # What an abort names; no client can guess it.
                 "rid": f"{self._headers['x-request-id']}-{secrets.token_hex(8)}",
             }
-            beside = _Beside(self, self._prefill_body("", more), str(more["rid"]))
+            beside = _Beside(self, self._prefill_body(more), str(more["rid"]))
             if await self._prefills.sender.start(beside.run) in ("", "ok"):
                 return rewritten(parts, _OURS | frozenset(more), more)
             if not self._try_another():
@@ -262,7 +265,15 @@ class _Beside:
         return result
 
 
-def _handed_over(answer: bytes, connector: str, pod: Pod) -> dict[str, Any]:
+def _question(connector: str) -> dict[str, Any]:
+    """What tells a pod that another will decode."""
+    if connector == _TRTLLM:
+        number = _LEAST_ID + secrets.randbelow((1 << 63) - _LEAST_ID)
+        return {"disaggregated_params": {"request_type": "context_only", "disagg_request_id": number}}
+    return {} if connector == NIXL else {"kv_transfer_params": _SKELETON}
+
+
+def _handed_over(answer: bytes, connector: str, pod: Pod, kind: str) -> dict[str, Any]:
     """What the decode pod has to be told; nothing where the prefill pod said nothing."""
     try:
         document = orjson.loads(answer)
@@ -272,10 +283,27 @@ def _handed_over(answer: bytes, connector: str, pod: Pod) -> dict[str, Any]:
         return {}
     if connector == NIXL:
         return {"disagg_prefill_resp": document}
+    if connector == _TRTLLM:
+        return _of_trtllm(document, kind)
     params = document.get("kv_transfer_params")
     if type(params) is not dict or not params:
         return {}
     return {"kv_transfer_params": {**params, "remote_host": _host(pod)}}
+
+
+def _of_trtllm(document: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The context's parameters, wherever they stand, and the prompt as it was tokenised there."""
+    params = document.get("disaggregated_params")
+    choices = document.get("choices")
+    if params is None and type(choices) is list and choices and type(choices[0]) is dict:
+        params = choices[0].get("disaggregated_params")
+    if type(params) is not dict or not params:
+        return {}
+    found: dict[str, Any] = {"disaggregated_params": {**params, "request_type": "generation_only"}}
+    tokens = document.get("prompt_token_ids")
+    if type(tokens) is list:
+        found["prompt_token_ids" if kind == "chat" else "prompt"] = tokens
+    return found
 
 
 def _host(pod: Pod) -> str:

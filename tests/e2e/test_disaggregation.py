@@ -9,7 +9,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+import bench.lab
+from bench.figures.accounting import as_aibrix
 from bench.lab import Lab, get
+from workers.envoy import bootstrap
 
 pytestmark = pytest.mark.envoy
 
@@ -18,17 +21,33 @@ ROLESETS = ((2, 1), (1, 2))
 DECODED_BY = {"pod-0": {"pod-2"}, "pod-1": {"pod-2"}, "pod-3": {"pod-4", "pod-5"}}
 
 
-@pytest.fixture(scope="module", params=["access-log", "stream"])
+def duplex(document: dict[str, Any]) -> dict[str, Any]:
+    """Our bootstrap, but bodies come and go in pieces."""
+    manager = document["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    manager["http_filters"][0]["typed_config"]["processing_mode"] |= {
+        "request_body_mode": "FULL_DUPLEX_STREAMED",
+        "request_trailer_mode": "SEND",
+    }
+    return document
+
+
+@pytest.fixture(scope="module", params=["access-log", "stream", "aibrix", "duplex"])
 def divided(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    patch = pytest.MonkeyPatch()
+    mode: str = request.param
+    if mode in ("aibrix", "duplex"):
+        change = as_aibrix if mode == "aibrix" else duplex
+        patch.setattr(bench.lab, "bootstrap", lambda config: change(bootstrap(config)))
     with Lab(
         pods=6,
         rolesets=ROLESETS,
         workers=2,
         strategy="pd",
-        accounting=request.param,
+        accounting="access-log" if mode == "access-log" else "stream",
         process_per_pod=True,
         settings={"pd": {"timeout_seconds": 10}},
     ) as running:
+        patch.undo()
         yield running
 
 
@@ -85,6 +104,17 @@ async def test_a_stream_comes_whole_and_long_bodies_pass(divided: Lab, client: a
     status, headers, body = await ask(client, divided, "long " * 20_000, **options)
     assert status == 200 and headers["prefill-target-pod"] in DECODED_BY
     assert body.endswith(b"data: [DONE]\n\n") and b'"completion_tokens":20' in body
+
+
+async def test_a_body_without_a_length_is_changed_too(divided: Lab, client: aiohttp.ClientSession) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"model": "%b", "max_tokens": 5, "messages": ' % divided.model.encode()
+        yield b'[{"role": "user", "content": "in pieces"}]}'
+
+    headers = {"content-type": "application/json"}
+    async with client.post(f"{divided.envoy_url}/v1/chat/completions", data=pieces(), headers=headers) as answer:
+        assert answer.status == 200 and answer.headers["prefill-target-pod"] in DECODED_BY
+        assert (await answer.json())["usage"]["completion_tokens"] == 5
 
 
 async def test_many_at_once_are_all_answered_and_leave_nothing_behind(

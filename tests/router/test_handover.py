@@ -442,6 +442,39 @@ async def test_neuron_gets_the_whole_answer_of_the_prefill() -> None:
     assert orjson.loads(reply.body)["disagg_prefill_resp"] == answer
 
 
+@pytest.mark.parametrize("above", [True, False])
+@pytest.mark.parametrize(
+    ("path", "tokens_as"), [("/v1/chat/completions", "prompt_token_ids"), ("/v1/completions", "prompt")]
+)
+async def test_tensorrt_gets_the_parameters_of_the_context_and_its_tokens(
+    above: bool, path: str, tokens_as: str
+) -> None:
+    context = {"request_type": "context_only", "ctx_request_id": (1 << 62) + 1, "encoded_opaque_state": "AA=="}
+    choice: dict[str, Any] = {"index": 0} if above else {"index": 0, "disaggregated_params": context}
+    answer = {"choices": [choice], "prompt_token_ids": [5, 6], **({"disaggregated_params": context} if above else {})}
+    pods = Pods(orjson.dumps(answer))
+    contract = router(pods, roleset(1, 1, engine="trtllm"))
+    stream = contract.exchange()
+    stream.exchange.receive(request_headers(path))
+    sent = {
+        "model": "llama",
+        "prompt": "p",
+        "messages": [{"role": "user", "content": "p"}],
+        "max_completion_tokens": 9,
+        "disaggregated_params": {"x": 1},
+    }
+    reply = stream.exchange.receive(request_body(orjson.dumps(sent)))
+    assert isinstance(reply, Awaitable)
+    (message,) = read(await reply)
+    ((*_, asked),) = pods.asked
+    assert asked["disaggregated_params"]["request_type"] == "context_only" and asked["max_tokens"] == 1
+    assert 1 << 42 <= asked["disaggregated_params"]["disagg_request_id"] < 1 << 63
+    assert "max_completion_tokens" not in asked and "kv_transfer_params" not in asked
+    given = orjson.loads(Said(message).body)
+    assert given["disaggregated_params"] == {**context, "request_type": "generation_only"}
+    assert given[tokens_as] == [5, 6] and given["max_completion_tokens"] == 9
+
+
 def sglang(prefill: int = 2, decode: int = 1, **labels: str) -> list[PodRecord]:
     return roleset(prefill, decode, engine="sglang", labels=labels)
 
@@ -519,9 +552,9 @@ async def test_rooms_that_a_client_names_twice_are_refused() -> None:
 
 
 async def test_an_engine_whose_hand_over_is_not_known() -> None:
-    contract = router(Pods(), roleset(1, 1, engine="trtllm"))
+    contract = router(Pods(), roleset(1, 1, engine="xllm"))
     _, reply = await said(contract)
-    assert reply.status == 503 and "trtllm" in reply.error["message"]
+    assert reply.status == 503 and "xllm" in reply.error["message"]
     assert contract.in_flight == 0
 
 

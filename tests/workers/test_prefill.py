@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from fleet import make_record
+from exchanges import Contract, Said
+from fleet import chat, make_record, read, request_body, request_headers
 
 from router.fleet import Pod
-from router.handover import PrefillFailed
+from router.handover import PrefillFailed, Prefills
 from workers import prefill
 from workers.prefill import PrefillSender
 
@@ -47,8 +48,8 @@ class Engine:
         return web.Response(status=self.status, body=self.answer)
 
 
-@pytest.fixture
-async def engine() -> AsyncIterator[Engine]:
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[Engine]:
     found = Engine()
     app = web.Application()
     app.router.add_post("/{path:.*}", found.serve)
@@ -59,6 +60,12 @@ async def engine() -> AsyncIterator[Engine]:
     yield found
     found.may_answer.set()
     await runner.cleanup()
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    async with serving() as found:
+        yield found
 
 
 @pytest.fixture
@@ -210,3 +217,58 @@ async def test_a_draining_worker_waits_for_what_is_under_way(engine: Engine, mak
     engine.may_answer.set()
     await closing
     assert ended == ["ok"]
+
+
+# With the router around it
+
+
+def sglang(sender: PrefillSender, *prefill: str, decode: Engine) -> Contract:
+    addresses = [("prefill", address) for address in prefill] + [("decode", decode.pod.address)]
+    contract = Contract(
+        strategy="pd",
+        records=[
+            make_record(slot, address=address, role=role, roleset="rs", engine="sglang")
+            for slot, (role, address) in enumerate(addresses)
+        ],
+    )
+    contract.scheduler.prefills = Prefills(sender)
+    return contract
+
+
+async def asked_of(contract: Contract) -> Said:
+    stream = contract.exchange()
+    stream.exchange.receive(request_headers())
+    reply = stream.exchange.receive(request_body(chat()))
+    assert isinstance(reply, Awaitable)
+    (message,) = read(await reply)
+    return Said(message)
+
+
+async def test_sglangs_decode_pod_hears_of_a_prefill_that_fails_after_both_were_asked(
+    engine: Engine, make: Make
+) -> None:
+    engine.may_answer.clear()
+    engine.status = 500
+    async with serving() as decode:
+        contract = sglang(make(), engine.pod.address, decode=decode)
+        reply = await asked_of(contract)
+        await until(lambda: len(engine.asked) == 1)
+        assert not decode.asked
+        engine.may_answer.set()
+        await until(lambda: len(decode.asked) == 1)
+        sent = json.loads(reply.body)
+        assert engine.asked[0][2]["bootstrap_room"] == sent["bootstrap_room"]
+        assert (decode.asked[0][0], decode.asked[0][2]) == ("/abort_request", {"rid": sent["rid"]})
+
+
+async def test_sglangs_pods_that_cannot_be_reached_are_known_before_the_decode_pod_is_asked(
+    engine: Engine, make: Make
+) -> None:
+    async with serving() as decode:
+        contract = sglang(make(), "127.0.0.1:1", "127.0.0.1:1", decode=decode)
+        assert (await asked_of(contract)).status == 503
+        contract = sglang(make(), "127.0.0.1:1", engine.pod.address, decode=decode)
+        for _ in range(4):
+            assert json.loads((await asked_of(contract)).body)["bootstrap_host"] == "127.0.0.1"
+        await until(lambda: len(engine.asked) == 4)
+        assert not decode.asked
