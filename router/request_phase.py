@@ -327,8 +327,7 @@ class RequestPhase:
         modes, peer, scheduler = self._modes, self._peer, self._scheduler
         duplex = self._headers_deferred
         grant = self._grant
-        request = RoutingRequest(parsed.model, parsed.approximate_tokens, parsed.max_tokens, parsed.routing_text)
-        request.body = parsed
+        request = RoutingRequest(parsed.model, parsed.approximate_tokens, parsed.max_tokens, None, parsed)
         if grant is not None:
             request.user = grant.user
         if not strategy:

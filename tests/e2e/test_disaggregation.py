@@ -3,6 +3,8 @@ when a pod that prefills is killed."""
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -133,6 +135,22 @@ async def test_a_client_that_leaves_while_its_prompt_is_prefilled(divided: Lab, 
         each.cancel()
     await asyncio.gather(*work, return_exceptions=True)
     await until_idle(divided)
+
+
+async def test_a_worker_that_dies_meanwhile_leaves_no_charges(divided: Lab, client: aiohttp.ClientSession) -> None:
+    work = [asyncio.ensure_future(ask(client, divided, f"{number} " * 30_000)) for number in range(6)]
+    async with asyncio.timeout(30):
+        while not in_flight(divided):
+            await asyncio.sleep(0.02)
+    killed = divided.worker_pids()[0]
+    os.kill(killed, signal.SIGKILL)
+    answers = await asyncio.gather(*work)
+    assert {status for status, *_ in answers} <= {200, 503, 504}
+    async with asyncio.timeout(30):
+        while killed in divided.worker_pids() or len(divided.worker_pids()) < 2:
+            await asyncio.sleep(0.05)
+    await until_idle(divided)
+    assert (await ask(client, divided, "And then?"))[0] == 200
 
 
 async def until_idle(lab: Lab) -> None:
