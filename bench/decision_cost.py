@@ -257,7 +257,9 @@ def _table(rows: list[dict[str, float]]) -> None:
 
 
 @click.command()
-@click.option("--strategy", default="marginal-delay", show_default=True, type=click.Choice(sorted(STRATEGIES)))
+@click.option(
+    "--strategy", default="marginal-delay", show_default=True, type=click.Choice(sorted(STRATEGIES.keys() - {"pd"}))
+)
 @click.option("--prompts", default="0.5,2,16,220", show_default=True, callback=_numbers, help="Kilobytes.")
 @click.option("--pods", default="8,64,256", show_default=True, callback=_numbers)
 @click.option("--rounds", default=100, show_default=True, type=click.IntRange(4, 10_000))

@@ -104,7 +104,8 @@ class EngineRequest:
 
     `block_hashes[i]` names the tokens up to the end of block i, chained: any integer below 2**64. Give one for each
     full block of the prompt; further ones, if any, name blocks that the answer will fill. `max_tokens` is what the
-    client allowed, for the statistics only. `key` is the caller's own.
+    client allowed, for the statistics only. `key` is the caller's own. `prefilled`: another engine has computed the
+    prompt, and the KV cache of all but its last token is fetched from there, in no time.
     """
 
     prompt_tokens: int
@@ -112,6 +113,7 @@ class EngineRequest:
     block_hashes: Sequence[int] = ()
     key: Any = None
     max_tokens: int | None = None
+    prefilled: bool = False
 
     cached_tokens: int = 0  # prompt tokens that were not computed, at the first admission
     preemptions: int = 0
@@ -426,7 +428,9 @@ class Engine:
         pool.hold(blocks)
         request._blocks = blocks
         request._published = len(blocks)
-        request._computed = len(blocks) * block
+        request._computed = cached = len(blocks) * block
+        if request.prefilled and not request.preemptions:
+            request._computed = target - 1
         request._order = self._orders
         self._orders += 1
         self._running[request] = None
@@ -435,7 +439,7 @@ class Engine:
         if not request.preemptions:
             request.cached_tokens = request._computed
             self.stats.prefix_queries_tokens += target
-            self.stats.prefix_hits_tokens += request._computed
+            self.stats.prefix_hits_tokens += cached
         count = min(budget, target - request._computed)
         self._take_for(request, request._computed + count)
         return count

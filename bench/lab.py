@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -97,6 +98,8 @@ class Lab:
     """These four are the configuration's defaults unless given."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """More of the configuration, nested as in the file; wins over what the lab would write."""
+    rolesets: Sequence[tuple[int, int]] = ()
+    """How many of the pods prefill and how many decode, for each roleset, in the order of the pods."""
     pod_arguments: Sequence[str] = ()
     """More options of `simulate-pod`."""
     process_per_pod: bool = False
@@ -234,7 +237,23 @@ class Lab:
         """Make these the pods of the model."""
         names = {address: f"pod-{number}" for number, address in enumerate(self.addresses)}
         endpoints = [{"address": each, "name": names.get(each)} for each in addresses]
-        document = {"models": [{"name": self.model, "endpoints": endpoints}]}
+        model: dict[str, Any] = {"name": self.model}
+        if self.rolesets:
+            left = iter(self.addresses)
+            by_address = dict(zip(addresses, endpoints, strict=True))
+            model["rolesets"] = [
+                {
+                    "name": f"roleset-{number}",
+                    **{
+                        role: [by_address[each] for each in islice(left, count) if each in by_address]
+                        for role, count in (("prefill", prefill), ("decode", decode))
+                    },
+                }
+                for number, (prefill, decode) in enumerate(self.rolesets)
+            ]
+        else:
+            model["endpoints"] = endpoints
+        document = {"models": [model]}
         new = self.endpoints_path.with_suffix(".new")
         new.write_text(yaml.safe_dump(document))
         new.rename(self.endpoints_path)

@@ -5,6 +5,8 @@
 One request walks: handler (body, model, prompt) -> `pod_text` (tokens, block hashes, answer) -> `pod_engine` (a turn in
 the engine) -> `pod_wire` (JSON, whole or in chunks). `--speed` makes the engine faster, and so shows in the pod's own
 metrics: every number agrees with what a client sees. Same seed, same answers, whichever pod gives them.
+Prefill and decode may be apart: asked with `kv_transfer_params` as a NixlConnector is, it answers with where the KV
+cache lies; given that, it does not compute the prompt.
 
 Cost: no CPU at rest; 0.4 ms per request and 30 µs per streamed token, as `python -m bench.pod_cost` measures
 (`--stream-interval` has several tokens share one write). Chunks are written past aiohttp, straight to the transport,
@@ -145,6 +147,9 @@ class Pod:
         n = 1 if body.get("n") is None else body["n"]
         if not _whole_number(n, 1, MAX_CHOICES):
             raise bad_request(f"n must be between 1 and {MAX_CHOICES}, got {n}.", "n")
+        transfer = body.get("kv_transfer_params") or {}
+        if not isinstance(transfer, dict):
+            raise bad_request("kv_transfer_params: an object is required", "kv_transfer_params")
         # What a later turn of the conversation will repeat of this one is known from here on.
         choices = [
             self._choice(body, model, prompt, max_tokens, index * n + i)
@@ -162,8 +167,9 @@ class Pod:
                 self._live.submit(choice)
             for choice in choices:
                 await choice.done
+            handed = self._hand_over(choices[0].request) if transfer.get("do_remote_decode") else None
             texts = [(pod_text.answer_text(c.offset, 0, c.request.output_tokens), c.finish_reason) for c in choices]
-            whole = pod_wire.whole(api, answer_id, int(time.time()), model, texts, _usage(choices, n))
+            whole = pod_wire.whole(api, answer_id, int(time.time()), model, texts, _usage(choices, n), handed)
             return _json(whole)
         finally:
             for choice in choices:
@@ -171,6 +177,19 @@ class Pod:
                     self._live.abort(choice)
             if adapters is not None:
                 adapters.add(model, -1)
+
+    def _hand_over(self, request: EngineRequest) -> dict[str, Any]:
+        """What vLLM's NixlConnector answers: where another engine finds the KV cache of the prompt."""
+        blocks = -(-request.prompt_tokens // self._params.block_tokens)
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": list(range(blocks)),
+            "remote_engine_id": self.name,
+            "remote_host": "localhost",
+            "remote_port": 5600,
+            "tp_size": 1,
+        }
 
     def _choice(self, body: dict[str, Any], model: str, prompt: bytes, max_tokens: Any, index: int) -> Choice:
         prompt_tokens = pod_text.count_tokens(prompt)
@@ -206,7 +225,11 @@ class Pod:
         block = self._params.block_tokens
         text = prompt + pod_text.answer_text(offset, 0, said).encode()
         request = EngineRequest(
-            prompt_tokens, said, pod_text.block_hashes(text, block, model), max_tokens=max_tokens or limit
+            prompt_tokens,
+            said,
+            pod_text.block_hashes(text, block, model),
+            max_tokens=max_tokens or limit,
+            prefilled=bool((body.get("kv_transfer_params") or {}).get("do_remote_prefill")),
         )
         reason = "length" if said == limit else "stop"
         choice = Choice(request, index, offset, reason, asyncio.get_running_loop().create_future())

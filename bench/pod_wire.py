@@ -103,7 +103,15 @@ def _tail(usage: Usage | None) -> bytes:
     return b"}\n\n" if usage is None else b',"usage":%b}\n\n' % orjson.dumps(usage.json())
 
 
-def whole(api: Api, answer_id: str, created: int, model: str, texts: Sequence[tuple[str, str]], usage: Usage) -> bytes:
+def whole(
+    api: Api,
+    answer_id: str,
+    created: int,
+    model: str,
+    texts: Sequence[tuple[str, str]],
+    usage: Usage,
+    kv_transfer_params: dict[str, Any] | None = None,
+) -> bytes:
     """`texts` are (text, finish reason), one per choice."""
     choices = []
     for index, (text, finish_reason) in enumerate(texts):
@@ -137,7 +145,7 @@ def whole(api: Api, answer_id: str, created: int, model: str, texts: Sequence[tu
     }
     if api.is_chat:
         answer |= {"prompt_logprobs": None, "prompt_token_ids": None}
-    answer["kv_transfer_params"] = None
+    answer["kv_transfer_params"] = kv_transfer_params
     return orjson.dumps(answer)
 
 

@@ -182,6 +182,32 @@ def not_selected() -> RequestError:
     )
 
 
+def body_has_passed() -> RequestError:
+    """A body that has to be changed, of an Envoy that sends it on piece by piece."""
+    return RequestError(
+        503,
+        "pd changes request bodies: Envoy must send them BUFFERED or FULL_DUPLEX_STREAMED",
+        code=SERVICE_UNAVAILABLE,
+        headers=((X_ERROR_ROUTING, TRUE),),
+    )
+
+
+def no_prefill(engine: str) -> RequestError:
+    """Pods of an engine that we cannot ask to hand over."""
+    return RequestError(
+        503,
+        f"pd does not know the hand-over of engine {shortened(engine)}",
+        code=SERVICE_UNAVAILABLE,
+        headers=((X_ERROR_ROUTING, TRUE),),
+    )
+
+
+def repeated_key(key: str) -> RequestError:
+    """A member that two may have written."""
+    message = f'duplicate top-level key "{key}" in SGLang request body'
+    return RequestError(400, message, headers=((X_ERROR_ROUTING, TRUE),))
+
+
 def wrong_api_key() -> RequestError:
     """The bearer token is missing or unknown."""
     return RequestError(401, WRONG_KEY, code=INVALID_API_KEY, param="api_key")

@@ -51,6 +51,7 @@ class Candidates:
         "derived",
         "ledger",
         "pods",
+        "prefill",
         "slots",
         "span",
         "whole",
@@ -63,6 +64,8 @@ class Candidates:
         self.slots: Ints = np.array([pod.slot for pod in pods], np.int64)
         self.whole = whole
         """Whether these are all candidates of their model, and not those that some requests are for."""
+        self.prefill: Candidates | None = None
+        """The pods that only prefill, for these; None where there are none."""
         self.derived: dict[Any, Any] = {}
         """What strategies have worked out from this epoch's pods and metrics, so that they do it once per epoch."""
         n = len(pods)
@@ -130,20 +133,24 @@ class Candidates:
         return np.maximum(self.tokens() - self.metric("tracked_tokens_at_sample"), 0.0)
 
     def subset(self, indices: Sequence[int]) -> "Candidates":
-        """The same view of fewer pods."""
-        return Candidates(self._tables, [self.pods[i] for i in indices], self._values)
+        """The same view of fewer pods, and of all those that prefill for them."""
+        found = Candidates(self._tables, [self.pods[i] for i in indices], self._values)
+        found.prefill = self.prefill
+        return found
 
 
 class Model:
     """One model name: its pods and the settings that discovery found for it."""
 
-    __slots__ = ("candidates", "name", "pods", "settings", "whole")
+    __slots__ = ("candidates", "name", "pods", "prefill", "settings", "whole")
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name = name
         self.pods: list[Pod] = []
         self.whole: list[Pod] = []
         """Those that take whole requests: the decode pods where prefill and decode are apart."""
+        self.prefill: list[Pod] = []
+        """Those that only prefill."""
         self.settings = settings
         self.candidates: Candidates | None = None
 
@@ -199,6 +206,7 @@ class Fleet:
                     model.pods.append(pod)
             for model in models.values():
                 model.pods.sort(key=lambda pod: pod.slot)
+                model.prefill = [pod for pod in model.pods if pod.record.role == "prefill"]
                 model.whole = [pod for pod in model.pods if pod.record.role != "prefill"] or model.pods
             self.models = models
         self._urgent = self._pods.urgent  # before the rows: what is written meanwhile is taken in again
@@ -228,15 +236,17 @@ class Fleet:
         if model is None:
             return None
         if model.candidates is None:
-            model.candidates = self._eligible(model)
+            model.candidates = Candidates(self._tables, self._eligible(model.whole), self._values, whole=True)
+            if model.prefill:
+                model.candidates.prefill = Candidates(self._tables, self._eligible(model.prefill), self._values)
         return model.candidates
 
-    def _eligible(self, model: Model) -> Candidates:
+    def _eligible(self, pods: list[Pod]) -> list[Pod]:
         values, tables = self._values, self._tables
         ready: list[Pod] = []
         unseen: list[Pod] = []
         healths, generations = values[:, _HEALTH].tolist(), tables.pods.generation[: len(values)].tolist()
-        for pod in model.whole:
+        for pod in pods:
             slot = pod.slot
             if pod.record.draining or slot >= len(values) or generations[slot] != pod.generation:
                 continue
@@ -245,4 +255,4 @@ class Fleet:
                 ready.append(pod)
             elif health == _UNSEEN:
                 unseen.append(pod)
-        return Candidates(tables, ready or unseen, values, whole=True)
+        return ready or unseen

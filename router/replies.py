@@ -35,9 +35,18 @@ ENVOY_LB: Final = "envoy.lb"
 NAMESPACE: Final = "pointsman"
 """The dynamic metadata that our own Envoy configuration reads."""
 RESPONSE_NAMESPACE: Final = "pointsman-response"
-"""The same, for headers that only some responses get: session, profile, receipt. A namespace of its own, since it is
-added to a template, and merged messages do not merge what lies inside a map."""
-RESPONSE_HEADERS: Final = ("x-session-id", "x-aibrix-config-profile", "x-pointsman-decision")
+"""The same, for headers that only some responses get: session, profile, receipt, prefill. A namespace of its own, since
+it is added to a template, and merged messages do not merge what lies inside a map."""
+PREFILL_TARGET_POD: Final = "prefill-target-pod"
+PREFILL_TARGET_POD_IP: Final = "prefill-target-pod-ip"
+"""The pod that prefilled: its name, and its address without the port. AIBrix's headers."""
+RESPONSE_HEADERS: Final = (
+    "x-session-id",
+    "x-aibrix-config-profile",
+    "x-pointsman-decision",
+    PREFILL_TARGET_POD,
+    PREFILL_TARGET_POD_IP,
+)
 """Those headers, which are also the keys there."""
 
 DESTINATION_HEADERS: Final = (TARGET_POD, ENDPOINT, "model")
@@ -260,6 +269,13 @@ def request_body_more(pairs: Iterable[Header], *, duplex: bool = False) -> bytes
     """More headers for the pod, to be added to the reply that routes."""
     reply = ProcessingResponse()
     _change((reply.request_headers if duplex else reply.request_body).response, pairs, ())
+    return reply.SerializeToString()
+
+
+def request_body_instead(body: bytes) -> bytes:
+    """A body in the place of a buffered request's, to be added to the reply that routes."""
+    reply = ProcessingResponse()
+    reply.request_body.response.body_mutation.body = body
     return reply.SerializeToString()
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from router.bodies.base import Body
+
 
 class RoutingRequest:
     """One request, parsed once. Strategies read it and may leave notes for their own `chosen` step."""
@@ -10,6 +12,7 @@ class RoutingRequest:
     __slots__ = (
         "_read_text",
         "_text",
+        "body",
         "max_tokens",
         "model",
         "notes",
@@ -26,6 +29,7 @@ class RoutingRequest:
         prompt_tokens: int = 0,
         max_tokens: int = 0,
         read_text: Callable[[], bytes] | None = None,
+        body: Body | None = None,
         *,
         text: bytes | None = None,
         user: str = "",
@@ -35,6 +39,8 @@ class RoutingRequest:
         """The name the client asked for: a base model or an adapter."""
         self._text = text
         self._read_text = read_text
+        self.body = body
+        """Has the text, unless there is none."""
         self.prompt_tokens = prompt_tokens
         """Prompt length, estimated from the text where the tokens are not known."""
         self.max_tokens = max_tokens
@@ -54,5 +60,10 @@ class RoutingRequest:
         for, because most strategies never do."""
         text = self._text
         if text is None:
-            text = self._text = self._read_text() if self._read_text else b""
+            body = self.body
+            if body is not None:
+                text = body.routing_text()
+            else:
+                text = self._read_text() if self._read_text is not None else b""
+            self._text = text
         return text

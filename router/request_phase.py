@@ -12,17 +12,26 @@ from typing import Final, TypeVar
 
 from router import replies
 from router.bodies import Body, read_request, strip_query, takes_body, upstream_path
-from router.errors import RequestError, body_too_large, header_value, include_usage_not_set, no_body, unknown_path
+from router.errors import (
+    RequestError,
+    body_has_passed,
+    body_too_large,
+    header_value,
+    include_usage_not_set,
+    no_body,
+    unknown_path,
+)
 from router.fleet import Candidates
 from router.limits import Grant
 from router.modes import UNKNOWN_MODES, EnvoyPeer
 from router.policy import NO_POLICY, Policy
 from router.profiles import effective_strategy
-from router.replies import Destination, Reply
+from router.replies import PREFILL_TARGET_POD, PREFILL_TARGET_POD_IP, Destination, Reply
 from router.request import RoutingRequest
 from router.response import Response, Served
 from router.rules import Rules
 from router.scheduler import Decision, Scheduler
+from router.strategies.pd import LEGS, Legs
 from router.strategies.session_affinity import NEW_SESSION_ID, SESSION_ID
 
 Awaited = TypeVar("Awaited")
@@ -286,7 +295,9 @@ class RequestPhase:
             return self._choose_or_give_back(choose, answer)
         return self._later(answer, partial(self._choose_or_give_back, choose))
 
-    def _choose_or_give_back(self, choose: Callable[[], Reply], model_grant: Grant) -> Reply:
+    def _choose_or_give_back(
+        self, choose: Callable[[], Reply | Awaitable[Reply]], model_grant: Grant
+    ) -> Reply | Awaitable[Reply]:
         chosen = False
         try:
             reply = choose()
@@ -307,7 +318,7 @@ class RequestPhase:
         body: bytes,
         end_of_stream: bool,
         profile_name: str = "",
-    ) -> Reply:
+    ) -> Reply | Awaitable[Reply]:
         """Decide, and say so."""
         if self._closed:
             return None  # while somebody was waited for
@@ -316,7 +327,7 @@ class RequestPhase:
         modes, peer, scheduler = self._modes, self._peer, self._scheduler
         duplex = self._headers_deferred
         grant = self._grant
-        request = RoutingRequest(parsed.model, parsed.approximate_tokens, parsed.max_tokens, parsed.routing_text)
+        request = RoutingRequest(parsed.model, parsed.approximate_tokens, parsed.max_tokens, None, parsed)
         if grant is not None:
             request.user = grant.user
         if not strategy:
@@ -343,6 +354,9 @@ class RequestPhase:
         extra: tuple[tuple[str, str], ...] = ()
         if profile_name or explain or request.notes is not None:
             extra = _extra_headers(profile_name, request.notes, decision)
+            if request.notes is not None and LEGS in request.notes:
+                legs: Legs = request.notes[LEGS]
+                return self._hand_over(decision, legs, parsed, extra, extra_mutations, body, end_of_stream)
         if not peer.held:
             needs_response = self._needs_response
             if extra:
@@ -359,6 +373,75 @@ class RequestPhase:
         if extra_mutations or decision.endpoints:
             reply += decision.endpoints + extra_mutations
         return self._with_body(reply, body, end_of_stream) if modes.duplex_request else reply
+
+    def _hand_over(
+        self,
+        decision: Decision,
+        legs: Legs,
+        parsed: Body,
+        extra: tuple[tuple[str, str], ...],
+        extra_mutations: bytes,
+        body: bytes,
+        end_of_stream: bool,
+    ) -> Awaitable[Reply]:
+        """Another pod prefills first. Should the stream end meanwhile, that gives back both charges."""
+        modes, headers = self._modes, self._headers
+        assert headers is not None
+        self.idle = False
+        self._scheduler.hold_for(decision, legs)
+        self._serve(parsed, ())
+        if not modes.buffered and not modes.duplex_request:
+            raise body_has_passed()
+        passed = {"content-type": "application/json", "x-request-id": self._request_id.decode("latin-1")}
+        for name in ("authorization", "traceparent"):
+            value = headers.get(name, b"").decode("latin-1")
+            if value and value.isascii() and value.isprintable():
+                passed[name] = value
+        path = strip_query(headers.get(":path", b"").decode("utf-8", "replace"))
+        prefilled = self._scheduler.hand_over(decision, legs, parsed, body, path, passed)
+        then = partial(self._handed_over, decision, legs, parsed, extra, extra_mutations, body, end_of_stream)
+        return self._later(prefilled, then)
+
+    def _handed_over(
+        self,
+        decision: Decision,
+        legs: Legs,
+        parsed: Body,
+        extra: tuple[tuple[str, str], ...],
+        extra_mutations: bytes,
+        body: bytes,
+        end_of_stream: bool,
+        instead: bytes | None,
+    ) -> Reply:
+        """Send the request to the pod that decodes, with another body if there is one."""
+        if self._closed:
+            return None
+        modes, held = self._modes, self._peer.held
+        self._scheduler.prefilled(decision, held=held)
+        self.idle = not (modes.duplex_request or modes.duplex_response)
+        pod = legs.pod
+        if pod is not None:
+            extra = (*extra, (PREFILL_TARGET_POD, pod.name), (PREFILL_TARGET_POD_IP, pod.host_ip.strip("[]")))
+        if held:
+            self._serve(parsed, extra)
+        else:
+            extra_mutations += replies.for_the_response(extra)
+            needs_response = self._needs_response
+            self.finished = not modes.duplex_response and not needs_response
+            if self.finished:
+                self._served = None
+        reply = decision.replies.request_body(self._request_id, decision.tokens)
+        reply += decision.endpoints + extra_mutations
+        if modes.duplex_request:
+            if instead is not None:
+                body = instead
+                length = ("content-length", b"%d" % len(body))
+                reply += replies.request_body_more((length,), duplex=self._headers_deferred)
+        elif instead is not None:
+            reply += replies.request_body_instead(instead) + replies.content_length(len(instead))
+        elif not modes.known and not self._body_bytes:
+            reply += replies.content_length(len(body))
+        return self._with_body(reply, body, end_of_stream)
 
     def _by_headers(self, headers: dict[str, bytes], request: RoutingRequest, candidates: Candidates) -> Candidates:
         """What few requests say of where they want to go. Raises RequestError."""
@@ -424,6 +507,11 @@ class RequestPhase:
         self._refused = True
         self._body = None
         self.idle = True
+        decision = self._decision
+        if decision is not None:  # whose prompt nobody prefills
+            self._scheduler.release(decision)
+            self._decision = None
+            self._served = None
         self._scheduler.series.add(1.0, "refused", str(error.status), error.code or "none")
         return replies.immediate(error.status, error.headers, error.body())
 

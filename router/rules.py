@@ -7,7 +7,7 @@ A pod that hosts several models of which some sleep says so by its claims (`rout
 may say `state` instead, for all of its pods.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from router.claims import ACTIVE, SLEEPING, STATES, claims_of, state_in
@@ -43,7 +43,7 @@ class Rules:
 
 def rules_of(model: Model, fleet: Fleet) -> Rules | None:
     """The rules of a model; None where there are none."""
-    engine = next((_engine(pod.record.labels, pod.record.engine) for pod in model.pods), "")
+    engine = next((engine_of(pod) for pod in model.pods), "")
     states = {pod.slot: claims_of(pod.record.labels).get(model.name, "") for pod in model.pods}
     claimed = {state for state in states.values() if state}
     asleep = ""
@@ -66,8 +66,7 @@ def awake(candidates: Candidates, rules: Rules) -> Candidates:
         return candidates
     found: Candidates | None = candidates.derived.get(Rules)
     if found is None:
-        places = [i for i, pod in enumerate(candidates.pods) if pod.slot not in rules.sleepers]
-        found = candidates.derived[Rules] = candidates.subset(places)
+        found = candidates.derived[Rules] = _those(candidates, lambda pod: pod.slot not in rules.sleepers)
     return found
 
 
@@ -81,10 +80,22 @@ def filtered(candidates: Candidates, selector: str) -> Candidates | None:
             matches = parse_selector(selector).matches
         except SelectorError:
             return None
-        places = [i for i, pod in enumerate(candidates.pods) if matches(labels_of(pod))]
         if len(known) >= _MAX_SELECTORS:
             known.clear()
-        found = known[selector] = candidates if len(places) == len(candidates) else candidates.subset(places)
+        found = known[selector] = _those(candidates, lambda pod: matches(labels_of(pod)))
+    return found
+
+
+def _those(candidates: Candidates, wanted: Callable[[Pod], bool]) -> Candidates:
+    """The pods that are wanted, and of those that prefill for them the wanted ones."""
+    places = [i for i, pod in enumerate(candidates.pods) if wanted(pod)]
+    prefill = candidates.prefill
+    for_prefill = [i for i, pod in enumerate(prefill.pods) if wanted(pod)] if prefill is not None else []
+    if len(places) == len(candidates) and (prefill is None or len(for_prefill) == len(prefill)):
+        return candidates
+    found = candidates.subset(places)
+    if prefill is not None:
+        found.prefill = prefill.subset(for_prefill)
     return found
 
 
@@ -97,8 +108,9 @@ def labels_of(pod: Pod) -> dict[str, str]:
     return {**known, **record.labels}
 
 
-def _engine(labels: Mapping[str, str], engine: str) -> str:
-    return labels.get(ENGINE) or engine
+def engine_of(pod: Pod) -> str:
+    """What serves the model there: its label, or what discovery says."""
+    return pod.record.labels.get(ENGINE) or pod.record.engine
 
 
 def _profiles(model: Model, fleet: Fleet) -> Iterator[Profiles]:

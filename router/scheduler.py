@@ -5,17 +5,21 @@ simultaneous requests of a worker each sees those before it. What other workers 
 at most; `marginal-delay` hears of it at its next decision, through the prefix log.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Final
 
+from router.bodies.base import Body
 from router.errors import header_value, model_asleep, no_pods, not_selected, unknown_model
 from router.fleet import Candidates, Fleet, Pod
+from router.handover import Handover, Prefills
 from router.receipts import Receipt
 from router.replies import MAX_TOKENS, Destination, RoutedReplies, endpoints_in_order
 from router.request import RoutingRequest
 from router.rules import Rules, awake, filtered, rules_of
 from router.strategies import STRATEGIES, Context, Strategy
 from router.strategies.marginal_delay import MODES, MarginalDelay
+from router.strategies.pd import Legs, Pd
 from router.strategies.weighted import Strategies
 from state.ledger import Charge
 from state.series import Histogram
@@ -28,7 +32,19 @@ _MAX_REPLIES: Final = 8192
 class Decision:
     """Where a request goes. Release it exactly once: with `Scheduler.release`, or by handing it to the access log."""
 
-    __slots__ = ("charge", "endpoints", "held", "model", "pod", "receipt", "replies", "strategy", "tokens", "tried")
+    __slots__ = (
+        "charge",
+        "endpoints",
+        "held",
+        "legs",
+        "model",
+        "pod",
+        "receipt",
+        "replies",
+        "strategy",
+        "tokens",
+        "tried",
+    )
 
     def __init__(self, pod: Pod, model: str, strategy: str, charge: Charge, held: bool, replies: RoutedReplies) -> None:
         self.pod = pod
@@ -43,6 +59,8 @@ class Decision:
         self.tried: tuple[str, ...] = ()
         """Their addresses, the pod's own first."""
         self.receipt: Receipt | None = None
+        self.legs: Legs | None = None
+        """While the prompt is prefilled on another pod."""
 
 
 class Scheduler:
@@ -68,6 +86,8 @@ class Scheduler:
         self._strategies = Strategies(STRATEGIES, context)
         self.wake: Callable[[Pod, str], None] | None = None
         """Asks a pod to wake a model; does not wait."""
+        self.prefills: Prefills | None = None
+        """Sends what pods shall only prefill; without it `pd` has no pods."""
         self.passes_on = False
         """Whether somebody brings log entries on other replicas' requests to them."""
         self._recent: dict[str, Strategy] = {}
@@ -209,6 +229,44 @@ class Scheduler:
         """The request is over. Only for held charges: the others are released by the access log."""
         if decision.held:
             self._ledger.release(decision.charge, held=True)
+            if decision.legs is not None:
+                decision.legs.release()
+
+    def hold_for(self, decision: Decision, legs: Legs) -> None:
+        """While its prompt is prefilled a request is held, whoever will tell of its end."""
+        decision.legs = legs
+        if not decision.held:
+            decision.held = True
+            self._ledger.take_hold(decision.charge)
+
+    def hand_over(
+        self, decision: Decision, legs: Legs, parsed: Body, body: bytes, path: str, headers: Mapping[str, str]
+    ) -> Awaitable[bytes | None]:
+        """Have the prompt prefilled: the body for the decode pod, None for the client's own. `path` and `headers` are
+        for the prefill pod. Raises RequestError, at once or later."""
+        strategy = self._strategies.get(decision.strategy)
+        if self.prefills is None or not isinstance(strategy, Pd):
+            raise not_selected()
+        return Handover(
+            self.prefills,
+            strategy,
+            legs,
+            decision.pod,
+            series=self.series,
+            clock=self.clock,
+            candidates=partial(self.fleet.candidates, decision.model),
+            body=body,
+            parsed=parsed,
+            path=path,
+            headers=headers,
+        )
+
+    def prefilled(self, decision: Decision, *, held: bool) -> None:
+        """That is over: the request goes to its pod, and its end is told by its stream (`held`) or the access log."""
+        decision.legs = None
+        if not held:
+            decision.held = False
+            self._ledger.let_go(decision.charge)
 
     def abandon(self, decision: Decision, request_id: bytes) -> None:
         """Nobody seems to have taken the decision, so the access log will hardly tell of it."""

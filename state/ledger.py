@@ -207,6 +207,22 @@ class Ledger:
             self._tokens_held[slot] -= charge.tokens
         self.requests_now[slot] -= 1
 
+    def take_hold(self, charge: Charge) -> None:
+        """A charge that was left to the log is held from now on, until `let_go`."""
+        slot, generation = charge.slot, charge.generation
+        if self._generation_of[slot] == generation:
+            if self._holder[slot] != generation:
+                self._requests_held[slot] = self._tokens_held[slot] = 0
+                self._holder[slot] = generation
+            self._requests_held[slot] += 1
+            self._tokens_held[slot] += charge.tokens
+
+    def let_go(self, charge: Charge) -> None:
+        """A held charge is left to the log from now on."""
+        if self._generation_of[charge.slot] == charge.generation:
+            self._requests_held[charge.slot] -= 1
+            self._tokens_held[charge.slot] -= charge.tokens
+
     def outcome(self, charge: Charge, *, ok: bool) -> None:
         """Count how a request ended, for passive health checks."""
         if self._generation_of[charge.slot] == charge.generation:

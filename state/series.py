@@ -30,6 +30,8 @@ POD_PLACE: Final[Mapping[str, int]] = {
 OVERFLOW_ROWS: Final = 16
 """Kept for the overflow rows of as many metrics, or a quarter of all rows where there are few."""
 
+PREFILL_BUCKETS: Final[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds in seconds of the histogram of prefill requests."""
 DECISION_BUCKETS: Final[tuple[float, ...]] = (
     0.000005, 0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0,
 )  # fmt: skip

@@ -84,7 +84,8 @@ def read_users(update: bytes) -> npt.NDArray[np.float64]:
     if len(update) % USERS.itemsize:
         raise UpdateError(f"{len(update)} bytes are not rows of {USERS.itemsize}")
     rows = np.frombuffer(update, USERS)
-    cells, tokens = rows["cell"], rows["tokens"].astype(float)
+    with np.errstate(invalid="ignore"):  # whatever is no number is refused below
+        cells, tokens = rows["cell"], rows["tokens"].astype(float)
     if len(np.unique(cells)) != len(cells) or (cells >= ROWS * CELLS).any():
         raise UpdateError("a cell out of range, or twice")
     if not (np.isfinite(tokens).all() and (tokens >= 0).all()):

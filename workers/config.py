@@ -160,6 +160,17 @@ class PrefixConfig(_Section):
     """Room of each worker's log in shared memory."""
 
 
+class PdConfig(_Section):
+    """Prefill on one pod, decode on another (strategy `pd`)."""
+
+    timeout_seconds: float = Field(30.0, gt=0, le=290)
+    """For a prefill, before another pod is asked. Two of them have to fit into Envoy's `message_timeout`."""
+    connections: int = Field(256, ge=1, le=4096)
+    """Of one worker to one prefill pod; more prefills at a time wait."""
+    kv_connector: Literal["shfs", "nixl"] = "shfs"
+    """How vLLM's pods hand over that do not say it in the label `model.aibrix.ai/kv-connector-type`: AIBrix's names."""
+
+
 class ReplicasConfig(_Section):
     """What the replicas of a router tell each other through Redis."""
 
@@ -297,6 +308,7 @@ class Config(BaseSettings):
     """Needs transport h2."""
     scrape: ScrapeConfig = ScrapeConfig()
     prefix: PrefixConfig = PrefixConfig()
+    pd: PdConfig = PdConfig()
     replicas: ReplicasConfig = ReplicasConfig()
     capacity: CapacityConfig = CapacityConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -534,6 +546,12 @@ def _aibrix_environment() -> dict[str, Any]:
     given = {name: value for name, value in prefix.items() if value is not None}
     if given:
         values["prefix"] = given
+    pd = {
+        "timeout_seconds": _aibrix_number("AIBRIX_PREFILL_REQUEST_TIMEOUT", "seconds"),
+        "kv_connector": env.get("AIBRIX_KV_CONNECTOR_TYPE") or None,
+    }
+    if any(pd.values()):
+        values["pd"] = {name: value for name, value in pd.items() if value}
     return values
 
 

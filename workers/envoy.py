@@ -10,6 +10,7 @@ back as one log entry. What the client is told about the choice (`target-pod`, `
 is then added by Envoy from dynamic metadata.
 """
 
+from math import ceil
 from typing import Any
 
 from router.errors import SERVICE_UNAVAILABLE, error_type
@@ -254,11 +255,16 @@ def _ext_proc(config: Config) -> Json:
         allow_content_length_header=True,
         route_cache_action="CLEAR",
         status_on_error={"code": "ServiceUnavailable"},
-        message_timeout="60s",
+        message_timeout=f"{_message_timeout(config)}s",
         max_message_timeout="600s",
         mutation_rules={"allow_all_routing": False},
         metadata_options={"receiving_namespaces": {"untyped": [NAMESPACE, RESPONSE_NAMESPACE, ENVOY_LB]}},
     )
+
+
+def _message_timeout(config: Config) -> int:
+    """Seconds for an answer of the router, which may have to wait for two prefills."""
+    return max(60, ceil(2 * config.pd.timeout_seconds) + 10)
 
 
 def _may_pass_unrouted(config: Config) -> bool:

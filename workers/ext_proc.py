@@ -10,6 +10,7 @@ import structlog
 
 from router.access_log import AccessLog
 from router.exchange import Exchanges
+from router.handover import Prefills
 from router.policy import NO_POLICY, Policy
 from router.prefixes import Prefixes
 from router.scheduler import Scheduler
@@ -21,6 +22,7 @@ from workers.h2.limits import TransportCounters
 from workers.health import EXT_PROC_SERVICE, HealthService
 from workers.last_users import LastUsers
 from workers.limits import open_gate
+from workers.prefill import PrefillSender
 from workers.process import Stop
 from workers.transport import Meter, make_server, tls_context
 from workers.wake import Waker
@@ -83,6 +85,8 @@ async def run_worker(
     )
     waker = Waker()
     scheduler.wake = waker.ask
+    sender = PrefillSender(config.pd.timeout_seconds, config.pd.connections)
+    scheduler.prefills = Prefills(sender, config.pd.kv_connector)
     scheduler.passes_on = config.has_replicas
     async with open_gate(config, tables, scheduler.series, last_users) as gate:
         policy = Policy(gate, explain=config.explain, usage_metrics=config.usage_metrics)
@@ -96,7 +100,9 @@ async def run_worker(
         await stop.wait()
         health.stop()
         policy.draining = True
+        until = time.monotonic() + config.drain_seconds
         await server.stop(config.drain_seconds)
+        await sender.close(until - time.monotonic())
         copying.cancel()
         catching_up.cancel()
         waker.close()

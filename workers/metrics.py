@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from state.ledger import Entry
 from state.pods import COLUMN, Health
 from state.roster import Kind, Phase, Process
-from state.series import DECISION_BUCKETS, OVERFLOW, merge, pod_of
+from state.series import DECISION_BUCKETS, OVERFLOW, PREFILL_BUCKETS, merge, pod_of
 from state.tables import REPLICATOR, Tables
 from workers.compiled import is_compiled
 
@@ -37,6 +37,8 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "limits_outage": ("pointsman_limits_outage", "Requests whose limits could not be checked", ("policy",)),
     "fallbacks": ("pointsman_strategy_fallbacks", "Decisions a strategy could not base on its metric", ("strategy",)),
+    "prefills": ("pointsman_prefills", "Prompts sent to pods that only prefill (strategy pd)", ("result",)),
+    "undivided": ("pointsman_undivided", "Requests of pd that went whole to a decode pod", ("reason",)),
     "polls": ("pointsman_scrapes", "Polls of the pods' metrics", ("pod", "result")),
     "page_cpu_seconds": ("pointsman_scrape_cpu_seconds", "CPU time spent reading metrics pages", ()),
     "ejections": ("pointsman_ejections", "Times a pod was left out because its answers failed", ("pod",)),
@@ -45,6 +47,11 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "transport": ("pointsman_transport_events", "Transport events", ("event",)),
 }
 """Series name: metric, help, labels."""
+
+_HISTOGRAMS = (
+    ("decision_seconds", "Time from a parsed request to the chosen pod", DECISION_BUCKETS),
+    ("prefill_seconds", "Time from sending a prompt to a pod that only prefills to its answer", PREFILL_BUCKETS),
+)
 
 _POD_GAUGES = (
     ("running", "requests the engine runs"),
@@ -74,7 +81,8 @@ class TablesCollector(Collector):
             pods = {pod.name for pod in document.pods}
             merged = {labels: value for labels, value in merged.items() if not (pod := pod_of(labels)) or pod in pods}
         yield from _counters({**self._zeros(), **merged})
-        yield from _histogram(merged)
+        for name, text, bounds in _HISTOGRAMS:
+            yield _histogram(merged, name, text, bounds)
         yield from self._gauges(merged)
         yield from self._pods()
         yield from self._processes()
@@ -200,21 +208,21 @@ def _counters(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:
     yield from families.values()
 
 
-def _histogram(merged: dict[tuple[str, ...], float]) -> Iterator[Metric]:
+def _histogram(merged: dict[tuple[str, ...], float], name: str, text: str, bounds: tuple[float, ...]) -> Metric:
     """Buckets are counted apart in the tables; Prometheus wants them added up."""
     buckets: dict[float, float] = defaultdict(float)
     total = 0.0
     for labels, value in merged.items():
-        if labels[0] == "decision_seconds":
+        if labels[0] == name:
             if labels[1] == "sum":
                 total += value
             elif labels[1] == "le":
                 buckets[float(labels[2])] += value
     running = 0.0
     cumulative = []
-    for bound in (*DECISION_BUCKETS, float("inf")):
+    for bound in (*bounds, float("inf")):
         running += buckets[bound]
         cumulative.append(("+Inf" if bound == float("inf") else repr(bound), running))
-    family = HistogramMetricFamily("pointsman_decision_seconds", "Time from a parsed request to the chosen pod")
+    family = HistogramMetricFamily(f"pointsman_{name}", text)
     family.add_metric((), buckets=cumulative, sum_value=total)
-    yield family
+    return family

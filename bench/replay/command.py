@@ -116,9 +116,10 @@ def replay(
     agents, no-prefix, burst-identical, burst-distinct.
     """
     names = [name.strip() for name in strategies.split(",") if name.strip()]
+    replayable = [name for name in STRATEGIES if name != "pd"]  # the simulated engines do not hand over
     for name in names:
-        if name not in STRATEGIES:
-            raise click.BadParameter(f"{name!r} is none of {', '.join(STRATEGIES)}", param_hint="--strategies")
+        if name not in replayable:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(replayable)}", param_hint="--strategies")
     if plot_path is not None and (problem := plot_problem(plot_path)):
         raise click.BadParameter(problem, param_hint="--plot")
     params = _engine(preset, engine_speed, blocks, block_tokens)

@@ -16,6 +16,7 @@ from router.strategies.least_utilization import LeastUtilization
 from router.strategies.llm_d_default import LlmDDefault
 from router.strategies.lmetric import LMetric
 from router.strategies.marginal_delay import MarginalDelay
+from router.strategies.pd import Pd
 from router.strategies.power_of_two import PowerOfTwo
 from router.strategies.preble import Preble, PrefixCachePreble
 from router.strategies.prefix_cache import PrefixCache
@@ -51,6 +52,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         LlmDDefault,
         LMetric,
         Preble,
+        Pd,
         SglangCacheAware,
         Slo,
         SloPackLoad,

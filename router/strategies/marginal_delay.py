@@ -149,7 +149,7 @@ class MarginalDelay(Scoring):
             prompt = found.prompt_tokens
             if found.chain.packed:
                 mode = "full"
-        delays = self._delays(candidates, now)
+        delays = self.delays(candidates, now)
         full = delays.wait_for_room(prompt) if delays.may_be_full(prompt) else 0
         uncached = scarce = prompt
         others: Shares = ()
@@ -171,7 +171,9 @@ class MarginalDelay(Scoring):
 
     def prepare(self, candidates: Candidates, now: float) -> None:
         """Learn from the last polls."""
-        self._delays(candidates, now)
+        if self._prefixes is not None:
+            self._prefixes.index.follow(now)  # it may not know of all pods yet
+        self.delays(candidates, now)
 
     def next_best(
         self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float
@@ -180,7 +182,8 @@ class MarginalDelay(Scoring):
         assert self._scored is not None
         return smallest(self._scored.scores(), first, count)
 
-    def _delays(self, candidates: Candidates, now: float) -> Delays:
+    def delays(self, candidates: Candidates, now: float) -> Delays:
+        """The pods' figures as they are now."""
         found: Delays | None = candidates.derived.get(Delays)
         if found is None:
             speeds = self._rates.speeds(candidates, now)
@@ -194,6 +197,6 @@ class MarginalDelay(Scoring):
             self._prefixes.remember(request, candidates, index, now)
         elif request.uncached_tokens < 0:
             request.uncached_tokens = request.prompt_tokens
-        delays: Delays = candidates.derived.get(Delays) or self._delays(candidates, now)
+        delays: Delays = candidates.derived.get(Delays) or self.delays(candidates, now)
         prompt = request.prefix.prompt_tokens if request.prefix is not None else request.prompt_tokens
         delays.promise(index, prompt, request.uncached_tokens, now)

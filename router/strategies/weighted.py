@@ -3,8 +3,8 @@
     value   = item *("," item)
     item    = name [":" weight]        weight 0..1000000, 1 if absent; 0 leaves the item out
 
-As in AIBrix, `pd` and the `slo` family go alone: the first such item is used and the others are dropped. `pd` itself is
-then refused. All others must be formulas (`Scoring`): `random`, `round-robin` and `power-of-two` have no scores.
+As in AIBrix, `pd` and the `slo` family go alone: the first such item is used and the others are dropped. All others
+must be formulas (`Scoring`): `random`, `round-robin` and `power-of-two` have no scores.
 """
 
 import re

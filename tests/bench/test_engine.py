@@ -464,3 +464,13 @@ def test_a_histogram_counts_a_run_as_its_values(first: int, slope: int, length: 
         one_by_one.observe(first + slope * j, times)
     assert at_once.counts == one_by_one.counts
     assert at_once.total == one_by_one.total
+
+
+def test_a_prompt_prefilled_elsewhere_takes_its_room_and_one_token_of_time() -> None:
+    engine = Engine(params())
+    request = EngineRequest(40, 2, block_hashes=range(10), key="a", prefilled=True)
+    engine.submit(request, 0.0)
+    assert engine.kv_usage == pytest.approx(0.10)
+    drain(engine)
+    assert request.ttft_seconds == pytest.approx(1 + 0.01 + 0.040)
+    assert request.cached_tokens == 39 and engine.stats.prefix_hits_tokens == 0

@@ -445,3 +445,25 @@ def test_mistakes_are_told_in_one_line() -> None:
     result = run(simulate_pod, ["--model", "m", "--host", "nohost.invalid"])
     assert result.exit_code == 1 and result.output.endswith("; choose another --host\n")
     assert "Unknown error" not in result.output
+
+
+# Prefill and decode apart
+
+
+async def test_a_prompt_that_another_pod_has_prefilled_is_not_computed_again(fleet: list[str]) -> None:
+    prefill, decode = fleet
+    text = "What one pod computes another need not. " * 40
+    asked = chat(text, max_tokens=1, kv_transfer_params={"do_remote_decode": True, "do_remote_prefill": False})
+    before = await metrics(prefill), await metrics(decode)
+    status, answer = await post(prefill, CHAT, asked)
+    params = answer["kv_transfer_params"]
+    assert status == 200
+    assert params["remote_engine_id"] == prefill and params["do_remote_prefill"] and params["remote_block_ids"]
+    status, answer = await post(decode, CHAT, chat(text, kv_transfer_params=params))
+    assert status == 200 and answer["usage"]["completion_tokens"] == 8 and answer["kv_transfer_params"] is None
+    after = await metrics(prefill), await metrics(decode)
+    computed = "vllm:request_prefill_kv_computed_tokens_sum"
+    there, here = (now[computed] - then[computed] for now, then in zip(after, before, strict=True))
+    assert there > 200 and here == 1
+    status, _ = await post(decode, CHAT, chat(text, kv_transfer_params=[1]))
+    assert status == 400

@@ -142,10 +142,13 @@ def test_by_access_log_too_the_slo_family_says_what_it_did() -> None:
 
 
 @pytest.mark.parametrize("asked", ["pd", "pd,least-request", "pd:2"])
-def test_pd_is_refused(asked: str) -> None:
-    said = Contract(2).routed(routing_strategy=asked).last
-    assert (said.status, said.error["message"]) == (400, f"incorrect routing strategy {asked}")
-    assert said.headers["x-error-routing"] == "true"
+def test_pd_needs_pods_of_both_roles_in_a_roleset(asked: str) -> None:
+    alone = [make_record(0, role="prefill", roleset="a"), make_record(1, role="decode", roleset="b")]
+    for contract in (Contract(2), Contract(records=alone)):
+        said = contract.routed(routing_strategy=asked).last
+        assert (said.status, said.error["message"]) == (503, "error on selecting target pod")
+        assert (said.error["code"], said.headers["x-error-routing"]) == ("service_unavailable", "true")
+        assert contract.in_flight == 0
 
 
 def test_whole_requests_go_to_decode_pods() -> None:

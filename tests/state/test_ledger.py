@@ -263,3 +263,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
 LedgerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestLedgerMachine = LedgerMachine.TestCase
+
+
+def test_a_charge_may_be_held_for_a_while_and_then_be_left_to_the_log() -> None:
+    tables = make_fleet(2)
+    ledger = tables.ledger
+    charge = ledger.charge(1, 100, 100, held=False)
+    ledger.take_hold(charge)
+    assert ledger.held_by(FIRST_WORKER, 1) == (1, 100)
+    ledger.let_go(charge)
+    assert ledger.held_by(FIRST_WORKER, 1) == (0, 0) and ledger.load(1) == (1, 100)
+    ledger.take_hold(charge)
+    assert ledger.forfeit(FIRST_WORKER) == 1
+    assert ledger.load(1) == (0, 0)

@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from state.updates import (
@@ -104,6 +104,7 @@ def test_what_users_used_is_read_as_it_was_written(used: dict[int, float]) -> No
 
 
 @given(st.binary(max_size=60))
+@example(b"\0\0\0\0\xa0\x7f")  # a signalling NaN
 def test_any_bytes_are_what_users_used_or_refused(update: bytes) -> None:
     with contextlib.suppress(UpdateError):
         assert np.isfinite(read_users(update)).all()

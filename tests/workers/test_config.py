@@ -508,3 +508,10 @@ def test_a_secret_of_the_wrong_kind_is_not_shown(secret: object) -> None:
             load(None, values)
         assert "12345" not in str(raised.value)
         assert "s3cret" not in str(raised.value)
+
+
+def test_aibrixs_names_for_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIBRIX_PREFILL_REQUEST_TIMEOUT", "60")
+    monkeypatch.setenv("AIBRIX_KV_CONNECTOR_TYPE", "nixl")
+    pd = load(None).pd
+    assert (pd.timeout_seconds, pd.kv_connector) == (60.0, "nixl")

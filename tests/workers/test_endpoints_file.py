@@ -136,7 +136,7 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(tmp_path: Path, text: 
         ("{profiles: {x: {routingConfig: {a: {1: 2}}}}}", "routingConfig: must contain only JSON values"),
         ("{profiles: {x: {routingConfig: {a: !!binary aGk=}}}}", "routingConfig: must contain only JSON values"),
         ("{profiles: {x: 7}}", "models.0.config.profiles.x: must be a mapping with keys such as `routingStrategy`"),
-        ("{profiles: {default: {}}, lockedRoutingStrategy: pd}", "lockedRoutingStrategy: no strategy 'pd'"),
+        ("{profiles: {default: {}}, lockedRoutingStrategy: dp}", "lockedRoutingStrategy: no strategy 'dp'"),
         ("{profiles: {default: {}}, defaultProfile: defalt}", "no profile 'defalt'; did you mean 'default'?"),
         ("{lockedRoutingStrategy: random}", "add `profiles: {default: {}}`"),
         ("{lockedStrategy: random}", "did you mean 'models.0.config.lockedRoutingStrategy'?"),

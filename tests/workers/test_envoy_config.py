@@ -263,3 +263,10 @@ def test_where_envoy_may_retry_it_says_which_pod_answered(endpoints: Path, desti
     assert (("target-pod-ip", "%UPSTREAM_REMOTE_ADDRESS%") in told) == (destination == "override-host")
     if told and destination == "override-host":
         assert told[-1][0] == "target-pod-ip", "later ones win"
+
+
+@pytest.mark.parametrize(("seconds", "timeout"), [(0.5, "60s"), (30.0, "70s"), (60.0, "130s"), (290.0, "590s")])
+def test_two_prefills_have_room_in_the_time_for_an_answer(endpoints: Path, seconds: float, timeout: str) -> None:
+    written = ext_proc(bootstrap(make_config(endpoints, pd={"timeout_seconds": seconds})))
+    assert written["message_timeout"] == timeout
+    assert float(timeout[:-1]) <= float(written["max_message_timeout"][:-1])

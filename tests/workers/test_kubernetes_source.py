@@ -107,6 +107,7 @@ async def test_a_pod_with_aibrix_labels(either: Cluster | RealCluster, sources: 
     labels = {"model.aibrix.ai/port": "9000", "model.aibrix.ai/metric-port": "9001", "model.aibrix.ai/engine": "sglang"}
     labels |= {"role-name": "decode", "roleset-name": "rs-0", "tier": "gold"}
     notes = {"model.aibrix.ai/config": '{"profiles": {}}', "modelclaim.aibrix.ai/a": '{"model": "qwen", "port": 8000}'}
+    notes |= {"model.aibrix.ai/sglang-bootstrap-port": "9100", "model.aibrix.ai/kv-connector-type": "nixl"}
     await either.put("pods", pod("vllm-0", "10.0.0.7", labels=labels, annotations={**notes, "other": "x"}))
     found = listed(await start(sources))["vllm-0"]
     assert (found.address, found.metrics_address) == ("10.0.0.7:9000", "10.0.0.7:9001")

@@ -25,7 +25,7 @@ def _nothing_was_said_yet() -> None:
     [
         ({"profiles": {**GOOD["profiles"], "y": {"routingStrategy": "nope"}}}, GOOD),
         ({"profiles": {**GOOD["profiles"], "y": 7, "z": {"requestsPerSecond": "5"}}}, GOOD),
-        ({**GOOD, "lockedRoutingStrategy": "pd"}, GOOD),
+        ({**GOOD, "lockedRoutingStrategy": "dp"}, GOOD),
         ({"profiles": 7}, {}),
         ("[]", ""),
         ("{", ""),

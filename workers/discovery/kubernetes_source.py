@@ -27,6 +27,7 @@ from lightkube.resources.core_v1 import Pod
 
 from router.claims import PREFIX as CLAIM_PREFIX
 from router.claims import claims_of
+from router.handover import BOOTSTRAP_PORT_LABEL, CONNECTOR_LABEL
 from router.rules import CONFIG, ENGINE, PORT
 from workers.address import canonical_ip, join_address
 from workers.config import ConfigError, KubernetesConfig
@@ -47,6 +48,8 @@ PAGE: Final = 500
 MAX_NAME_LENGTH: Final = 256
 """Characters of a model's name."""
 
+_TOLD: Final = (CONFIG, ENGINE, BOOTSTRAP_PORT_LABEL, CONNECTOR_LABEL)
+"""Annotations that the router reads as if they were labels."""
 _METRICS_PORT: Final = "model.aibrix.ai/metric-port"
 _ROLE: Final = "role-name"
 _ROLESET: Final = "roleset-name"
@@ -250,7 +253,7 @@ def _found(pod: Pod, config: KubernetesConfig, adapters: Iterable[str]) -> Found
     def fact(key: str) -> str:
         return labels.get(key) or annotations.get(key) or ""
 
-    told = {key: text for key, text in annotations.items() if key in (CONFIG, ENGINE) or key.startswith(CLAIM_PREFIX)}
+    told = {key: text for key, text in annotations.items() if key in _TOLD or key.startswith(CLAIM_PREFIX)}
     models = tuple(name for name in (fact(config.model_label), *adapters, *claims_of(told)) if name)
     if not models:
         raise ValueError(f"{config.model_label}: no label or annotation names its model")

@@ -83,7 +83,7 @@ def test_a_seed_gives_one_result() -> None:
     assert figures[0] == figures[1] != figures[2]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"pd"}))  # which the command refuses
 def test_every_strategy_answers_everything(strategy: str) -> None:
     trace = generate("agents", 1, 60, 20)
     result = run(trace, strategy, FAST, pods=3)

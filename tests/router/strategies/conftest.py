@@ -1,5 +1,6 @@
 """A fleet made by hand: real shared tables in this process, pods with the metrics a test gives them."""
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -39,6 +40,13 @@ class Lab:
         self.records = [r for r in self.records if r.slot != slot] + [record]
         self.tables.pods.claim(slot, record.generation)
         self.poll(slot, **metrics)
+        self.publish()
+
+    def divide(self, **metrics: float) -> None:
+        """All pods of now decode, and one more prefills for them."""
+        self.add(max(r.slot for r in self.records) + 1, **metrics)
+        roles = ["decode"] * (len(self.records) - 1) + ["prefill"]
+        self.records = [replace(r, role=role, roleset="rs") for r, role in zip(self.records, roles, strict=True)]
         self.publish()
 
     def publish(self, *slots: int) -> None:

@@ -23,7 +23,7 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
     _, _, context = fleet.worker()
     prior, speeds = Prior(), context.rates.speeds(candidates, now)
     loads, todo = candidates.loads(), context.backlog.follow(candidates, speeds, now)
-    room, full = waits_for_room(strategy._delays(candidates, now), request.prompt_tokens)
+    room, full = waits_for_room(strategy.delays(candidates, now), request.prompt_tokens)
     common = request.prefix.uncached_and_scarce(context.prefixes.index, now, full)
     u, scarce = np.full(len(candidates), common[0]), np.full(len(candidates), common[1])
     for indices, uncached, counted in common[2]:
@@ -40,7 +40,7 @@ def by_the_formula(fleet: Any, request: RoutingRequest) -> Floats:
         served = np.minimum(served, n / np.maximum(loads[1] * speeds.kv_share_per_token, 1.0))
     wait = todo * speeds.prefill_seconds
     c = mean * speeds.prefill_seconds[0]
-    mean_room, _ = waits_for_room(strategy._delays(candidates, now), mean)
+    mean_room, _ = waits_for_room(strategy.delays(candidates, now), mean)
     slack = np.mean(c / (c + wait + mean_room))
     w = np.minimum(todo / mean, n)
     price = 1 + served.mean() + served / 2 + slack * w

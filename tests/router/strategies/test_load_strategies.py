@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fleet import MODEL, make_fleet, set_row
+from fleet import MODEL, make_fleet, make_record, set_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -278,7 +278,9 @@ def test_the_pods_to_try_next_are_others_even_where_nobody_is_fit() -> None:
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_every_strategy_names_different_pods_for_retries(name: str) -> None:
-    router = Router(make_fleet(4), name)
+    roles = ("decode", "decode", "decode", "decode", "prefill") if name == "pd" else ("",) * 4
+    records = [make_record(slot, role=role, roleset="rs") for slot, role in enumerate(roles)]
+    router = Router(make_fleet(records=records), name)
     candidates, request = router.candidates(), RoutingRequest(MODEL, 100, text=b"x" * 400)
     first = router.strategy.pick(request, candidates, NOW)
     others = router.strategy.next_best(request, candidates, first, 2, NOW)

@@ -239,6 +239,8 @@ def test_every_strategy_explains_itself() -> None:
 def test_counts_below_zero_are_survived(lab: Any, prompt: Any, name: str, released: tuple[int, ...]) -> None:
     """As a late release of a charge that was given up leaves them until the next poll."""
     fleet = lab(3, waiting=0.0, running=0.0, kv_usage=0.1)
+    if name == "pd":
+        fleet.divide(waiting=0.0, running=0.0, kv_usage=0.1)
     for slot, count in enumerate(released):
         for _ in range(count):
             fleet.tables.ledger.release(Charge(slot, slot + 1, 100), held=False)
@@ -253,6 +255,8 @@ def test_a_pod_that_says_nothing_of_itself_is_neither_flooded_nor_shunned(lab: A
     said |= {"prefill_mean_seconds": 0.1, "decode_mean_seconds": 2.0, "prompt_tokens_mean": 500.0}
     fleet = lab(3, **said)
     fleet.add(3)
+    if name == "pd":
+        fleet.divide(**said)
     sent: Counter[int] = Counter()
     for number in range(200):
         fleet.now += 0.1
