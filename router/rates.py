@@ -16,11 +16,11 @@ over samples, weighed so that a large factor and a small one count alike. A samp
   phase, in which it computes this prompt's uncached tokens and whatever comes in meanwhile.
 
 All pods of a model are one fleet until they prove different: a pod's own samples (the last ten, in effect) stand
-against FLEET_SAMPLES of the fleet's, and of how far its prefills are off the others' only that share counts which has
-lasted for LASTING_SAMPLES. Prompt tokens are those of the mean cost: of a long prompt they cost more
-(`router.attention`). Where the samples do not tell decode from prefill, both get the factor that
-fits the sum. A pod that joins a running fleet is taken to be half as fast for prefills at first, and at full speed
-after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches during their first requests.
+against FLEET_SAMPLES of the fleet's, of which each pod's are divided by how fast it is in all. Of how far its prefills
+are off the others' only that share counts which has lasted for LASTING_SAMPLES. Prompt tokens are those of the mean
+cost: of a long prompt they cost more (`router.attention`). Where the samples do not tell decode from prefill, both get
+the factor that fits the sum. A pod that joins a running fleet is taken to be half as fast for prefills at first, and at
+full speed after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches during their first requests.
 
 It does not take more: with rates wrong by a factor of 2 (prefill) or 3 (decode) `marginal-delay` decides almost
 as well.
@@ -49,6 +49,13 @@ FLEET_SAMPLES: Final = 3.0
 _TOGETHER: Final = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
+DOUBTED_SAMPLES: Final = 50.0
+"""As much more as these are to the samples that there ever were: the first few, of cold caches, tell them apart no
+better."""
+OWN_PACE: Final = 0.003
+"""Of FLEET_SAMPLES, for a pod without samples of its own."""
+ROUNDS: Final = 2
+"""Of working out how fast each pod is, and what decode and prefill take relative to that: more make no difference."""
 _LIMIT: Final = 50.0
 FULL_USAGE: Final = 0.95
 """Of the KV cache, above which requests may wait for room in it and not for a place."""
@@ -132,11 +139,13 @@ class Speeds:
 
 
 class _Pod:
-    __slots__ = ("polled", "seen", "sent", "sums")
+    __slots__ = ("polled", "samples", "seen", "sent", "sums")
 
     def __init__(self, now: float) -> None:
         self.seen = now
         self.polled = 0.0
+        self.samples = 0
+        """How many were ever taken."""
         self.sent = Sent()
         self.sums = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         """Of d*d, d*p, p*p, d, p and 1 over the samples, d and p being the decode and prefill seconds by the prior,
@@ -388,7 +397,7 @@ class _Fleet:
     def factors(self, now: float) -> tuple[Floats, Floats]:
         """On the prior's prefill and decode rates, for each pod."""
         if self._prefill is None:
-            self._decode, prefill = _solve(self._sums)
+            self._decode, prefill = _solve(self._sums, sum([pod.samples for pod in self._pods]))
             self._prefill = self._what_lasts(prefill)
             self.attention.solve()
         if now - self._young >= WARM_UP_SECONDS:
@@ -418,27 +427,50 @@ _USED: Final = (
 _GENERATED: Final = _USED.index("generation_tokens_mean")
 
 
-def _solve(sums: Floats) -> Floats:
-    """(decode, prefill) factors of each pod, from sums[6][pods]."""
-    dd, dp, pp, d, p, samples = sums.sum(axis=1).tolist()
+def _solve(sums: Floats, watched: int) -> Floats:
+    """(decode, prefill) factors of each pod, from sums[6][pods], after so many samples.
+
+    Pods may be of different speeds. A fast one that happens to compute more prompts than a slow one would say that
+    prompts cost next to nothing. So each pod's seconds are first divided by how fast it is in all, and the fleet is
+    asked what decode and prefill take relative to that.
+    """
+    dd, dp, pp, d, p, own = sums
+    weight, samples = float((dd + pp).sum()), float(own.sum())
     if not samples > 0:
         return np.ones((2, sums.shape[1]))
-    both = (d + p) / (dd + 2.0 * dp + pp)
-    together = _TOGETHER * (dd + 2.0 * dp + pp)
-    dd_fleet, pp_fleet = dd + together, pp + together
-    decode, prefill = _two(dd_fleet, dp, pp_fleet, d + (dd_fleet - dd) * both, p + (pp_fleet - pp) * both)
     # The fleet's equations, at the weight of FLEET_SAMPLES of a pod's own, come to those of each pod.
-    own = sums[5]
-    mean = (sums[0] + sums[2] + 1e-9) / np.maximum(own, 1e-9)
-    share = FLEET_SAMPLES / (dd + pp) * np.where(own > 0.1, mean, (dd + pp) / samples)
-    ddf, dpf, ppf = dd_fleet * share, dp * share, pp_fleet * share
+    mean = (dd + pp + 1e-9) / np.maximum(own, 1e-9)
+    share = FLEET_SAMPLES / weight * np.where(own > 0.1, mean, weight / samples)
+    square = dd + 2.0 * dp + pp
+    together = _TOGETHER * (1.0 + DOUBTED_SAMPLES / max(watched, 1))
+    decode = prefill = 1.0
+    pace = np.ones(len(own))
+    for _ in range(ROUNDS):
+        expected = decode * d + prefill * p
+        squares = decode * decode * dd + 2.0 * decode * prefill * dp + prefill * prefill * pp
+        every, everys = float(expected.sum()), float(squares.sum())
+        pace = (expected + share * every) / (squares + share * everys)
+        # Its own, or what is left of the differences between pods would be put down to what they compute.
+        own_pace = (expected + OWN_PACE * share * every) / (squares + OWN_PACE * share * everys)
+        drawn = together * float((own_pace * square).sum())
+        decode, prefill = _two(
+            float((own_pace * dd).sum()) + drawn,
+            float((own_pace * dp).sum()),
+            float((own_pace * pp).sum()) + drawn,
+            float(d.sum()) + drawn,
+            float(p.sum()) + drawn,
+        )
+        decode, prefill = max(decode, 1.0 / _LIMIT), max(prefill, 1.0 / _LIMIT)
+    drawn = together * float(square.sum())
+    ddf, dpf, ppf = (float(dd.sum()) + drawn) * share, float(dp.sum()) * share, (float(pp.sum()) + drawn) * share
+    of_decode, of_prefill = pace * decode, pace * prefill
     result: Floats = np.array(
         _two(
-            sums[0] + ddf,
-            sums[1] + dpf,
-            sums[2] + ppf,
-            sums[3] + ddf * decode + dpf * prefill,
-            sums[4] + dpf * decode + ppf * prefill,
+            dd + ddf,
+            dp + dpf,
+            pp + ppf,
+            d + ddf * of_decode + dpf * of_prefill,
+            p + dpf * of_decode + ppf * of_prefill,
         )
     )
     return np.clip(result, 1.0 / _LIMIT, _LIMIT, out=result)
@@ -470,6 +502,7 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
     context = prompt + _known(row["generation_tokens_mean"], 200.0) / 2
     per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
     steps = row["steps_per_second"]
+    pod.samples += 1
     pod.sums = tuple(_KEEP * x for x in pod.sums)  # type: ignore[assignment]
     cost = attention.cost(pod.sent)
     if steps > 0:
