@@ -237,6 +237,7 @@ class PrefixIndex:
             if run is None:
                 new = parent = runs[key] = Run(key, parent, place, packed[byte:] if byte else packed, block_bytes)
                 new.used_at, new.uses, new.holders = at, 1.0, bit
+                new.before, new.born = faded(self._uses, self._used_at, at), at
                 self.blocks += new.blocks
                 self._used[slot] += new.blocks * block_bytes
                 self.pairs += 1
@@ -307,6 +308,7 @@ class PrefixIndex:
         head.holders = run.holders
         head.uses = run.uses
         head.used_at = run.used_at
+        head.before, head.born = run.before, run.born
         run.hashes = run.hashes[blocks << 3 :]
         run.blocks -= blocks
         run.start += blocks

@@ -23,7 +23,20 @@ def faded(count: float, counted_at: float, now: float) -> float:
 class Run:
     """Consecutive blocks held by the same pods."""
 
-    __slots__ = ("answered", "block_bytes", "blocks", "hashes", "holders", "key", "parent", "start", "used_at", "uses")
+    __slots__ = (
+        "answered",
+        "before",
+        "block_bytes",
+        "blocks",
+        "born",
+        "hashes",
+        "holders",
+        "key",
+        "parent",
+        "start",
+        "used_at",
+        "uses",
+    )
 
     def __init__(self, key: bytes, parent: "Run | None", start: int, hashes: bytes, block_bytes: int) -> None:
         self.key = key
@@ -38,6 +51,9 @@ class Run:
         self.uses = 0.0
         """How often it was routed of late, as of `used_at`: fading over DEMAND_SECONDS."""
         self.used_at = 0.0
+        self.before = 0.0
+        """How many prompts had been routed when it was first seen, at `born`: fading alike."""
+        self.born = 0.0
 
 
 class Match:

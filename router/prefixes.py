@@ -53,8 +53,10 @@ class LookUp:
 
         Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
-        compute it once more is no waste but an investment, and it counts (k / wanted)^2. For f its uses of late count
-        less their square root, by which they may be many by chance: of the first few prompts any two are a large share.
+        compute it once more is no waste but an investment, and it counts (k / wanted)^2. All prompts are those since
+        its first use, or what is new and in demand would wait for its copies until it is no longer new. For f its uses
+        of late count less their square root, by which they may be many by chance, and the prompts one more for each
+        candidate: of the first few any two are a large share.
         A run of which full pods have all copies is as good as gone until they have room: those that ask for it, `uses`
         of late, share the price of a copy on another pod, the more so the more pods have room.
         """
@@ -100,7 +102,7 @@ class LookUp:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
         prefix_value: dict[int, float] | None = None
-        per_copy = 0.0
+        prompts = 0.0
         before = 0
         for place, run in self.match.runs:
             holders = run.holders & mask
@@ -109,8 +111,9 @@ class LookUp:
                 uses = faded(run.uses, run.used_at, now)
                 less = uses / (1.0 + uses) * (1.0 - full.bit_count() / n)
             elif holders != mask:
-                if not per_copy:
-                    per_copy = index.recent_prompts(now) / (SPARE * n)
+                if not prompts:
+                    prompts = index.recent_prompts(now) + n
+                per_copy = (prompts - faded(run.before, run.born, now)) / (SPARE * n)
                 wanted = run.uses / per_copy  # at most, since it fades
                 copies = holders.bit_count()
                 if copies < wanted:

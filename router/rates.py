@@ -17,10 +17,12 @@ over samples, weighed so that a large factor and a small one count alike. A samp
 
 All pods of a model are one fleet until they prove different: a pod's own samples (the last ten, in effect) stand
 against FLEET_SAMPLES of the fleet's, and of how far its prefills are off the others' only that share counts which has
-lasted for LASTING_SAMPLES. Prompt tokens are those of the mean cost: of a long prompt they cost more
-(`router.attention`). Where the samples do not tell decode from prefill, both get the factor that
-fits the sum. A pod that joins a running fleet is taken to be half as fast for prefills at first, and at full speed
-after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches during their first requests.
+lasted for LASTING_SAMPLES. Where pods are of several speeds, each one's samples are first divided by how fast it is in
+all: a fast pod computes more prompts, and without that it would say that prompts cost next to nothing. Prompt tokens
+are those of the mean cost: of a long prompt they cost more (`router.attention`). Where the samples do not tell decode
+from prefill, both get the factor that fits the sum. A pod that joins a running fleet is taken to be half as fast for
+prefills at first, and at full speed after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches
+during their first requests.
 
 It does not take more: with rates wrong by a factor of 2 (prefill) or 3 (decode) `marginal-delay` decides almost
 as well.
@@ -46,9 +48,14 @@ STALE_SECONDS: Final = 15.0
 _KEEP: Final = 0.9
 """What is left of the weight of a pod's samples after the next one."""
 FLEET_SAMPLES: Final = 3.0
+_UNSEEN_SAMPLES: Final = 0.01
+"""Of the fleet's, for how fast a pod is in all: only for one that has none of its own."""
 _TOGETHER: Final = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
+USUAL_SPREAD: Final = 0.15
+"""So far (as a logarithm) pods of one kind may be off each other in all, and for long, by what they happen to do. Of a
+pod's distance half counts where it is as much, nearly all where it is twice that, next to nothing where it is half."""
 _LIMIT: Final = 50.0
 FULL_USAGE: Final = 0.95
 """Of the KV cache, above which requests may wait for room in it and not for a place."""
@@ -246,7 +253,7 @@ class Rates:
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
 
 
-_OF_A_POD: Final = ("sampled_at", "_queued", "_full", "_max_requests", "_most", "_lasting", "_chance")
+_OF_A_POD: Final = ("sampled_at", "_queued", "_full", "_max_requests", "_most", "_lasting", "_chance", "_pace")
 
 
 class _Fleet:
@@ -259,6 +266,7 @@ class _Fleet:
         "_lasting",
         "_max_requests",
         "_most",
+        "_pace",
         "_pods",
         "_prefill",
         "_queued",
@@ -300,6 +308,7 @@ class _Fleet:
         # Of the logarithms of prefill factors: how far each pod is off the mean, and by how much that varies.
         self._lasting: Floats = np.zeros(len(pods))
         self._chance: Floats = np.zeros(len(pods))
+        self._pace: Floats = np.zeros(len(pods))
         self._watched = 0.0
 
     def inherit(self, known: "_Fleet") -> None:
@@ -376,7 +385,6 @@ class _Fleet:
         logs = np.log(prefill)
         mean = logs.mean()
         off = logs - mean
-        self._watched = min(self._watched + 1.0, LASTING_SAMPLES * len(off))
         rate = 1.0 / self._watched
         self._lasting += rate * (off - self._lasting)
         self._chance += rate * ((off - self._lasting) ** 2 - self._chance)
@@ -385,11 +393,30 @@ class _Fleet:
         result: Floats = np.exp(mean + off)
         return result
 
+    def _lasting_paces(self) -> Floats:
+        """How many times as long as on the others everything takes on each pod, as far as that lasts and is more than
+        pods of one kind differ."""
+        dd, dp, pp, d, p, own = self._sums
+        square, both = dd + 2.0 * dp + pp, d + p
+        weight = _UNSEEN_SAMPLES / max(float(own.sum()), 1e-9)
+        every, everys = weight * float(both.sum()), weight * float(square.sum())
+        if not (every > 0 and everys > 0):
+            return np.ones(len(own))
+        logs = np.log(np.clip((both + every) / (square + everys), 1.0 / _LIMIT, _LIMIT))
+        self._pace += (logs - logs.mean() - self._pace) / self._watched
+        distance = self._pace**4
+        result: Floats = np.exp(self._pace * distance / (distance + USUAL_SPREAD**4))
+        return result
+
     def factors(self, now: float) -> tuple[Floats, Floats]:
         """On the prior's prefill and decode rates, for each pod."""
         if self._prefill is None:
-            self._decode, prefill = _solve(self._sums)
-            self._prefill = self._what_lasts(prefill)
+            self._watched = min(self._watched + 1.0, LASTING_SAMPLES * len(self._pods))
+            pace = self._lasting_paces()
+            sums = self._sums.copy()
+            sums[3:5] /= pace
+            decode, prefill = _solve(sums)
+            self._decode, self._prefill = decode * pace, self._what_lasts(prefill) * pace
             self.attention.solve()
         if now - self._young >= WARM_UP_SECONDS:
             return self._prefill, self._decode

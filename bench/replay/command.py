@@ -3,6 +3,7 @@
 import random
 import sys
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import click
@@ -38,6 +39,12 @@ DEFAULT_STRATEGIES = (
     show_default=True,
     type=_ABOVE_0,
     help="Engines this many times as fast as the preset.",
+)
+@click.option(
+    "--pod-speeds",
+    default="1",
+    show_default=True,
+    help="And each pod this many times as fast, over and over: 1,2 for every other one.",
 )
 @click.option(
     "--speed", default=1.0, show_default=True, type=_ABOVE_0, help="Arrivals this many times as fast as the trace."
@@ -90,6 +97,7 @@ def replay(
     block_tokens: int | None,
     preset: str,
     engine_speed: float,
+    pod_speeds: str,
     speed: float,
     strategies: str,
     seed: int,
@@ -113,7 +121,7 @@ def replay(
     """Replay TRACE through the production strategies on simulated engines, and compare them.
 
     TRACE is a file in Mooncake's format (JSON lines, plain or gzipped), or a generator: shared-prefix, multi-turn,
-    agents, no-prefix, burst-identical, burst-distinct.
+    agents, no-prefix, hot-shift, burst-identical, burst-distinct.
     """
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     replayable = [name for name in STRATEGIES if name != "pd"]  # the simulated engines do not hand over
@@ -138,6 +146,7 @@ def replay(
         index_blocks=index_blocks,
         prior=prior,
         learn=prior is None,
+        pod_speeds=_speeds(pod_speeds),
         seed=seed,
     )
     loaded = _load(trace, seed, limit or 0, requests or 0, rate or 0.0)
@@ -177,6 +186,16 @@ def _engine(preset: str, speed: float, blocks: int | None, block_tokens: int | N
     tokens = params.num_blocks * params.block_tokens
     size = block_tokens or params.block_tokens
     return replace(params, block_tokens=size, num_blocks=blocks or max(tokens // size, 1))
+
+
+def _speeds(text: str) -> tuple[float, ...]:
+    try:
+        speeds = tuple([float(part) for part in text.split(",")])
+    except ValueError:
+        speeds = ()
+    if not speeds or not all(0 < speed < inf for speed in speeds):
+        raise click.BadParameter(f"{text!r} is not numbers above 0, separated by commas", param_hint="--pod-speeds")
+    return speeds
 
 
 def _wrong(params: EngineParams, prefill: float, decode: float) -> Prior:

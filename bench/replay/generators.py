@@ -24,6 +24,7 @@ ROOTS = (4000, 6500, 9000)
 """Tokens of the three agents' instructions and tool descriptions."""
 STEPS_LEAST, STEPS_MOST = 8, 40
 TOOL_SECONDS = 2.0
+HOT_SECONDS, HOT_SHARE, HOT_TOKENS, OLD_PROMPTS = 30.0, 0.6, 12_000, 40
 LONGEST = 100_000
 BURST = 100
 
@@ -135,6 +136,25 @@ def no_prefix(requests: int, rate: float, rng: random.Random) -> list[TraceReque
     return out
 
 
+def hot_shift(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
+    """Every 30 s another system prompt of 12,000 tokens comes up, which 60 % of all requests begin with until the next
+    one does; the others begin with one of 40 that stay. 400 tokens of their own, 150 of answer (medians); Poisson."""
+    rate = rate or 20.0
+    new = _Ids()
+    old = [new() for _ in range(OLD_PROMPTS)]
+    hot: list[int] = []
+    out: list[TraceRequest] = []
+    at = 0.0
+    for _ in range(requests):
+        at += rng.expovariate(rate)
+        while len(hot) <= at // HOT_SECONDS:
+            hot.append(new())
+        root = hot[-1] if rng.random() < HOT_SHARE else rng.choice(old)
+        own, answer = _length(rng, 400, 0.8), _length(rng, 150, 0.7, 1, 2000)
+        out.append(TraceRequest(at, HOT_TOKENS + own, answer, [root, new()], [HOT_TOKENS, own]))
+    return out
+
+
 def burst_identical(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
     """The same prompt of 4000 tokens at the same instant, 100 times unless told otherwise; 200 tokens of answer."""
     return [TraceRequest(5.0, 4000, 200, [1], [4000]) for _ in range(requests)]
@@ -151,6 +171,7 @@ GENERATORS: dict[str, tuple[Generator, int]] = {
     "multi-turn": (multi_turn, 12_000),
     "agents": (agents, 8000),
     "no-prefix": (no_prefix, 6000),
+    "hot-shift": (hot_shift, 6000),
     "burst-identical": (burst_identical, BURST),
     "burst-distinct": (burst_distinct, BURST),
 }

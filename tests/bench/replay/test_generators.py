@@ -1,5 +1,6 @@
 """Generators: what each says of itself."""
 
+from collections import Counter
 from itertools import pairwise
 from statistics import mean
 
@@ -73,6 +74,15 @@ def test_no_prefix_shares_nothing() -> None:
     requests = generate("no-prefix", 1, 500, 20.0)
     assert len({r.ids[0] for r in requests}) == 500
     assert requests[-1].at == pytest.approx(25, rel=0.2)
+
+
+def test_every_half_minute_another_prompt_is_hot() -> None:
+    requests = generate("hot-shift", 1, 2000, 20.0)
+    for begin in (0.0, 30.0, 60.0):
+        roots = Counter(r.ids[0] for r in requests if begin <= r.at < begin + 30.0)
+        hot, uses = roots.most_common(1)[0]
+        assert uses == pytest.approx(360, rel=0.15)
+        assert {r.ids[0] == hot for r in requests if not begin <= r.at < begin + 30.0} == {False}
 
 
 def test_bursts_come_at_one_instant() -> None:

@@ -58,6 +58,11 @@ def test_a_second_prompt_waits_for_the_step_under_way_unless_it_goes_to_another_
     assert sorted(milliseconds(run(trace, pods=2))) == [(60, 60), (160, 160)]
 
 
+def test_pods_may_be_of_different_speeds() -> None:
+    trace = [TraceRequest(0, 100, 1, [1]), TraceRequest(0, 100, 1, [2])]
+    assert milliseconds(run(trace, "round-robin", pods=2, pod_speeds=(1.0, 2.0))) == [(55, 55), (110, 110)]
+
+
 def test_speed_and_what_waits_for_an_answer() -> None:
     """At speed 2 the second comes at 0.5 s; the third 0.2 s after the first was answered, whatever the speed."""
     trace = [
@@ -149,6 +154,8 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Any) -> None:
     [
         (["--strategies", "nonsense"], "'nonsense' is none of"),
         (["--speed", "0"], "0.0 is not in the range x>0"),
+        (["--pod-speeds", "1,0"], "'1,0' is not numbers above 0"),
+        (["--pod-speeds", "1,fast"], "'1,fast' is not numbers above 0"),
     ],
 )
 def test_mistakes_are_named(options: list[str], words: str) -> None:

@@ -276,6 +276,22 @@ def test_speeds_are_learnt_from_counted_steps(lab: Any, decode: float, prefill: 
     assert speeds.prefill_seconds * 14_000 == pytest.approx([prefill] * 4, rel=0.2)
 
 
+def test_pods_of_two_speeds_do_not_make_prompts_seem_cheap(lab: Any) -> None:
+    """The faster half computes more of them, and has more to do in all."""
+    fleet = lab(4)
+    for number in range(60):
+        fleet.now += 1
+        for slot in range(4):
+            mix = (number * 7 + slot * 3) % 10
+            fleet.poll(
+                slot, **(steps(1, 1, 20 + mix, 60 - 5 * mix) if slot < 2 else steps(0.5, 0.5, 60 + mix, 140 - 9 * mix))
+            )
+        fleet.scores(NAME, fleet.request(tokens=100))
+    speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
+    assert speeds.prefill_seconds * 14_000 == pytest.approx([1, 1, 0.5, 0.5], rel=0.25)
+    assert speeds.decode == pytest.approx([1, 1, 0.5, 0.5], rel=0.1)
+
+
 def test_learnt_speeds_come_close_to_the_true_ones(lab: Any) -> None:
     """Metrics of an engine twice as slow as the prior, alone on the machine."""
     fleet = lab(1)
@@ -520,7 +536,27 @@ def test_few_uses_among_few_prompts_are_no_demand_for_copies(lab: Any, prompt: A
 
     assert price_of_a_copy(2, 10) == 4096  # of 12: a share of 1/6 would want to be on 4/3 of 4 pods
     fleet.now += 1000
-    assert price_of_a_copy(16, 32) == 4096 * (1 / 2) ** 2  # (16 - 4) of 48, on 2 pods
+    assert price_of_a_copy(16, 28) == 4096 * (1 / 2) ** 2  # (16 - 4) of 44 and one for each pod, on 2 pods
+
+
+def test_what_is_new_and_in_demand_is_copied_soon(lab: Any, prompt: Any) -> None:
+    """Its share is that of the prompts since its first use."""
+    fleet = lab(4)
+    _, _, context = fleet.worker()
+    candidates, index = fleet.candidates(), context.prefixes.index
+
+    def send(text: bytes, slot: int) -> None:
+        context.prefixes.remember(fleet.request(text), candidates, slot, fleet.now)
+
+    for number in range(200):
+        send(prompt(f"before {number}", 1), 1)
+    for number in range(16):
+        send(prompt("hot", 16), 0)
+        if number < 12:
+            send(prompt(f"since {number}", 1), 1)
+    found = context.prefixes.look_up(fleet.request(prompt("hot", 16)), candidates, fleet.now)
+    # (16 - 4) of 28 and one for each pod, on 3 pods
+    assert found.uncached_and_scarce(index, fleet.now)[1] == pytest.approx(4096 * (1 / 3) ** 2)
 
 
 def test_answers_take_longer_where_prefills_take_the_time(lab: Any) -> None:
