@@ -53,6 +53,8 @@ _UNSEEN_SAMPLES: Final = 0.01
 _TOGETHER: Final = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
+DOUBTED_SAMPLES: Final = 10.0
+"""Of each pod, by how fast it is in all: the first ones, and they count as if as many before them had shown nothing."""
 USUAL_SPREAD: Final = 0.15
 """So far (as a logarithm) pods of one kind may be off each other in all, and for long, by what they happen to do. Of a
 pod's distance half counts where it is as much, nearly all where it is twice that, next to nothing where it is half."""
@@ -403,7 +405,7 @@ class _Fleet:
         if not (every > 0 and everys > 0):
             return np.ones(len(own))
         logs = np.log(np.clip((both + every) / (square + everys), 1.0 / _LIMIT, _LIMIT))
-        self._pace += (logs - logs.mean() - self._pace) / self._watched
+        self._pace += (logs - logs.mean() - self._pace) / (self._watched + DOUBTED_SAMPLES * len(own))
         distance = self._pace**4
         result: Floats = np.exp(self._pace * distance / (distance + USUAL_SPREAD**4))
         return result

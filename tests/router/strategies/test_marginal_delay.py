@@ -279,7 +279,7 @@ def test_speeds_are_learnt_from_counted_steps(lab: Any, decode: float, prefill: 
 def test_pods_of_two_speeds_do_not_make_prompts_seem_cheap(lab: Any) -> None:
     """The faster half computes more of them, and has more to do in all."""
     fleet = lab(4)
-    for number in range(60):
+    for number in range(200):
         fleet.now += 1
         for slot in range(4):
             mix = (number * 7 + slot * 3) % 10
@@ -288,8 +288,8 @@ def test_pods_of_two_speeds_do_not_make_prompts_seem_cheap(lab: Any) -> None:
             )
         fleet.scores(NAME, fleet.request(tokens=100))
     speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
-    assert speeds.prefill_seconds * 14_000 == pytest.approx([1, 1, 0.5, 0.5], rel=0.25)
-    assert speeds.decode == pytest.approx([1, 1, 0.5, 0.5], rel=0.1)
+    assert speeds.prefill_seconds * 14_000 == pytest.approx([1, 1, 0.5, 0.5], rel=0.35)
+    assert speeds.decode == pytest.approx([1, 1, 0.5, 0.5], rel=0.15)
 
 
 def test_learnt_speeds_come_close_to_the_true_ones(lab: Any) -> None:
