@@ -10,8 +10,7 @@ SGLang's cannot prefill, so the request is refused. A prefill of SGLang that fai
 is told to the decode pod (`/abort_request`), which would wait for it.
 
 What goes to either pod are the members of the client's JSON as they came, byte for byte, without those that are taken
-away and with ours at the end. The client's own hand-over fields never reach a pod. Taking a body apart costs some 5 µs
-a kilobyte.
+away and with ours at the end. The client's own hand-over fields never reach a pod.
 """
 
 import secrets
