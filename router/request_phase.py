@@ -508,7 +508,7 @@ class RequestPhase:
         self._body = None
         self.idle = True
         decision = self._decision
-        if decision is not None:  # whose prompt nobody prefills
+        if decision is not None and decision.legs is not None and not self._settled:  # whose prompt nobody prefills
             self._scheduler.release(decision)
             self._decision = None
             self._served = None

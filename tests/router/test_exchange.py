@@ -96,6 +96,21 @@ def test_buffered_request_and_streamed_response() -> None:
     assert stream.outcomes == (1, 0)
 
 
+@pytest.mark.parametrize("accounting", ["stream", "access-log"])
+def test_a_charge_is_given_back_once_whatever_is_refused_later(accounting: str) -> None:
+    """No Envoy begins anew on the same stream; the books hold all the same."""
+    stream = Stream(accounting)
+    stream.send(request_headers(modes=(BUFFERED, STREAMED)))
+    stream.send(request_body(chat()))
+    for message in (response_headers(), response_body(eos=True)) if accounting == "stream" else ():
+        stream.send(message)
+    before = stream.in_flight
+    assert immediate(stream.one(request_headers(eos=True)))[0] == 400
+    assert stream.in_flight == before == (accounting == "access-log")
+    stream.exchange.close()
+    assert stream.in_flight == before
+
+
 def test_a_body_in_pieces_is_routed_with_the_last() -> None:
     stream = Stream()
     stream.send(request_headers(modes=(STREAMED, NONE)))
