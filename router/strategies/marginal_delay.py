@@ -171,9 +171,13 @@ class MarginalDelay(Scoring):
 
     def prepare(self, candidates: Candidates, now: float) -> None:
         """Learn from the last polls."""
+        self.up_to_date(candidates, now)
+
+    def up_to_date(self, candidates: Candidates, now: float) -> Delays:
+        """The pods' figures where no prompt was looked up before: the prefix index may not know of all pods yet."""
         if self._prefixes is not None:
-            self._prefixes.index.follow(now)  # it may not know of all pods yet
-        self.delays(candidates, now)
+            self._prefixes.index.follow(now)
+        return self.delays(candidates, now)
 
     def next_best(
         self, request: RoutingRequest, candidates: Candidates, first: int, count: int, now: float

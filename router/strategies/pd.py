@@ -194,9 +194,7 @@ class Pd(Strategy):
 
     def _decode_scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> list[float]:
         """Seconds of delay by the answer alone."""
-        if self.context.prefixes is not None:
-            self.context.prefixes.index.follow(now)  # it may not know of all pods yet
-        delays = self._delays.delays(candidates, now)
+        delays = self._delays.up_to_date(candidates, now)
         prompt = float(request.prompt_tokens)
         output = delays.speeds.output_tokens
         if 0 < request.max_tokens < output:

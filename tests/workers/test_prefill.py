@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -153,14 +153,21 @@ async def test_whoever_leaves_takes_the_prefill_along(engine: Engine, make: Make
     assert work.cancelled()
 
 
-async def test_what_is_begun_is_waited_for_until_it_is_on_its_way(engine: Engine, make: Make) -> None:
-    engine.may_answer.clear()
-    sender = make()
-    ended: list[str] = []
+def posting(sender: PrefillSender, engine: Engine, ended: list[str]) -> Callable[..., Coroutine[Any, Any, str]]:
+    """Work for `start` that notes what became of it."""
 
     async def work(written: Callable[[], None]) -> str:
         ended.append(await result(sender.post(engine.pod, PATH, {}, b"1", written)))
         return ended[0]
+
+    return work
+
+
+async def test_what_is_begun_is_waited_for_until_it_is_on_its_way(engine: Engine, make: Make) -> None:
+    engine.may_answer.clear()
+    sender = make()
+    ended: list[str] = []
+    work = posting(sender, engine, ended)
 
     assert await sender.start(work) == ""
     assert not ended
@@ -207,10 +214,7 @@ async def test_a_draining_worker_waits_for_what_is_under_way(engine: Engine, mak
     engine.may_answer.clear()
     sender = make()
     ended: list[str] = []
-
-    async def work(written: Callable[[], None]) -> str:
-        ended.append(await result(sender.post(engine.pod, PATH, {}, b"1", written)))
-        return ended[0]
+    work = posting(sender, engine, ended)
 
     await sender.start(work)
     closing = asyncio.ensure_future(sender.close(20.0))

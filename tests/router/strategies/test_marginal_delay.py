@@ -559,6 +559,13 @@ def test_what_is_new_and_in_demand_is_copied_soon(lab: Any, prompt: Any) -> None
     assert found.uncached_and_scarce(index, fleet.now)[1] == pytest.approx(4096 * (1 / 3) ** 2)
 
 
+def test_pods_that_no_prompt_was_looked_up_for_are_worked_out_too(lab: Any) -> None:
+    """Between requests, when some have just appeared: the prefix index may not know of them yet."""
+    fleet = lab(4)
+    fleet.strategy(NAME).prepare(fleet.candidates(), fleet.now)
+    assert len(set(np.round(fleet.scores(NAME, fleet.request(tokens=100)), 6))) == 1
+
+
 def test_answers_take_longer_where_prefills_take_the_time(lab: Any) -> None:
     fleet = lab(2)
     speeds = fleet.worker()[2].rates.speeds(fleet.candidates(), fleet.now)
