@@ -39,9 +39,12 @@ $(COMPILED): $(SOURCES) | $(STAMP)
 demo: install
 	$(BIN)/pointsman demo $(ARGS)
 
+# Both at once: the first waits most of the time.
 test: install h2spec
-	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m bench.interpreted pytest $(INTERPRETED)
+	@mkdir -p build
+	$(BIN)/python -m bench.interpreted pytest $(INTERPRETED) >build/interpreted.log 2>&1 & interpreted=$$!; \
+	$(BIN)/python -m pytest $(ARGS); failed=$$?; \
+	wait $$interpreted || failed=1; cat build/interpreted.log; exit $$failed
 
 check: install
 	$(BIN)/ruff format --check .
