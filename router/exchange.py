@@ -174,7 +174,7 @@ class Exchange(RequestPhase):
             # Also when Envoy answered by itself before the request's body was complete.
             self._request_handled = True
             self._body = None
-            self._peer.heeds_overrides = True
+            self._peer.has_shown()
             response = self._response = Response(
                 self._scheduler,
                 self._policy,
@@ -275,7 +275,7 @@ class Exchanges:
         accounting, destination = metadata.get(ACCOUNTING_KEY, "stream"), metadata.get(DESTINATION_KEY, "header")
         peer = self._peers.get((accounting, destination))
         if peer is None:
-            peer = EnvoyPeer(accounting, destination)
+            peer = EnvoyPeer(accounting, destination, self._scheduler.tables.heeding)
             if len(self._peers) < _MAX_PEERS:
                 self._peers[(accounting, destination)] = peer
         return peer

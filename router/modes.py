@@ -15,6 +15,7 @@ DESTINATION_KEY: Final = "x-pointsman-destination"
 _FULL_DUPLEX: Final = ProcessingMode.FULL_DUPLEX_STREAMED
 _BUFFERED: Final = frozenset({ProcessingMode.BUFFERED, ProcessingMode.BUFFERED_PARTIAL})
 
+_DESTINATIONS: Final = tuple(Destination)
 _MAX_KNOWN: Final = 64
 _MAX_KNOWN_LENGTH: Final = 256
 
@@ -59,21 +60,36 @@ class Modes:
 class EnvoyPeer:
     """What is the same for every stream of one Envoy listener."""
 
-    __slots__ = ("destination", "heeds_overrides", "held", "later", "modes")
+    __slots__ = ("_cell", "_heeding", "_seen", "destination", "held", "later", "modes")
 
-    def __init__(self, accounting: str = "stream", destination: str = "header") -> None:
+    def __init__(
+        self, accounting: str = "stream", destination: str = "header", heeding: memoryview | None = None
+    ) -> None:
         self.held = accounting != "access-log"
         """Charges are held by the streams, whose ends release them, and not left to the access log."""
         try:
             self.destination = Destination(destination)
         except ValueError:
             self.destination = Destination.HEADER
-        self.heeds_overrides = False
-        """It has shown a response that it was asked to show by an override: one that it does not show did not come."""
+        self._heeding = memoryview(bytearray(len(_DESTINATIONS))) if heeding is None else heeding
+        self._cell = _DESTINATIONS.index(self.destination)
+        self._seen = False
         self.modes: dict[bytes, Modes] = {}
         """By what follows the phase in a stream's first message: a few constants in a well-behaved Envoy's life."""
         self.later: set[bytes] = set()
         """What follows the phase in later messages, which say nothing of modes."""
+
+    @property
+    def heeds_overrides(self) -> bool:
+        """Whether such an Envoy has shown some worker a response by our override: one not shown did not come."""
+        return self._heeding[self._cell] != 0
+
+    def has_shown(self) -> None:
+        """It shows a response."""
+        if not self._seen:
+            self._seen = True
+            if not self.held:
+                self._heeding[self._cell] = 1
 
     def remember(self, request: ProcessingRequest, modes: Modes, *, first: bool) -> None:
         """Know this message's modes by its bytes from now on, if they are all that follows the phase."""

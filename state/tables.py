@@ -35,6 +35,7 @@ SUPERVISOR, SCRAPER, ADMIN, REPLICATOR = 0, 1, 2, 3
 """Writer rows of the processes of which there is one. Workers have the rows from FIRST_WORKER on."""
 FIRST_WORKER = 4
 _ID_BYTES = 4
+_HEEDING_BYTES = 8
 
 
 class Place:
@@ -86,6 +87,9 @@ class Tables:
         self.ended_log = EndedLog(segment.region("ended_log"), capacity.writers, writer)
         """What Envoy told workers here of requests that other replicas had routed (`router.access_log`)."""
         self.abandoned = Abandoned(segment.region("abandoned"), capacity.writers, writer)
+        self.heeding = segment.region("heeding")
+        """By how Envoy learns the pod: has one that leaves the ends of requests to its log shown a response when asked
+        to? One byte each, only ever set."""
         self.user_tokens = UserTokens(segment.region("user_tokens"), capacity.writers, writer)
         fd, writers = segment.fd, capacity.writers
         self.user_minutes = Windows(
@@ -113,6 +117,7 @@ class Tables:
                 "prefix_log": PrefixLog.size(capacity.writers, capacity.prefix_ring_bytes),
                 "ended_log": EndedLog.size(capacity.writers),
                 "abandoned": Abandoned.size(capacity.writers),
+                "heeding": _HEEDING_BYTES,
                 "user_tokens": UserTokens.size(capacity.writers),
                 "user_minutes": Windows.size(capacity.limited_users, capacity.writers),
                 "model_seconds": Windows.size(capacity.limited_models, capacity.writers),

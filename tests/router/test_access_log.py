@@ -15,7 +15,7 @@ from router.access_log import AccessLog
 from router.exchange import Exchange, MessageError
 from router.modes import EnvoyPeer
 from router.policy import Policy
-from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE
+from router.replies import ENDPOINT, ENVOY_LB, NAMESPACE, Destination
 from router.request_ids import RequestIds
 from router.scheduler import Scheduler
 from router.strategies import Context
@@ -91,7 +91,8 @@ def test_what_was_given_back_because_nobody_took_it_is_not_given_back_again() ->
 def watched(by: Scheduler, request_id: bytes = b"", *, heeded: bool = True) -> tuple[Exchange, dict[str, str]]:
     """A request whose response shall be shown, and what Envoy's log will have of it."""
     peer = EnvoyPeer("access-log")
-    peer.heeds_overrides = heeded
+    if heeded:
+        peer.has_shown()
     new_id = (lambda: request_id) if request_id else RequestIds().new
     exchange = Exchange(by, peer, new_id, 10_000, Policy(usage_metrics=True))
     exchange.receive(request_headers(modes=(BUFFERED, NONE)))
@@ -165,6 +166,23 @@ def test_a_watched_request_whose_stream_was_lost_is_left_to_the_log(heeded: bool
     AccessLog(by).receive(entries((metadata, 200)))
     assert tables.ledger.load(0) == (0, 0)
     assert dict(by.series.items())["finished", "pod-0", "200"] == 1.0
+
+
+def test_what_one_worker_saw_of_an_envoy_all_workers_know() -> None:
+    """A second connection of the same Envoy may be to a worker that has not been shown a response yet."""
+    first = fleet.make_fleet(1)
+    second = Tables.attach(first.segment.fd, 5)
+    peers = [
+        EnvoyPeer(accounting, destination, tables.heeding)
+        for tables in (first, second)
+        for accounting in ("access-log", "stream")
+        for destination in Destination
+    ]
+    EnvoyPeer("stream", "header", first.heeding).has_shown()
+    assert not any(peer.heeds_overrides for peer in peers)
+    EnvoyPeer("access-log", "metadata", first.heeding).has_shown()
+    assert {peer.destination for peer in peers if peer.heeds_overrides} == {Destination.METADATA}
+    assert EnvoyPeer("access-log", "metadata", second.heeding).heeds_overrides
 
 
 def test_outcomes_by_status() -> None:

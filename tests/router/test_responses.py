@@ -346,7 +346,8 @@ def test_a_client_that_leaves_before_the_response_is_charged_its_prompt(accounti
     """And so is one whose response was not shown."""
     contract = Contract(users=ANN)
     stream = routed(contract, NONE, body=LONG, accounting=accounting, user="ann")
-    stream.exchange._peer.heeds_overrides = heeded
+    if heeded:
+        stream.exchange._peer.has_shown()
     stream.exchange.late(None)
     stream.exchange.close()
     assert charged(contract) == LONG_TOKENS
