@@ -8,6 +8,9 @@ other has promised, and
 
 needs no history: a process that starts knows as much as the others, and one that dies leaves nothing to clear.
 
+What a step takes besides its prompts is promised with them. A prompt that finds others there waits for a step of its
+own, or shares it with those that come meanwhile. A long one takes several.
+
 No message says when a prefill is done, so none can be lost. That a speed is wrong, or a prompt was cached after all,
 shows in each poll of the pod, and bounds the backlog from both sides: it is no less than what the engine has waiting,
 and no more than about twice that, the tokens sent since, and one prompt under way (an engine spreads at most one
@@ -16,6 +19,7 @@ prompt over several steps), which there cannot be where nothing runs and nothing
 Cost: 3 µs per decision over 64 pods.
 """
 
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -69,19 +73,24 @@ class Backlog:
         step_seconds: float = 0.0,
         until: float | None = None,
         prompt_tokens: float = 0.0,
+        prompts_per_step: float = inf,
     ) -> float:
         """A request is sent to candidate `index` that has so much to compute. `prefill_seconds`: what a token takes
         there; `step_seconds`: what a step of the pod takes without any prompt; `until`: when it will have done what it
-        was promised, where the caller knows; `prompt_tokens`: all of the prompt. Returns when it will have done this
-        too."""
+        was promised, where the caller knows; `prompt_tokens`: all of the prompt; `prompts_per_step`: of those that come
+        while others are computed. Returns when it will have done this too."""
         self.mean_tokens += 0.02 * (uncached_tokens - self.mean_tokens)
         self.mean_prompt += 0.02 * (max(prompt_tokens, uncached_tokens) - self.mean_prompt)
         self.largest_tokens = max(self.largest_tokens * 0.999, uncached_tokens)
         if until is None:
             until = float(candidates.busy_until()[index])
+        steps = uncached_tokens / self.rates.prior.step_tokens
         if until <= now:
-            until = now + FIRST_STEPS * step_seconds
-        until += uncached_tokens * (prefill_seconds + step_seconds / self.rates.prior.step_tokens)
+            until = now
+            steps += FIRST_STEPS
+        else:
+            steps = max(steps, 1.0 / max(prompts_per_step, 1.0))
+        until += uncached_tokens * prefill_seconds + steps * step_seconds
         candidates.occupy(index, until)
         return until
 

@@ -364,6 +364,8 @@ class Delays:
         """This process sends a prompt to a pod: say when the pod will have done its prefill."""
         pairs = uncached * (prompt - 0.5 * uncached)
         sent, pod = self._sent[index], self._pods[index]
+        # A step takes step / (1 - r) where prompts take the share r of all time, and r / prefill are as many a second.
+        meanwhile = pod.growth * pod.step / (self._mean_tokens * pod.prefill)
         sent.tokens += uncached
         sent.pairs += pairs
         pod.busy_until = self._backlog.promise(
@@ -375,6 +377,7 @@ class Delays:
             pod.step,
             pod.busy_until,
             prompt * (self._flat + 0.5 * self._slope * prompt),
+            meanwhile,
         )
 
     def _apply_charge(self, pod: PodTerms, tokens: float, longer: float) -> None:
