@@ -40,6 +40,8 @@ RECORDS_PER_DRAIN: Final = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
 MAX_HEARD: Final = 256
 BLOCKS_PER_PAIR: Final = 8
+FULL_SECONDS: Final = 60.0
+"""For so long a view that had to make room is taken to know less than there is."""
 
 
 class PrefixIndex:
@@ -75,8 +77,11 @@ class PrefixIndex:
         self._tags: list[int] = []
         self._swept = 0
         self._sweep_at = 0.0
+        self._full_at = -inf
         self._uses = 0.0
         self._used_at = 0.0
+        self._unfound = 0.0
+        """Of the uses, those of which no pod held anything."""
         self.heard: deque[tuple[int, int, int, float]] = deque(maxlen=MAX_HEARD)
         """What other processes of this replica have routed, the newest last: the row of the pod, the bytes of the
         prompt, how many of them are new to the pod, and when."""
@@ -167,6 +172,18 @@ class PrefixIndex:
         if left and place:
             close_group(groups, answers, place, left, answered, min(answer_blocks, n - place))
         return Match(chain, groups, runs, answers)
+
+    def found_beyond(self, run: Run | None) -> float:
+        """Of the prompts of late that had this run, or of all, the share of which some pod held more."""
+        new, uses = (self._unfound, self._uses) if run is None else (run.branched, run.uses)
+        return max(1.0 - new / uses, 0.0) if uses else 0.0
+
+    def forgotten(self, now: float) -> float:
+        """The share of what fits into the pods' caches that is not known for want of space in the view."""
+        if now - self._full_at > FULL_SECONDS:
+            return 0.0
+        room = sum([room for room, used in zip(self._room, self._used, strict=True) if used])
+        return max(1.0 - sum(self._used) / max(room * self._bytes_per_token, 1.0), 0.0)
 
     def recent_prompts(self, now: float) -> float:
         """How many prompts were routed of late, at least 1: a run's share of them is the demand for it."""
@@ -272,8 +289,14 @@ class PrefixIndex:
                     again += run.blocks
             self.recompute_per_token[slot] = turnover.add(more, again * block_bytes)
         self._touch(order, path, at)
+        if new is not None:
+            if path:
+                path[-1].branched += 1.0
+            else:
+                self._unfound += 1.0
         self._evict_beyond_room(slot, order, at)
         if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
+            self._full_at = at
             self._make_room()
         return more
 
@@ -286,13 +309,17 @@ class PrefixIndex:
             since = run.used_at
             if since < at:
                 run.used_at = at
-                run.uses = faded(run.uses, since, at) + 1.0
+                left = faded(1.0, since, at)
+                run.uses = run.uses * left + 1.0
+                run.branched *= left
             else:
                 run.uses += 1.0
         since = self._used_at
         if since < at:
             self._used_at = at
-            self._uses = faded(self._uses, since, at) + 1.0
+            left = faded(1.0, since, at)
+            self._uses = self._uses * left + 1.0
+            self._unfound *= left
         else:
             self._uses += 1.0
 
@@ -307,6 +334,7 @@ class PrefixIndex:
         head = Run(run.key, run.parent, run.start, run.hashes[: blocks << 3], run.block_bytes)
         head.holders = run.holders
         head.uses = run.uses
+        head.branched = 1.0
         head.used_at = run.used_at
         head.before, head.born = run.before, run.born
         run.hashes = run.hashes[blocks << 3 :]

@@ -29,6 +29,7 @@ class Run:
         "block_bytes",
         "blocks",
         "born",
+        "branched",
         "hashes",
         "holders",
         "key",
@@ -51,6 +52,8 @@ class Run:
         self.uses = 0.0
         """How often it was routed of late, as of `used_at`: fading over DEMAND_SECONDS."""
         self.used_at = 0.0
+        self.branched = 0.0
+        """How many of these uses went on with something that nobody held: fading alike."""
         self.before = 0.0
         """How many prompts had been routed when it was first seen, at `born`: fading alike."""
         self.born = 0.0

@@ -5,6 +5,7 @@ from math import sqrt
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from router.fleet import Candidates
 from router.prefix_hash import BLOCK_BYTES, NOMINAL_BYTES_PER_TOKEN, Chain, PrefixHasher, block_bytes_for
@@ -17,6 +18,8 @@ from state.tables import Tables
 SPARE: Final = 2.0
 """Copies for each pod's worth of demand: with one, the pods that hold a run could not be chosen among."""
 
+_MIX: Final = np.uint64(0x9E3779B97F4A7C15)
+_HALF: Final = np.uint64(32)
 
 Shares = Sequence[tuple[list[int], float, float]]
 """Candidates, by their indices, with the prompt's uncached and scarce tokens on them."""
@@ -131,6 +134,54 @@ class LookUp:
                         prefix_value[at] -= tokens
             before = place
         return prefix_value
+
+    def at_home(
+        self,
+        uncached: float,
+        scarce: float,
+        others: Shares,
+        index: PrefixIndex,
+        keys: npt.NDArray[np.uint64],
+        unseen: float,
+    ) -> tuple[list[int], float, float] | None:
+        """The candidate that every replica would choose for what nobody is known to hold, and the uncached and scarce
+        tokens to be expected there; None where no more is to be expected than is known. `uncached`, `scarce` and
+        `others` as `uncached_and_scarce` gave them; `keys`: a number for each candidate, the same in all replicas;
+        `unseen`: the share of prompts of which this process does not know where they went.
+
+        It is the candidate with the highest random weight (rendezvous hashing) by the first block that nobody holds:
+        of all, or where the prompt goes on after one that was answered, of those that answered it.
+
+        If the share s is unseen and of others h is found, h / (1 - s) would be found if all were seen; so of those not
+        found h * s / ((1 - s) * (1 - h)) are held nonetheless, at most s. What stands before is held by as many of
+        those pods that are not known to.
+        """
+        runs, packed = self.match.runs, self.chain.packed
+        place, last = runs[-1] if runs else (0, None)
+        if place << 3 >= len(packed) or (last is not None and last.start + last.blocks != place):
+            return None
+        found = index.found_beyond(last)
+        held = min(unseen, found * unseen / max((1.0 - unseen) * (1.0 - found), 1e-3))
+        if held <= 0.0:
+            return None
+        weights = keys ^ np.uint64(int.from_bytes(packed[place << 3 : (place + 1) << 3], "little"))
+        weights *= _MIX
+        weights ^= weights >> _HALF
+        weights *= _MIX
+        answered = last.answered & self.slots.mask if last is not None else 0
+        if answered:
+            indices = self.slots.indices(answered)
+            home = indices[int(weights[indices].argmax())]
+        else:
+            home = int(weights.argmax())
+        least, counted = uncached, scarce
+        for indices, tokens, value in others:
+            if tokens < least:
+                least, counted = tokens, value
+            if home in indices:
+                uncached, scarce = tokens, value
+        left = 1.0 - held
+        return [home], left * (least + left * (uncached - least)), left * (counted + left * (scarce - counted))
 
     def tokens(self) -> list[float]:
         """Cached prompt tokens for each candidate, in their order."""

@@ -68,6 +68,8 @@ LASTING_SAMPLES: Final = 180.0
 """Over which it shows what of a pod's difference from the others lasts: three times what metrics are means of."""
 LOAD_SECONDS: Final = 3.0
 """Over which a pod's smoothed load is averaged: a few polls."""
+ELSEWHERE_SECONDS: Final = 30.0
+"""Over which what engines count beyond what is known here is averaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Speeds:
         "prefill_tokens_per_second",
         "sampled_at",
         "sent",
+        "share_elsewhere",
         "share_per_request",
         "slope",
         "smoothed_loads",
@@ -122,6 +125,8 @@ class Speeds:
         """Seconds of a step, at factor 1, before this replica sends anything: a0, and reading what others sent."""
         self.elsewhere: Floats
         """Requests on the pod that this replica does not know of."""
+        self.share_elsewhere = 0.0
+        """Of the requests in flight over the last ELSEWHERE_SECONDS, those that this replica does not know of."""
         self.output_tokens = 0.0
         """Mean of a request."""
         self.token_interval: Floats
@@ -212,7 +217,7 @@ class Rates:
         out.kv_share_per_token = fleet.kv_share_per_token
         out.smoothed_loads = fleet.average(candidates.loads()[:2], now)
         out.sampled_at = float(np.partition(sampled, len(sampled) // 2)[len(sampled) // 2])
-        self._elsewhere(out, candidates, sampled, now)
+        self._elsewhere(out, fleet, candidates, sampled, now)
         return out
 
     def _fleet(self, candidates: Candidates, now: float) -> "_Fleet":
@@ -242,13 +247,15 @@ class Rates:
         alike = max(reversed(self._fleets), key=lambda known: len(wanted.intersection(known)), default=())
         return self._fleets[alike] if wanted.intersection(alike) else None
 
-    def _elsewhere(self, out: Speeds, candidates: Candidates, sampled: Floats, now: float) -> None:
+    def _elsewhere(self, out: Speeds, fleet: "_Fleet", candidates: Candidates, sampled: Floats, now: float) -> None:
         """What engines count beyond what the ledger had in flight there (this replica's requests, and with Redis the
         other replicas'): other gateways', or direct traffic."""
         counted = candidates.metric("running") + candidates.metric("waiting")
         extra = np.maximum(counted - candidates.metric("tracked_requests_at_sample"), 0.0)
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0
         out.elsewhere = extra
+        known = float(np.nansum(candidates.metric("tracked_requests_at_sample")))
+        out.share_elsewhere = fleet.average_elsewhere(float(extra.sum()), known, now)
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
         out.token_interval = np.nan_to_num(candidates.metric("itl_mean_seconds"))
         out.token_interval[now - sampled > STALE_SECONDS] = 0.0
@@ -264,7 +271,10 @@ class _Fleet:
     __slots__ = (
         "_chance",
         "_decode",
+        "_elsewhere_at",
+        "_extra",
         "_full",
+        "_known",
         "_lasting",
         "_max_requests",
         "_most",
@@ -305,6 +315,8 @@ class _Fleet:
         self._decode: Floats = np.zeros(0)
         self._smoothed_loads: Floats | None = None
         self._smoothed_at = 0.0
+        self._extra = self._known = 0.0
+        self._elsewhere_at = 0.0
         self.attention = Attention(len(pods))
         self.sent = [pod.sent for pod in pods]
         # Of the logarithms of prefill factors: how far each pod is off the mean, and by how much that varies.
@@ -317,6 +329,7 @@ class _Fleet:
         """Begin with what is known of another set, one that has lost pods or got new ones, say."""
         self.attention = known.attention.copy(len(self._pods))
         self.spread, self.output_tokens, self._watched = known.spread, known.output_tokens, known._watched
+        self._extra, self._known, self._elsewhere_at = known._extra, known._known, known._elsewhere_at
         indices = {id(pod): j for j, pod in enumerate(known._pods)}
         for i, pod in enumerate(self._pods):
             j = indices.get(id(pod), -1)
@@ -380,6 +393,15 @@ class _Fleet:
             )
         self._smoothed_loads, self._smoothed_at = smoothed, now
         return smoothed
+
+    def average_elsewhere(self, extra: float, known: float, now: float) -> float:
+        """Take in how many requests are in flight that this replica does not know of, and how many that it does.
+        Returns the former's share, as if one more were known: of one or two it says little."""
+        rate = 1.0 - exp(min(self._elsewhere_at - now, 0.0) / ELSEWHERE_SECONDS)
+        self._extra += rate * (extra - self._extra)
+        self._known += rate * (known - self._known)
+        self._elsewhere_at = now
+        return self._extra / (self._extra + self._known + 1.0)
 
     def _what_lasts(self, prefill: Floats) -> Floats:
         """Prefill factors, each off their mean for the share of its distance that lasts: square of the mean distance /

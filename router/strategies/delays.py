@@ -18,6 +18,8 @@ from random import Random
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
 
 from router.attention import SENT_SECONDS
 from router.backlog import FIRST_STEPS, Backlog, BacklogCorrection
@@ -34,6 +36,8 @@ MAX_APPLIED: Final = 64
 """More is worked out anew."""
 MAX_BUSY: Final = 0.98
 """With prefills, of a pod's time: more than all of it may have been promised."""
+MIN_UNSEEN: Final = 0.1
+"""Fewer prompts that go elsewhere are direct traffic, or polls and ledger that do not quite agree."""
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
 _JITTERS: Final = 1024
@@ -205,6 +209,15 @@ class Delays:
         self._recomputed_at = -inf
         self._charges = candidates.ledger.charges
         self._heard = 0
+        self.unseen = 0.0
+        """Share of the prompts of which this process does not know where they went; 0 where it is small."""
+        self._keys: npt.NDArray[np.uint64] | None = None
+
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """A number for each pod, the same in all replicas."""
+        if self._keys is None:
+            self._keys = np.array([xxh3_64_intdigest(pod.address.encode()) for pod in self._candidates.pods], np.uint64)
+        return self._keys
 
     def _learn(self, speeds: Speeds) -> None:
         """Hand each pod what is known of it."""
@@ -280,6 +293,9 @@ class Delays:
         """Work everything out anew."""
         self._take_loads(now)
         self._weigh_slack()
+        if prefixes is not None:
+            unseen = max(self.speeds.share_elsewhere, prefixes.forgotten(now))
+            self.unseen = unseen if unseen > MIN_UNSEEN else 0.0
         self._set_coefficients(prefixes)
 
     def _take_loads(self, now: float) -> None:

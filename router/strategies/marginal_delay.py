@@ -87,6 +87,11 @@ class MarginalDelay(Scoring):
     next decision of any other; engines' own counts add what other gateways sent. Equal pods are told apart by chance, a
     nanosecond at most. Source: our own, found by simulation (docs/routing.md).
 
+    Where other replicas route without telling (engines count more than is known to be in flight), or the index is too
+    small for what the caches hold, what nobody is known to hold may be held all the same. All replicas expect it at the
+    same pod, which no message has to say (`LookUp.at_home`), with a probability that they learn, and so it comes to be
+    there.
+
     When it knows less: with old metrics it goes by its own account and the speeds it learnt before; without prefix
     knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
     """
@@ -155,6 +160,10 @@ class MarginalDelay(Scoring):
         others: Shares = ()
         if prefixes is not None and found is not None:
             uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full)
+            if delays.unseen:
+                home = found.at_home(uncached, scarce, others, prefixes.index, delays.keys(), delays.unseen)
+                if home is not None:
+                    others = [*others, home]
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode

@@ -1,0 +1,160 @@
+"""Prompts of which this replica cannot know: all replicas expect them at the same pod, and so it comes true."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from router.rates import ELSEWHERE_SECONDS
+from router.strategies.delays import MIN_UNSEEN
+from state.catalog import PodRecord
+from state.tables import FIRST_WORKER
+
+NAME = "marginal-delay"
+PODS = 8
+
+
+def others_route_too(fleet: Any, elsewhere: float = 3.0) -> None:
+    """Engines run so many requests for each one that this replica knows of, and have for long."""
+    for _ in range(4):
+        fleet.now += ELSEWHERE_SECONDS
+        for slot in [record.slot for record in fleet.records]:
+            requests, _ = fleet.tables.ledger.load(slot)
+            fleet.poll(slot, running=requests + elsewhere * max(requests, 1), waiting=0.0, num_gpu_blocks=1e5)
+        fleet.scores(NAME, fleet.request(tokens=100))
+
+
+def have_conversations(fleet: Any, prompt: Any, times: int = 3) -> None:
+    """Most prompts of late were found, and none is in flight any more."""
+    for _ in range(times):
+        for number in range(10):
+            fleet.send(NAME, fleet.request(prompt(f"known {number}", 8)))
+            fleet.finish()
+    fleet.now += 3.0
+
+
+def home(fleet: Any, text: bytes) -> list[int]:
+    """The row where a prompt is expected, or none."""
+    request = fleet.request(text)
+    strategy, candidates = fleet.strategy(NAME), fleet.candidates()
+    *_, others = strategy._weigh(request, candidates, fleet.now)
+    delays = strategy.delays(candidates, fleet.now)
+    known = request.prefix.uncached_and_scarce(strategy._prefixes.index, fleet.now, 0)[2]
+    added = others[len(known) :]
+    assert delays.unseen or not added
+    return [candidates.pods[index].slot for indices, _, _ in added for index in indices]
+
+
+def test_replicas_that_do_not_hear_of_each_other_send_a_new_prompt_to_the_same_pod(lab: Any, prompt: Any) -> None:
+    fleets = [lab(PODS), lab(PODS)]
+    for fleet in fleets:
+        have_conversations(fleet, prompt)
+        others_route_too(fleet)
+        have_conversations(fleet, prompt)
+    chosen = []
+    for number in range(24):
+        text = prompt(f"new {number}", 32)
+        chosen.append([fleet.send(NAME, fleet.request(text)) for fleet in fleets])
+        for fleet in fleets:
+            fleet.finish()
+            fleet.now += 4.0
+            have_conversations(fleet, prompt, times=1)
+    assert all(first == second for first, second in chosen)
+    assert max(Counter(first for first, _ in chosen).values()) <= 9
+
+
+def test_one_that_sees_every_request_expects_nothing(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    have_conversations(fleet, prompt)
+    for slot in range(PODS):
+        fleet.load(slot, 10)
+    others_route_too(fleet, elsewhere=0.8 * MIN_UNSEEN)
+    have_conversations(fleet, prompt)
+    assert home(fleet, prompt("new", 32)) == []
+
+
+def test_where_no_prompt_is_found_again_none_is_expected_anywhere(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    others_route_too(fleet)
+    for number in range(30):
+        fleet.send(NAME, fleet.request(prompt(f"once {number}", 8)))
+        fleet.finish()
+    assert home(fleet, prompt("new", 32)) == []
+
+
+def test_a_prompt_of_which_nothing_is_known_is_not_expected_anywhere(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    have_conversations(fleet, prompt)
+    others_route_too(fleet)
+    have_conversations(fleet, prompt)
+    assert home(fleet, b"") == []
+    assert home(fleet, prompt("known 1", 8)) == []  # all of it is known
+    assert home(fleet, prompt("new", 32)) != []
+
+
+def test_whoever_waits_longest_is_no_home(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    have_conversations(fleet, prompt)
+    others_route_too(fleet)
+    have_conversations(fleet, prompt)
+    text = prompt("new", 32)
+    (slot,) = home(fleet, text)
+    fleet.promise(slot, 5_000_000)
+    assert fleet.send(NAME, fleet.request(text)) != slot
+
+
+def test_a_home_is_known_by_its_address(lab: Any, prompt: Any) -> None:
+    """Rows are given out by each replica as pods come."""
+    fleets = [lab(PODS), lab(0)]
+    records = [
+        PodRecord(slot, slot + 1, f"pod-{slot}", record.address, ("m",))
+        for slot, record in enumerate(reversed(fleets[0].records))
+    ]
+    for record in records:
+        fleets[1].records.append(record)
+        fleets[1].tables.pods.claim(record.slot, record.generation)
+        fleets[1].poll(record.slot)
+    fleets[1].publish()
+    for fleet in fleets:
+        have_conversations(fleet, prompt)
+        others_route_too(fleet)
+        have_conversations(fleet, prompt)
+    for number in range(8):
+        text = prompt(f"new {number}", 32)
+        addresses = {
+            record.address for fleet in fleets for record in fleet.records if [record.slot] == home(fleet, text)
+        }
+        assert len(addresses) == 1
+
+
+def test_what_goes_on_after_an_answer_is_expected_where_that_was_given(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    have_conversations(fleet, prompt)
+    others_route_too(fleet)
+    have_conversations(fleet, prompt)
+    for number in range(6):
+        text = prompt(f"session {number}", 16)
+        slots = []
+        for _ in range(2):  # the second is found: prompts go on there
+            slots.append(fleet.send(NAME, fleet.request(text)))
+            fleet.finish()
+        assert home(fleet, text + prompt("next turn", 8))[0] in slots
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_index_that_is_full_knows_that_it_has_forgotten(lab: Any, prompt: Any, later: bool) -> None:
+    fleet = lab(PODS, num_gpu_blocks=2000.0, block_size=16.0)
+    tables, _, context = fleet.worker()
+    context.prefixes.index._max_blocks = 200
+    for number in range(60):
+        fleet.send(NAME, fleet.request(prompt(f"many {number}", 16)))
+        fleet.finish()
+    assert tables.writer == FIRST_WORKER
+    index = context.prefixes.index
+    assert index.blocks <= 200
+    assert 0.5 < index.forgotten(fleet.now) < 1.0
+    if later:
+        assert index.forgotten(fleet.now + 61.0) == 0.0
+        return
+    have_conversations(fleet, prompt)
+    assert home(fleet, prompt("new", 32)) != []
