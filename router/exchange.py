@@ -174,7 +174,8 @@ class Exchange(RequestPhase):
             # Also when Envoy answered by itself before the request's body was complete.
             self._request_handled = True
             self._body = None
-            self._peer.has_shown()
+            if self._modes.buffered and not self._modes.duplex_response and self._needs_response:
+                self._peer.has_shown()
             response = self._response = Response(
                 self._scheduler,
                 self._policy,

@@ -40,8 +40,6 @@ RECORDS_PER_DRAIN: Final = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
 MAX_HEARD: Final = 256
 BLOCKS_PER_PAIR: Final = 8
-FULL_SECONDS: Final = 60.0
-"""For so long a view that had to make room is taken to know less than there is."""
 
 
 class PrefixIndex:
@@ -77,11 +75,10 @@ class PrefixIndex:
         self._tags: list[int] = []
         self._swept = 0
         self._sweep_at = 0.0
-        self._full_at = -inf
         self._uses = 0.0
         self._used_at = 0.0
-        self._unfound = 0.0
-        """Of the uses, those of which no pod held anything."""
+        self._prompts = self._unfound = 0.0
+        """Of the uses, those by prompts of a block and more, and of these those of which no pod held anything."""
         self.heard: deque[tuple[int, int, int, float]] = deque(maxlen=MAX_HEARD)
         """What other processes of this replica have routed, the newest last: the row of the pod, the bytes of the
         prompt, how many of them are new to the pod, and when."""
@@ -174,16 +171,11 @@ class PrefixIndex:
         return Match(chain, groups, runs, answers)
 
     def found_beyond(self, run: Run | None) -> float:
-        """Of the prompts of late that had this run, or of all, the share of which some pod held more."""
-        new, uses = (self._unfound, self._uses) if run is None else (run.branched, run.uses)
-        return max(1.0 - new / uses, 0.0) if uses else 0.0
-
-    def forgotten(self, now: float) -> float:
-        """The share of what fits into the pods' caches that is not known for want of space in the view."""
-        if now - self._full_at > FULL_SECONDS:
-            return 0.0
-        room = sum([room for room, used in zip(self._room, self._used, strict=True) if used])
-        return max(1.0 - sum(self._used) / max(room * self._bytes_per_token, 1.0), 0.0)
+        """Of the prompts of late that went on beyond this run, the share of which some pod held more; of all prompts,
+        the share of which some pod held anything, where there is no run or nothing has gone on beyond it."""
+        if run is not None and run.passed > 0.0:
+            return max(1.0 - run.branched / run.passed, 0.0)
+        return max(1.0 - self._unfound / self._prompts, 0.0) if self._prompts else 0.0
 
     def recent_prompts(self, now: float) -> float:
         """How many prompts were routed of late, at least 1: a run's share of them is the demand for it."""
@@ -288,20 +280,20 @@ class PrefixIndex:
                 if order.get(run, at) < before:
                     again += run.blocks
             self.recompute_per_token[slot] = turnover.add(more, again * block_bytes)
-        self._touch(order, path, at)
-        if new is not None:
-            if path:
-                path[-1].branched += 1.0
-            else:
+        self._touch(order, path, at, new is not None)
+        if size:
+            self._prompts += 1.0
+            if new is not None and not path:
                 self._unfound += 1.0
         self._evict_beyond_room(slot, order, at)
         if self.blocks > self._max_blocks or self.pairs > self._max_pairs:
-            self._full_at = at
             self._make_room()
         return more
 
-    def _touch(self, order: "OrderedDict[Run, float]", path: list[Run], at: float) -> None:
-        """These runs were used: the last ones go to the end of the pod's order first, and all count as demand."""
+    def _touch(self, order: "OrderedDict[Run, float]", path: list[Run], at: float, branched: bool) -> None:
+        """These runs were used: the last ones go to the end of the pod's order first, and all count as demand.
+        `branched`: by a prompt that goes on with what nobody held."""
+        passed = 1.0 if branched else 0.0
         late = at < self._used_at  # told by another replica, perhaps long after
         for run in reversed(path):
             order[run] = at if not late else max(at, order.get(run, at))
@@ -311,14 +303,20 @@ class PrefixIndex:
                 run.used_at = at
                 left = faded(1.0, since, at)
                 run.uses = run.uses * left + 1.0
+                run.passed *= left
                 run.branched *= left
             else:
                 run.uses += 1.0
+            run.passed += passed
+            passed = 1.0
+        if branched and path:
+            path[-1].branched += 1.0
         since = self._used_at
         if since < at:
             self._used_at = at
             left = faded(1.0, since, at)
             self._uses = self._uses * left + 1.0
+            self._prompts *= left
             self._unfound *= left
         else:
             self._uses += 1.0
@@ -334,7 +332,7 @@ class PrefixIndex:
         head = Run(run.key, run.parent, run.start, run.hashes[: blocks << 3], run.block_bytes)
         head.holders = run.holders
         head.uses = run.uses
-        head.branched = 1.0
+        head.passed, head.branched = run.uses, min(run.uses, 1.0)
         head.used_at = run.used_at
         head.before, head.born = run.before, run.born
         run.hashes = run.hashes[blocks << 3 :]

@@ -34,6 +34,7 @@ class Run:
         "holders",
         "key",
         "parent",
+        "passed",
         "start",
         "used_at",
         "uses",
@@ -52,8 +53,10 @@ class Run:
         self.uses = 0.0
         """How often it was routed of late, as of `used_at`: fading over DEMAND_SECONDS."""
         self.used_at = 0.0
+        self.passed = 0.0
+        """How many of these uses went on beyond it: fading alike."""
         self.branched = 0.0
-        """How many of these uses went on with something that nobody held: fading alike."""
+        """How many of those with something that nobody held."""
         self.before = 0.0
         """How many prompts had been routed when it was first seen, at `born`: fading alike."""
         self.born = 0.0

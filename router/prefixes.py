@@ -147,7 +147,7 @@ class LookUp:
         """The candidate that every replica would choose for what nobody is known to hold, and the uncached and scarce
         tokens to be expected there; None where no more is to be expected than is known. `uncached`, `scarce` and
         `others` as `uncached_and_scarce` gave them; `keys`: a number for each candidate, the same in all replicas;
-        `unseen`: the share of prompts of which this process does not know where they went.
+        `unseen`: the share of requests that others route.
 
         It is the candidate with the highest random weight (rendezvous hashing) by the first block that nobody holds:
         of all, or where the prompt goes on after one that was answered, of those that answered it.
@@ -206,13 +206,17 @@ class Prefixes:
     """Hashing and index of one process. `block_bytes` 0 follows the engines' KV blocks."""
 
     @classmethod
-    def of(cls, tables: Tables, *, seed: int = 0, block_bytes: int = 0, **options: Any) -> "Prefixes":
+    def of(
+        cls, tables: Tables, *, seed: int = 0, block_bytes: int = 0, homes: bool = True, **options: Any
+    ) -> "Prefixes":
         """The knowledge that this process shares through `tables`. `seed` must be the same in every process that does,
         and in every replica; `options` are `PrefixIndex`'s."""
-        return cls(PrefixIndex(tables.prefix_log, tables.pods, **options), PrefixHasher(seed), block_bytes)
+        return cls(PrefixIndex(tables.prefix_log, tables.pods, **options), PrefixHasher(seed), block_bytes, homes=homes)
 
-    def __init__(self, index: PrefixIndex, hasher: PrefixHasher, block_bytes: int = 0) -> None:
+    def __init__(self, index: PrefixIndex, hasher: PrefixHasher, block_bytes: int = 0, *, homes: bool = True) -> None:
         self.index = index
+        self.homes = homes
+        """Whether there may be other replicas that do not tell where they send prompts (`LookUp.at_home`)."""
         self.hasher = hasher
         self._block_bytes = block_bytes
 

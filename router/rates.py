@@ -254,8 +254,10 @@ class Rates:
         extra = np.maximum(counted - candidates.metric("tracked_requests_at_sample"), 0.0)
         extra[np.isnan(extra) | (now - sampled > STALE_SECONDS)] = 0.0
         out.elsewhere = extra
-        known = float(np.nansum(candidates.metric("tracked_requests_at_sample")))
-        out.share_elsewhere = fleet.average_elsewhere(float(extra.sum()), known, now)
+        tracked = candidates.metric("tracked_requests_at_sample")
+        both = (counted >= 0) & (tracked >= 0) & (now - sampled <= STALE_SECONDS)
+        more = float((counted - tracked)[both].sum())  # what one pod has more than is known, another may have less
+        out.share_elsewhere = fleet.average_elsewhere(max(more, 0.0), float(tracked[both].sum()), now)
         tokens = extra * np.nan_to_num(candidates.metric("prompt_tokens_mean"), nan=1000.0)
         out.token_interval = np.nan_to_num(candidates.metric("itl_mean_seconds"))
         out.token_interval[now - sampled > STALE_SECONDS] = 0.0

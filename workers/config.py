@@ -175,7 +175,7 @@ class ReplicasConfig(_Section):
     """What the replicas of a router tell each other through Redis."""
 
     share: bool = True
-    """Whether they do."""
+    """Whether they do. Without Redis: whether others may route to the same pods, whose choices are to be guessed."""
     interval_seconds: float = Field(0.05, ge=0.01, le=1)
     """Between two exchanges of a replica."""
     group: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
@@ -457,6 +457,11 @@ class Config(BaseSettings):
     def has_replicas(self) -> bool:
         """Whether replicas tell each other what they do."""
         return bool(self.redis) and self.replicas.share
+
+    @property
+    def has_silent_replicas(self) -> bool:
+        """Whether there may be some that tell nothing."""
+        return not self.redis and self.replicas.share
 
     @property
     def max_workers(self) -> int:

@@ -61,6 +61,7 @@ def prefix_knowledge(config: Config, tables: Tables) -> Prefixes:
         tables,
         seed=prefix.seed,
         block_bytes=prefix.block_bytes,
+        homes=config.has_silent_replicas,
         max_blocks=prefix.blocks,
         ttl_seconds=prefix.ttl_seconds,
     )

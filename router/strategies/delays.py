@@ -36,8 +36,8 @@ MAX_APPLIED: Final = 64
 """More is worked out anew."""
 MAX_BUSY: Final = 0.98
 """With prefills, of a pod's time: more than all of it may have been promised."""
-MIN_UNSEEN: Final = 0.1
-"""Fewer prompts that go elsewhere are direct traffic, or polls and ledger that do not quite agree."""
+MIN_UNSEEN: Final = 0.3
+"""Fewer requests from elsewhere are no other replica: direct traffic, or polls and ledger that do not quite agree."""
 JITTER_SECONDS: Final = 1e-9
 """Chance between equal pods."""
 _JITTERS: Final = 1024
@@ -210,7 +210,7 @@ class Delays:
         self._charges = candidates.ledger.charges
         self._heard = 0
         self.unseen = 0.0
-        """Share of the prompts of which this process does not know where they went; 0 where it is small."""
+        """Share of the requests in flight that others have sent; 0 where it is small."""
         self._keys: npt.NDArray[np.uint64] | None = None
 
     def keys(self) -> npt.NDArray[np.uint64]:
@@ -293,9 +293,8 @@ class Delays:
         """Work everything out anew."""
         self._take_loads(now)
         self._weigh_slack()
-        if prefixes is not None:
-            unseen = max(self.speeds.share_elsewhere, prefixes.forgotten(now))
-            self.unseen = unseen if unseen > MIN_UNSEEN else 0.0
+        unseen = self.speeds.share_elsewhere
+        self.unseen = unseen if unseen > MIN_UNSEEN else 0.0
         self._set_coefficients(prefixes)
 
     def _take_loads(self, now: float) -> None:
@@ -459,9 +458,11 @@ class Delays:
                 lowest, found = pod.score, pod.index
         return found
 
-    def terms(self, prompt: float, output: float, full: int, uncached: Floats, scarce: Floats) -> dict[str, Floats]:
-        """What the scores add up from, by name, for every pod; `full` as `wait_for_room` gave it. For people: it takes
-        its time."""
+    def terms(
+        self, prompt: float, output: float, full: int, uncached: Floats, scarce: Floats, new: float
+    ) -> dict[str, Floats]:
+        """What the scores add up from, by name, for every pod; `full` as `wait_for_room` gave it, `new` as `score` was
+        given it. For people: it takes its time."""
         fixed, step, interference, price, shared, prefill, loss = np.array(
             [
                 (pod.fixed, pod.step, pod.prefill_interference, pod.price, pod.shared, pod.prefill, pod.loss)
@@ -471,8 +472,6 @@ class Delays:
         capacity_wait = np.array([pod.capacity_wait if full else 0.0 for pod in self._pods])
         cost = self._flat + self._slope * (prompt - 0.5 * uncached)
         added = (self._per_request + prompt * self._per_token) * shared
-        most = float(uncached.max())
-        new = float(uncached.min()) ** 2 / most if most > 0.0 else 0.0
         following = new * (self._flat + self._slope * (prompt - 0.5 * new)) * self._per_new
         return {
             "queue": fixed + capacity_wait,

@@ -87,10 +87,9 @@ class MarginalDelay(Scoring):
     next decision of any other; engines' own counts add what other gateways sent. Equal pods are told apart by chance, a
     nanosecond at most. Source: our own, found by simulation (docs/routing.md).
 
-    Where other replicas route without telling (engines count more than is known to be in flight), or the index is too
-    small for what the caches hold, what nobody is known to hold may be held all the same. All replicas expect it at the
-    same pod, which no message has to say (`LookUp.at_home`), with a probability that they learn, and so it comes to be
-    there.
+    Where other replicas route without telling, as without Redis (engines count more requests than are known), what
+    nobody is known to hold may be held all the same. All replicas expect it at the same pod, which no message has to
+    say (`LookUp.at_home`), and so it comes to be there.
 
     When it knows less: with old metrics it goes by its own account and the speeds it learnt before; without prefix
     knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
@@ -114,14 +113,8 @@ class MarginalDelay(Scoring):
         return np.array(self._score(request, candidates, now).scores())
 
     def _score(self, request: RoutingRequest, candidates: Candidates, now: float) -> Delays:
-        delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
-        new = most = uncached
-        for _, other, _ in others:
-            if other < new:
-                new = other
-            elif other > most:
-                most = other
-        delays.score(prompt, output, uncached, scarce, new * new / most if most > 0.0 else 0.0)
+        delays, prompt, output, full, uncached, scarce, others, new = self._weigh(request, candidates, now)
+        delays.score(prompt, output, uncached, scarce, new)
         for indices, uncached, scarce in others:
             delays.score_others(indices, uncached, scarce)
         if full:
@@ -132,18 +125,18 @@ class MarginalDelay(Scoring):
         """Seconds of delay: `queue`, until the pod begins with it and what that says of its slack; `prefill` and
         `answer`, its own; `others`, what it adds to those of others; `evicted`, what it pushes out of the cache;
         `followers`, the answers of those that will follow it, and what they add to others'."""
-        delays, prompt, output, full, uncached, scarce, others = self._weigh(request, candidates, now)
+        delays, prompt, output, full, uncached, scarce, others, new = self._weigh(request, candidates, now)
         missing = np.full(len(candidates), uncached)
         counted = np.full(len(candidates), scarce)
         for indices, uncached, scarce in others:
             missing[indices], counted[indices] = uncached, scarce
-        return delays.terms(prompt, output, full, missing, counted)
+        return delays.terms(prompt, output, full, missing, counted, new)
 
     def _weigh(
         self, request: RoutingRequest, candidates: Candidates, now: float
-    ) -> tuple[Delays, float, float, int, float, float, Shares]:
-        """The delays, prompt and output tokens, the pods without room for it, and of most pods and then of the others
-        what is uncached and what is scarce."""
+    ) -> tuple[Delays, float, float, int, float, float, Shares, float]:
+        """The delays, prompt and output tokens, the pods without room for it, of most pods and then of the others what
+        is uncached and what is scarce, and the tokens that bind others to the pod that computes them."""
         speeds = self._rates.speeds(candidates, now)
         prefixes = self._prefixes
         found: LookUp | None = None
@@ -160,10 +153,17 @@ class MarginalDelay(Scoring):
         others: Shares = ()
         if prefixes is not None and found is not None:
             uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full)
-            if delays.unseen:
-                home = found.at_home(uncached, scarce, others, prefixes.index, delays.keys(), delays.unseen)
-                if home is not None:
-                    others = [*others, home]
+        new = most = uncached
+        for _, other, _ in others:
+            if other < new:
+                new = other
+            elif other > most:
+                most = other
+        new = new * new / most if most > 0.0 else 0.0
+        if delays.unseen and prefixes is not None and found is not None and prefixes.homes:
+            home = found.at_home(uncached, scarce, others, prefixes.index, delays.keys(), delays.unseen)
+            if home is not None:
+                others = [*others, home]
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode
@@ -171,7 +171,7 @@ class MarginalDelay(Scoring):
         output = speeds.output_tokens
         if 0 < request.max_tokens < output:
             output = float(request.max_tokens)
-        return delays, prompt, output, full, uncached, scarce, others
+        return delays, prompt, output, full, uncached, scarce, others, new
 
     def pick(self, request: RoutingRequest, candidates: Candidates, now: float) -> int:
         """The lowest score; none of them is ever unknown."""

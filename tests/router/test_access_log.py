@@ -6,7 +6,7 @@ from random import Random
 
 import fleet
 import pytest
-from fleet import BUFFERED, NONE, chat, loads, read, request_body, request_headers
+from fleet import BUFFERED, DUPLEX, NONE, chat, loads, read, request_body, request_headers, response_headers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,6 +183,21 @@ def test_what_one_worker_saw_of_an_envoy_all_workers_know() -> None:
     EnvoyPeer("access-log", "metadata", first.heeding).has_shown()
     assert {peer.destination for peer in peers if peer.heeds_overrides} == {Destination.METADATA}
     assert EnvoyPeer("access-log", "metadata", second.heeding).heeds_overrides
+
+
+@pytest.mark.parametrize(
+    ("asked", "modes", "heeds"),
+    [(True, (BUFFERED, NONE), True), (False, (BUFFERED, NONE), False), (True, (DUPLEX, DUPLEX), False)],
+)
+def test_only_a_response_that_was_asked_for_shows_that_it_is_shown_when_asked(
+    asked: bool, modes: tuple[int, int], heeds: bool
+) -> None:
+    peer = EnvoyPeer("access-log")
+    exchange = Exchange(scheduler(fleet.make_fleet(1)), peer, RequestIds().new, 10_000, Policy(usage_metrics=asked))
+    exchange.receive(request_headers(modes=modes))
+    exchange.receive(request_body(chat()))
+    exchange.receive(response_headers())
+    assert peer.heeds_overrides == heeds
 
 
 def test_outcomes_by_status() -> None:

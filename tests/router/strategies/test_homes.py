@@ -8,7 +8,6 @@ import pytest
 from router.rates import ELSEWHERE_SECONDS
 from router.strategies.delays import MIN_UNSEEN
 from state.catalog import PodRecord
-from state.tables import FIRST_WORKER
 
 NAME = "marginal-delay"
 PODS = 8
@@ -37,7 +36,7 @@ def home(fleet: Any, text: bytes) -> list[int]:
     """The row where a prompt is expected, or none."""
     request = fleet.request(text)
     strategy, candidates = fleet.strategy(NAME), fleet.candidates()
-    *_, others = strategy._weigh(request, candidates, fleet.now)
+    *_, others, _ = strategy._weigh(request, candidates, fleet.now)
     delays = strategy.delays(candidates, fleet.now)
     known = request.prefix.uncached_and_scarce(strategy._prefixes.index, fleet.now, 0)[2]
     added = others[len(known) :]
@@ -141,20 +140,57 @@ def test_what_goes_on_after_an_answer_is_expected_where_that_was_given(lab: Any,
         assert home(fleet, text + prompt("next turn", 8))[0] in slots
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_an_index_that_is_full_knows_that_it_has_forgotten(lab: Any, prompt: Any, later: bool) -> None:
-    fleet = lab(PODS, num_gpu_blocks=2000.0, block_size=16.0)
-    tables, _, context = fleet.worker()
-    context.prefixes.index._max_blocks = 200
-    for number in range(60):
-        fleet.send(NAME, fleet.request(prompt(f"many {number}", 16)))
+def test_what_goes_on_after_a_prompt_is_expected_there_only_if_that_is_usual(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    others_route_too(fleet)
+    for number in range(30):
+        fleet.send(NAME, fleet.request(prompt(f"once {number}", 16)))
         fleet.finish()
-    assert tables.writer == FIRST_WORKER
-    index = context.prefixes.index
-    assert index.blocks <= 200
-    assert 0.5 < index.forgotten(fleet.now) < 1.0
-    if later:
-        assert index.forgotten(fleet.now + 61.0) == 0.0
-        return
+    assert home(fleet, prompt("once 29", 16) + prompt("next turn", 8)) == []
+
+
+def test_prompts_too_short_to_be_found_say_nothing(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    others_route_too(fleet)
+    for number in range(20):
+        fleet.send(NAME, fleet.request(prompt(f"once {number}", 8)))
+        fleet.send(NAME, fleet.request(b"hi"))
+        fleet.finish()
+    assert home(fleet, prompt("new", 32)) == []
+
+
+def test_where_replicas_share_nothing_is_guessed(lab: Any, prompt: Any) -> None:
+    fleet = lab(PODS)
+    have_conversations(fleet, prompt)
+    others_route_too(fleet)
     have_conversations(fleet, prompt)
     assert home(fleet, prompt("new", 32)) != []
+    fleet.worker()[2].prefixes.homes = False
+    assert home(fleet, prompt("newer", 32)) == []
+
+
+def test_polls_that_differ_by_chance_are_no_other_replica(lab: Any, prompt: Any) -> None:
+    """What one pod seems to have more than it was sent, others seem to have less."""
+    fleet = lab(PODS)
+    for slot in range(PODS):
+        fleet.load(slot, 4)
+    have_conversations(fleet, prompt)
+    for number in range(20):
+        fleet.now += 5.0
+        for slot in range(PODS):
+            fleet.poll(slot, running=4.0 + (3.0 if (slot + number) % 2 else -3.0), waiting=0.0)
+        fleet.scores(NAME, fleet.request(tokens=100))
+    assert home(fleet, prompt("new", 32)) == []
+
+
+def test_the_terms_add_up_to_the_score_where_a_home_is_expected(lab: Any, prompt: Any) -> None:
+    for pods in (1, 2, PODS):
+        fleet = lab(pods)
+        have_conversations(fleet, prompt)
+        others_route_too(fleet)
+        have_conversations(fleet, prompt)
+        for text in (prompt("new", 32), prompt("known 3", 8) + prompt("new", 32)):
+            request = fleet.request(text)
+            assert home(fleet, text)
+            terms = fleet.strategy(NAME).terms(request, fleet.candidates(), fleet.now)
+            assert sum(terms.values()) == pytest.approx(fleet.scores(NAME, fleet.request(text)), rel=1e-6)
