@@ -121,7 +121,7 @@ def replay(
     """Replay TRACE through the production strategies on simulated engines, and compare them.
 
     TRACE is a file in Mooncake's format (JSON lines, plain or gzipped), or a generator: shared-prefix, multi-turn,
-    agents, no-prefix, hot-shift, burst-identical, burst-distinct.
+    agents, no-prefix, hot-shift, tools, documents, short-answers, bursts, burst-identical, burst-distinct.
     """
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     replayable = [name for name in STRATEGIES if name != "pd"]  # the simulated engines do not hand over

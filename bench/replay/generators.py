@@ -5,9 +5,10 @@ complete and somebody (or some tool) has thought. So a slow fleet slows its sess
 are requests per second, all pods together; for sessions they are what comes about where answers take no time.
 """
 
+import heapq
 import random
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 from bench.replay.traces import TraceRequest
@@ -155,6 +156,84 @@ def hot_shift(requests: int, rate: float, rng: random.Random) -> list[TraceReque
     return out
 
 
+def tools(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
+    """40 sets of instructions and tool descriptions (3,600 tokens, median), asked for by Zipf's law; 1,700 tokens of
+    each request's own, 130 of answer. 45 % have one to three steps more, some 20 s later whether or not the answer is
+    there; Poisson."""
+    rate = rate or 14.0
+    new, begin = _Ids(), _beginnings(40, 1.1)
+    roots = [(new(), _length(rng, 3600, 0.5, 1000, 15_000)) for _ in range(40)]
+    waiting: list[tuple[float, int, list[int], list[int], int]] = []
+    out: list[TraceRequest] = []
+    fresh = rng.expovariate(rate)
+    while len(out) < requests:
+        if waiting and waiting[0][0] <= fresh:
+            at, _, pieces, tokens, left = heapq.heappop(waiting)
+        else:
+            root, length = roots[begin(rng)]
+            at, pieces, tokens, left = fresh, [root], [length], 0 if rng.random() < 0.55 else rng.randint(1, 3)
+            fresh += rng.expovariate(rate)
+        own, answer = _length(rng, 1700, 0.9), _length(rng, 130, 0.8, 1, 2000)
+        pieces, tokens = [*pieces, new(), new()], [*tokens, own, answer]
+        out.append(TraceRequest(at, sum(tokens) - answer, answer, pieces, tokens))
+        if left:
+            heapq.heappush(waiting, (at + 2.0 + rng.expovariate(1 / 20.0), new(), pieces, tokens, left - 1))
+    return out
+
+
+def documents(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
+    """400 documents of 29,500 tokens, asked about by Zipf's law: 500 tokens of question, 50 of answer (medians);
+    Poisson."""
+    return _beginning_alike(requests, _poisson(rate or 7.0, rng), rng, 400, 29_500, 1.0, (500, 0.5), (50, 0.4))
+
+
+def short_answers(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
+    """Ten instructions of 1,500 tokens, by Zipf's law, 400 tokens of text, five of answer (medians); Poisson."""
+    return _beginning_alike(requests, _poisson(rate or 120.0, rng), rng, 10, 1500, 1.0, (400, 0.6), (5, 0.3))
+
+
+def bursts(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
+    """100 beginnings of 3,000 tokens, by Zipf's law, 500 tokens of each request's own, 250 of answer (medians). The
+    times between arrivals are gamma-distributed, their standard deviation three times their mean."""
+    return _beginning_alike(requests, _gamma(rate or 35.0, 3.0, rng), rng, 100, 3000, 1.0, (500, 0.8), (250, 0.7))
+
+
+def _poisson(rate: float, rng: random.Random) -> Iterator[float]:
+    return accumulate(iter(lambda: rng.expovariate(rate), None))
+
+
+def _gamma(rate: float, variation: float, rng: random.Random) -> Iterator[float]:
+    shape = variation**-2
+    return accumulate(iter(lambda: rng.gammavariate(shape, 1 / (shape * rate)), None))
+
+
+def _beginnings(count: int, exponent: float) -> Callable[[random.Random], int]:
+    """Draws one of so many, the k-th 1 / k^exponent times as often as the first."""
+    ends = list(accumulate((place + 1) ** -exponent for place in range(count)))
+    return lambda rng: bisect(ends, rng.random() * ends[-1])
+
+
+def _beginning_alike(
+    requests: int,
+    arrivals: Iterator[float],
+    rng: random.Random,
+    count: int,
+    shared: int,
+    exponent: float,
+    own: tuple[float, float],
+    answer: tuple[float, float],
+) -> list[TraceRequest]:
+    """Prompts that begin with one of `count` pieces of `shared` tokens; `own` and `answer`: median and sigma."""
+    new, begin = _Ids(), _beginnings(count, exponent)
+    roots = [new() for _ in range(count)]
+    out: list[TraceRequest] = []
+    for _ in range(requests):
+        tokens = [shared, _length(rng, *own)]
+        pieces = [roots[begin(rng)], new()]
+        out.append(TraceRequest(next(arrivals), sum(tokens), _length(rng, *answer, 1, 12_000), pieces, tokens))
+    return out
+
+
 def burst_identical(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
     """The same prompt of 4000 tokens at the same instant, 100 times unless told otherwise; 200 tokens of answer."""
     return [TraceRequest(5.0, 4000, 200, [1], [4000]) for _ in range(requests)]
@@ -172,6 +251,10 @@ GENERATORS: dict[str, tuple[Generator, int]] = {
     "agents": (agents, 8000),
     "no-prefix": (no_prefix, 6000),
     "hot-shift": (hot_shift, 6000),
+    "tools": (tools, 4000),
+    "documents": (documents, 2500),
+    "short-answers": (short_answers, 8000),
+    "bursts": (bursts, 4000),
     "burst-identical": (burst_identical, BURST),
     "burst-distinct": (burst_distinct, BURST),
 }

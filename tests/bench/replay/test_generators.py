@@ -2,7 +2,7 @@
 
 from collections import Counter
 from itertools import pairwise
-from statistics import mean
+from statistics import mean, stdev
 
 import pytest
 
@@ -83,6 +83,35 @@ def test_every_half_minute_another_prompt_is_hot() -> None:
         hot, uses = roots.most_common(1)[0]
         assert uses == pytest.approx(360, rel=0.15)
         assert {r.ids[0] == hot for r in requests if not begin <= r.at < begin + 30.0} == {False}
+
+
+def test_tools_have_hot_beginnings_and_steps_that_go_on() -> None:
+    requests = generate("tools", 1, 4000)
+    assert all(a.at <= b.at for a, b in pairwise(requests))
+    roots = Counter(r.ids[0] for r in requests)
+    assert len(roots) == 40
+    assert roots.most_common(1)[0][1] > 600
+    assert mean(len(r.ids) > 3 for r in requests) == pytest.approx(0.42, abs=0.04)
+    assert 6000 < mean(r.prompt_tokens for r in requests) < 11_000
+
+
+@pytest.mark.parametrize(
+    ("name", "roots", "prompt", "answer"),
+    [("documents", 400, 30_060, 54), ("short-answers", 10, 1980, 5), ("bursts", 100, 3690, 320)],
+)
+def test_beginnings_are_drawn_by_zipfs_law(name: str, roots: int, prompt: float, answer: float) -> None:
+    requests = generate(name, 1, 4000)
+    counts = [count for _, count in Counter(r.ids[0] for r in requests).most_common()]
+    assert roots * 0.9 <= len(counts) <= roots
+    assert counts[0] == pytest.approx(2 * counts[1], rel=0.2)
+    assert mean(r.prompt_tokens for r in requests) == pytest.approx(prompt, rel=0.05)
+    assert mean(r.output_tokens for r in requests) == pytest.approx(answer, rel=0.05)
+
+
+def test_bursts_are_three_times_as_irregular_as_chance() -> None:
+    gaps = [b.at - a.at for a, b in pairwise(generate("bursts", 1, 8000, 10.0))]
+    assert mean(gaps) == pytest.approx(0.1, rel=0.15)
+    assert stdev(gaps) == pytest.approx(0.3, rel=0.15)
 
 
 def test_bursts_come_at_one_instant() -> None:
