@@ -30,7 +30,7 @@ class MarginalDelay(Scoring):
            has room in its KV cache and a slot for one request more: M tokens free as much as there is, at s or, where
            that is longer, at the time from token to token that the pod's own metrics give, in which it computes prompts
            too. (fixed, capacity_wait, prefill, step)
-    W      [s] Prefill promised to the pod and not yet done (`router.backlog`). (wait)
+    W      [s] Prefill promised to the pod and not yet done, and the steps that takes (`router.backlog`). (wait)
     C      [s] Prefill of what the pod does not hold of this prompt: its last u tokens at the pod's prefill speed, times
            flat + slope * (P - u / 2), since attention makes a token dearer by those before it. flat and slope are
            learnt, such that the mean token of all prompts counts once (`router.attention`). (prefill)
