@@ -11,11 +11,13 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from fleet import make_tables
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from state.tables import FIRST_WORKER, Capacity
 from workers.config import ENVELOPE_BYTES, Config, ConfigError, KubernetesConfig, TlsConfig, load
+from workers.ext_proc import prefix_knowledge
 
 
 def write(folder: Path, text: str) -> Path:
@@ -515,3 +517,13 @@ def test_aibrixs_names_for_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIBRIX_KV_CONNECTOR_TYPE", "nixl")
     pd = load(None).pd
     assert (pd.timeout_seconds, pd.kv_connector) == (60.0, "nixl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "silent"),
+    [({}, True), ({"replicas": {"share": False}}, False), ({"redis": "redis://127.0.0.1:1"}, False)],
+)
+def test_without_redis_other_replicas_may_route_and_tell_nothing(settings: dict[str, Any], silent: bool) -> None:
+    config = load(None, settings)
+    assert config.has_silent_replicas is silent
+    assert prefix_knowledge(config, make_tables()).homes is silent
