@@ -36,6 +36,7 @@ SUPERVISOR, SCRAPER, ADMIN, REPLICATOR = 0, 1, 2, 3
 FIRST_WORKER = 4
 _ID_BYTES = 4
 _HEEDING_BYTES = 8
+"""More than there are ways in which Envoy learns the pod."""
 
 
 class Place:

@@ -184,18 +184,18 @@ def tools(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
 def documents(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
     """400 documents of 29,500 tokens, asked about by Zipf's law: 500 tokens of question, 50 of answer (medians);
     Poisson."""
-    return _beginning_alike(requests, _poisson(rate or 7.0, rng), rng, 400, 29_500, 1.0, (500, 0.5), (50, 0.4))
+    return _beginning_alike(requests, _poisson(rate or 7.0, rng), rng, 400, 29_500, (500, 0.5), (50, 0.4))
 
 
 def short_answers(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
     """Ten instructions of 1,500 tokens, by Zipf's law, 400 tokens of text, five of answer (medians); Poisson."""
-    return _beginning_alike(requests, _poisson(rate or 120.0, rng), rng, 10, 1500, 1.0, (400, 0.6), (5, 0.3))
+    return _beginning_alike(requests, _poisson(rate or 120.0, rng), rng, 10, 1500, (400, 0.6), (5, 0.3))
 
 
 def bursts(requests: int, rate: float, rng: random.Random) -> list[TraceRequest]:
     """100 beginnings of 3,000 tokens, by Zipf's law, 500 tokens of each request's own, 250 of answer (medians). The
     times between arrivals are gamma-distributed, their standard deviation three times their mean."""
-    return _beginning_alike(requests, _gamma(rate or 35.0, 3.0, rng), rng, 100, 3000, 1.0, (500, 0.8), (250, 0.7))
+    return _beginning_alike(requests, _gamma(rate or 35.0, 3.0, rng), rng, 100, 3000, (500, 0.8), (250, 0.7))
 
 
 def _poisson(rate: float, rng: random.Random) -> Iterator[float]:
@@ -219,12 +219,12 @@ def _beginning_alike(
     rng: random.Random,
     count: int,
     shared: int,
-    exponent: float,
     own: tuple[float, float],
     answer: tuple[float, float],
 ) -> list[TraceRequest]:
-    """Prompts that begin with one of `count` pieces of `shared` tokens; `own` and `answer`: median and sigma."""
-    new, begin = _Ids(), _beginnings(count, exponent)
+    """Prompts that begin with one of `count` pieces of `shared` tokens, by Zipf's law; `own` and `answer`: median and
+    sigma of their tokens."""
+    new, begin = _Ids(), _beginnings(count, 1.0)
     roots = [new() for _ in range(count)]
     out: list[TraceRequest] = []
     for _ in range(requests):

@@ -32,6 +32,14 @@ def have_conversations(fleet: Any, prompt: Any, times: int = 3) -> None:
     fleet.now += 3.0
 
 
+def among_others(fleet: Any, prompt: Any) -> Any:
+    """A replica as it is where others route as well, and prompts are found again."""
+    have_conversations(fleet, prompt)
+    others_route_too(fleet)
+    have_conversations(fleet, prompt)
+    return fleet
+
+
 def home(fleet: Any, text: bytes) -> list[int]:
     """The row where a prompt is expected, or none."""
     request = fleet.request(text)
@@ -47,9 +55,7 @@ def home(fleet: Any, text: bytes) -> list[int]:
 def test_replicas_that_do_not_hear_of_each_other_send_a_new_prompt_to_the_same_pod(lab: Any, prompt: Any) -> None:
     fleets = [lab(PODS), lab(PODS)]
     for fleet in fleets:
-        have_conversations(fleet, prompt)
-        others_route_too(fleet)
-        have_conversations(fleet, prompt)
+        among_others(fleet, prompt)
     chosen = []
     for number in range(24):
         text = prompt(f"new {number}", 32)
@@ -82,20 +88,14 @@ def test_where_no_prompt_is_found_again_none_is_expected_anywhere(lab: Any, prom
 
 
 def test_a_prompt_of_which_nothing_is_known_is_not_expected_anywhere(lab: Any, prompt: Any) -> None:
-    fleet = lab(PODS)
-    have_conversations(fleet, prompt)
-    others_route_too(fleet)
-    have_conversations(fleet, prompt)
+    fleet = among_others(lab(PODS), prompt)
     assert home(fleet, b"") == []
     assert home(fleet, prompt("known 1", 8)) == []  # all of it is known
     assert home(fleet, prompt("new", 32)) != []
 
 
 def test_whoever_waits_longest_is_no_home(lab: Any, prompt: Any) -> None:
-    fleet = lab(PODS)
-    have_conversations(fleet, prompt)
-    others_route_too(fleet)
-    have_conversations(fleet, prompt)
+    fleet = among_others(lab(PODS), prompt)
     text = prompt("new", 32)
     (slot,) = home(fleet, text)
     fleet.promise(slot, 5_000_000)
@@ -115,9 +115,7 @@ def test_a_home_is_known_by_its_address(lab: Any, prompt: Any) -> None:
         fleets[1].poll(record.slot)
     fleets[1].publish()
     for fleet in fleets:
-        have_conversations(fleet, prompt)
-        others_route_too(fleet)
-        have_conversations(fleet, prompt)
+        among_others(fleet, prompt)
     for number in range(8):
         text = prompt(f"new {number}", 32)
         addresses = {
@@ -127,10 +125,7 @@ def test_a_home_is_known_by_its_address(lab: Any, prompt: Any) -> None:
 
 
 def test_what_goes_on_after_an_answer_is_expected_where_that_was_given(lab: Any, prompt: Any) -> None:
-    fleet = lab(PODS)
-    have_conversations(fleet, prompt)
-    others_route_too(fleet)
-    have_conversations(fleet, prompt)
+    fleet = among_others(lab(PODS), prompt)
     for number in range(6):
         text = prompt(f"session {number}", 16)
         slots = []
@@ -159,11 +154,8 @@ def test_prompts_too_short_to_be_found_say_nothing(lab: Any, prompt: Any) -> Non
     assert home(fleet, prompt("new", 32)) == []
 
 
-def test_where_replicas_share_nothing_is_guessed(lab: Any, prompt: Any) -> None:
-    fleet = lab(PODS)
-    have_conversations(fleet, prompt)
-    others_route_too(fleet)
-    have_conversations(fleet, prompt)
+def test_where_replicas_tell_each_other_nothing_is_guessed(lab: Any, prompt: Any) -> None:
+    fleet = among_others(lab(PODS), prompt)
     assert home(fleet, prompt("new", 32)) != []
     fleet.worker()[2].prefixes.homes = False
     assert home(fleet, prompt("newer", 32)) == []
@@ -178,17 +170,14 @@ def test_polls_that_differ_by_chance_are_no_other_replica(lab: Any, prompt: Any)
     for number in range(20):
         fleet.now += 5.0
         for slot in range(PODS):
-            fleet.poll(slot, running=4.0 + (3.0 if (slot + number) % 2 else -3.0), waiting=0.0)
+            fleet.poll(slot, running=4.0 + (4.0 if (slot + number) % 2 else -4.0), waiting=0.0)
         fleet.scores(NAME, fleet.request(tokens=100))
     assert home(fleet, prompt("new", 32)) == []
 
 
 def test_the_terms_add_up_to_the_score_where_a_home_is_expected(lab: Any, prompt: Any) -> None:
     for pods in (1, 2, PODS):
-        fleet = lab(pods)
-        have_conversations(fleet, prompt)
-        others_route_too(fleet)
-        have_conversations(fleet, prompt)
+        fleet = among_others(lab(pods), prompt)
         for text in (prompt("new", 32), prompt("known 3", 8) + prompt("new", 32)):
             request = fleet.request(text)
             assert home(fleet, text)
