@@ -17,6 +17,8 @@ from state.tables import Tables
 
 SPARE: Final = 2.0
 """Copies for each pod's worth of demand: with one, the pods that hold a run could not be chosen among."""
+PAID_OFF: Final = 3.0
+"""A copy is paid for by those who will use it within so many times DEMAND_SECONDS."""
 
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)
 _HALF: Final = np.uint64(32)
@@ -50,9 +52,12 @@ class LookUp:
             out[slots.indices(bitmap)] = prompt - self._tokens(blocks)
         return out
 
-    def uncached_and_scarce(self, index: PrefixIndex, now: float, full: int = 0) -> tuple[float, float, Shares]:
+    def uncached_and_scarce(
+        self, index: PrefixIndex, now: float, full: int = 0, busy: int = 0, slack: float = 1.0
+    ) -> tuple[float, float, Shares]:
         """(uncached, scarce) of most candidates, and the candidates for which they are others. `full` are those that
-        have no room for it, as a bitmap of their rows.
+        have no room for it and `busy` those where it would wait for other prefills, as bitmaps of their rows; `slack`
+        is the share of pods where it would not.
 
         Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
@@ -60,6 +65,12 @@ class LookUp:
         its first use, or what is new and in demand would wait for its copies until it is no longer new. For f its uses
         of late count less their square root, by which they may be many by chance, and the prompts one more for each
         candidate: of the first few any two are a large share.
+        A run of which busy pods have all copies keeps those waiting that ask for it. Of k pods the least busy is the
+        sooner done the more they are, as 1 / k: so one copy more saves each of them 1 / (k * (k + 1)) of a wait, and
+        those that come while it is kept share its price. With b that went on from the run of late with what nobody
+        held, s = PAID_OFF * slack * (b - sqrt(b)) / (k * (k + 1)) do, and it counts 1 / (1 + s). The turns of one
+        conversation are no such demand: each goes on from where the one before it ended. Without slack a copy would
+        keep others waiting.
         A run of which full pods have all copies is as good as gone until they have room: those that ask for it, `uses`
         of late, share the price of a copy on another pod, the more so the more pods have room.
         """
@@ -67,7 +78,7 @@ class LookUp:
         if not groups:
             return prompt, prompt, ()
         slots, block_tokens = self.slots, self.block_tokens
-        prefix_value = self._prefix_value(index, now, full)
+        prefix_value = self._prefix_value(index, now, full, busy, slack)
         most = prompt - 1.0  # an engine computes at least the last token again
         left = slots.mask
         common = pods = 0
@@ -101,7 +112,9 @@ class LookUp:
         shares.append((slots.indices(of_most[0]), of_most[1], of_most[2]))
         return prompt, scarce, shares
 
-    def _prefix_value(self, index: PrefixIndex, now: float, full: int) -> dict[int, float] | None:
+    def _prefix_value(
+        self, index: PrefixIndex, now: float, full: int, busy: int, slack: float
+    ) -> dict[int, float] | None:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
         prefix_value: dict[int, float] | None = None
@@ -120,10 +133,12 @@ class LookUp:
                 wanted = run.uses / per_copy  # at most, since it fades
                 copies = holders.bit_count()
                 if copies < wanted:
-                    uses = faded(run.uses, run.used_at, now)
-                    wanted = min((uses - sqrt(uses)) / per_copy, n)
+                    wanted = min(_sure(run.uses, run.used_at, now) / per_copy, n)
                     if copies < wanted:
                         less = 1.0 - (copies / wanted) ** 2
+                if run.branched > 1.0 and not holders & ~busy:
+                    sharing = PAID_OFF * slack * _sure(run.branched, run.used_at, now) / (copies * (copies + 1))
+                    less = max(less, sharing / (1.0 + sharing))
             if less > 0.0:
                 if prefix_value is None:
                     prefix_value = {at: at * block_tokens for at, _ in self.match.runs}
@@ -200,6 +215,12 @@ class LookUp:
     def _tokens(self, blocks: int) -> float:
         # An engine computes at least the last token again.
         return max(min(blocks * self.block_tokens, self.prompt_tokens - 1.0), 0.0)
+
+
+def _sure(count: float, counted_at: float, now: float) -> float:
+    """Of uses of late, those by which they are more than they may be by chance."""
+    uses = faded(count, counted_at, now)
+    return uses - sqrt(uses) if uses > 1.0 else 0.0
 
 
 class Prefixes:

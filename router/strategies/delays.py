@@ -201,7 +201,10 @@ class Delays:
         self._learn(speeds)
         self._mean_tokens = 1.0
         self._price_of_all = 1.0
-        self._slack = 0.0
+        self.slack = 0.0
+        """Share of the pods where nobody waits."""
+        self.busy = 0
+        """Those that were promised prefill which is not yet done, as a bitmap of their rows."""
         self._per_new = 0.0
         self._output = 0.0
         self._per_answer = 0.0
@@ -333,13 +336,16 @@ class Delays:
                 pod.wait_for_slot = (taken - 1.0) * pod.answer - pod.wait
 
     def _weigh_slack(self) -> None:
-        """What concerns all pods: the slack there is, and the requests that a pod serves."""
+        """What concerns all pods: which are busy, the slack there is, and the requests that a pod serves."""
         mean_tokens = self._mean_tokens = max(self._backlog.mean_tokens, 1.0)
         typical = mean_tokens * self._pods[0].prefill
         may_be_full = self.may_be_full(mean_tokens)
         slack = all_served = 0.0
+        self.busy = 0
         for pod in self._pods:
             wait = pod.wait
+            if wait > 0.0:
+                self.busy |= pod.bit
             if may_be_full:
                 wait += max(max(pod.kv_wait_base + mean_tokens * pod.kv_wait_per_token, pod.wait_for_slot), 0.0)
             slack += typical / (wait + typical)
@@ -347,14 +353,14 @@ class Delays:
             if self._fullest > 1.0:
                 pod.served = min(pod.served, pod.requests / max(pod.tokens * pod.kv_share_per_token, 1.0))
             all_served += pod.served
-        self._slack = slack / self._n
+        self.slack = slack / self._n
         self._price_of_all = 1.0 + all_served / self._n
         mean_prompt = max(self._backlog.mean_prompt, mean_tokens)
-        self._per_new = self._slack * self.speeds.output_tokens * (1.0 / mean_tokens - 1.0 / mean_prompt)
+        self._per_new = self.slack * self.speeds.output_tokens * (1.0 / mean_tokens - 1.0 / mean_prompt)
 
     def _set_coefficients(self, prefixes: PrefixIndex | None) -> None:
         """Of each pod's seven numbers those that are made of the above."""
-        slack, mean_tokens = self._slack, self._mean_tokens
+        slack, mean_tokens = self.slack, self._mean_tokens
         chances: list[float] = self._chance.draw(self._n).tolist()
         for pod in self._pods:
             wait, half = pod.wait, 0.5 * pod.served
@@ -397,9 +403,11 @@ class Delays:
 
     def _apply_charge(self, pod: PodTerms, tokens: float, longer: float) -> None:
         """A request more, and so many seconds of prefill: to first order what that changes."""
-        pod.fixed += longer * (1.0 + 0.5 * self._slack * pod.requests)
+        if longer > 0.0:
+            self.busy |= pod.bit
+        pod.fixed += longer * (1.0 + 0.5 * self.slack * pod.requests)
         pod.step += 0.5 * pod.decode * (self._of_request + tokens * self._per_token)
-        pod.price += 0.5 * pod.prefill + self._slack * longer / self._mean_tokens
+        pod.price += 0.5 * pod.prefill + self.slack * longer / self._mean_tokens
         pod.shared += 0.5 * pod.decode
         self._price_of_all += 1.0 / self._n
         if self._kv_known:

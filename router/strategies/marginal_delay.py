@@ -34,8 +34,8 @@ class MarginalDelay(Scoring):
     C      [s] Prefill of what the pod does not hold of this prompt: its last u tokens at the pod's prefill speed, times
            flat + slope * (P - u / 2), since attention makes a token dearer by those before it. flat and slope are
            learnt, such that the mean token of all prompts counts once (`router.attention`). (prefill)
-    C'     [s] The same as C, but what has too few copies for its demand, or none on a pod with room, counts less
-           (`LookUp.uncached_and_scarce`). (price, prefill)
+    C'     [s] The same as C, but what has too few copies for its demand, or none on a pod that has room or where nobody
+           waits, counts less (`LookUp.uncached_and_scarce`). (price, prefill)
     s      [s] The pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost. (step)
     a      [s per token] What one token of an answer costs, to itself and to others: s + x + n' * d.
            (step, prefill_interference, shared)
@@ -56,7 +56,7 @@ class MarginalDelay(Scoring):
     N      [requests] The mean in flight per pod. (_price_of_all is 1 + N)
     w      [requests] Waiting for prefill on the pod, or as many as come during the wait. (price)
     slack  [share] Of the pods, where nobody waits: the mean of c / (c + the pod's wait), c being the mean prompt's
-           prefill. (_slack)
+           prefill. (slack)
 
     Why these terms. All are delays, this request's or others', in seconds; but for the halves they have weight one.
 
@@ -152,7 +152,7 @@ class MarginalDelay(Scoring):
         uncached = scarce = prompt
         others: Shares = ()
         if prefixes is not None and found is not None:
-            uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full)
+            uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full, delays.busy, delays.slack)
         new = most = uncached
         for _, other, _ in others:
             if other < new:

@@ -495,6 +495,56 @@ def test_a_prefix_whose_only_pod_is_full_is_worth_a_copy(lab: Any, prompt: Any) 
         assert price_of_a_copy(0b1111) == 4096
 
 
+def test_a_prefix_whose_pods_are_all_busy_is_worth_a_copy(lab: Any, prompt: Any) -> None:
+    """The more so the more prompts go on from it, the fewer copies there are, and the more pods have nothing to do."""
+    fleet = lab(4)
+    _, _, context = fleet.worker()
+    candidates, index = fleet.candidates(), context.prefixes.index
+    hot = prompt("hot", 16)
+    for number in range(25):
+        context.prefixes.remember(fleet.request(hot + prompt(f"own {number}", 1)), candidates, 0, fleet.now)
+    for number in range(1000):  # of all prompts of late it is few that have it
+        context.prefixes.remember(fleet.request(prompt(f"other {number}", 1)), candidates, 1, fleet.now)
+
+    def price_of_a_copy(busy: int, slack: float = 1.0) -> float:
+        found = context.prefixes.look_up(fleet.request(hot), candidates, fleet.now)
+        return float(found.uncached_and_scarce(index, fleet.now, 0, busy, slack)[1])
+
+    assert price_of_a_copy(0b1110) == 4096
+    sharing = 3 * (25 - 5) / 2
+    assert price_of_a_copy(0b0001) == pytest.approx(4096 / (1 + sharing))
+    assert price_of_a_copy(0b0001, 0.5) == pytest.approx(4096 / (1 + sharing / 2))
+    assert price_of_a_copy(0b1111, 0.0) == 4096
+    context.prefixes.remember(fleet.request(hot), candidates, 1, fleet.now)
+    assert price_of_a_copy(0b0001) == 4096, "one of its pods is not busy"
+    assert price_of_a_copy(0b0011) == pytest.approx(4096 / (1 + sharing / 3))
+
+
+def test_the_turns_of_one_conversation_are_no_demand_for_copies(lab: Any, prompt: Any) -> None:
+    fleet = lab(4)
+    _, _, context = fleet.worker()
+    candidates, index = fleet.candidates(), context.prefixes.index
+    text = b""
+    for turn in range(16):
+        text += prompt(f"turn {turn}", 1)
+        context.prefixes.remember(fleet.request(text), candidates, 0, fleet.now)
+        for number in range(100):
+            context.prefixes.remember(fleet.request(prompt(f"{turn} {number}", 1)), candidates, 1, fleet.now)
+    found = context.prefixes.look_up(fleet.request(text), candidates, fleet.now)
+    assert found.uncached_and_scarce(index, fleet.now, 0, 0b0001)[1] == 4096
+
+
+def test_pods_that_were_promised_prefill_are_busy_until_it_is_done(lab: Any, prompt: Any) -> None:
+    fleet = lab(3)
+    strategy = fleet.strategy(NAME)
+    assert strategy.up_to_date(fleet.candidates(), fleet.now).busy == 0
+    first = fleet.send(NAME, fleet.request(prompt("one", 16), tokens=4096))
+    second = fleet.send(NAME, fleet.request(prompt("two", 16), tokens=4096))
+    assert strategy.delays(fleet.candidates(), fleet.now).busy == 1 << first | 1 << second
+    fleet.now += 60
+    assert strategy.delays(fleet.candidates(), fleet.now).busy == 0
+
+
 def test_an_engine_in_which_nothing_runs_has_nothing_to_do(lab: Any, prompt: Any) -> None:
     """However wrong the speed is by which its prompt was reckoned: what was promised before that poll is done."""
     fleet = lab(2)
