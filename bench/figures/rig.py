@@ -279,7 +279,7 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     seconds = 0.0
     for pid in pids:
         with contextlib.suppress(OSError):
-            # clock_getcpuclockid(3), which Python has for threads only. /proc/PID/stat counts in hundredths of a second.
+            # clock_getcpuclockid(3), which Python has for threads only; /proc/PID/stat counts in hundredths of a second
             seconds += time.clock_gettime((~pid << 3) | _SCHEDULER_CLOCK)
     return seconds
 

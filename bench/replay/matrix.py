@@ -1,12 +1,13 @@
 """All strategies on all cells, and the tables of docs/routing.md:
 
-    python -m bench.replay.matrix run  --trace conversation=FILE [--minutes 30] [--cells 'agents*'] [--again NAME]
+    python -m bench.replay.matrix run  --trace conversation=FILE [--seeds 1,2,3] [--cells 'agents*'] [--again NAME]
     python -m bench.replay.matrix robustness --trace conversation=FILE
     python -m bench.replay.matrix show
     python -m bench.replay.matrix plot docs
 
-A cell is a load on a fleet. `run` replays what has no result yet, one process at a time, until the time is up, and
-keeps every result under results/replay/; called again it goes on. `show` prints Markdown.
+A cell is a load on a fleet. A generator makes another load of it with each seed; figures are means over all seeds that
+were replayed. `run` replays what has no result yet, one process at a time, until the time is up, and keeps every result
+under results/replay/; called again it goes on. `show` prints Markdown.
 """
 
 import fnmatch
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from math import exp, log
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import click
@@ -120,10 +122,30 @@ def _path(cell: str) -> Path:
 
 
 def load(cell: str) -> dict[str, Report]:
-    """What is known of a cell, by strategy."""
+    """What is known of a cell, by strategy: means over the seeds that all of them have."""
+    known = _load(cell)
+    seeds = set.intersection(*map(set, known.values())) if known else set()
+    return {name: _mean([reports[seed] for seed in sorted(seeds)]) for name, reports in known.items() if seeds}
+
+
+def _load(cell: str) -> dict[str, dict[str, Report]]:
+    """By strategy and seed."""
     path = _path(cell)
-    found: dict[str, Report] = orjson.loads(path.read_bytes()) if path.exists() else {}
+    found: dict[str, dict[str, Report]] = orjson.loads(path.read_bytes()) if path.exists() else {}
     return found
+
+
+def _mean(reports: Sequence[Report]) -> Report:
+    """Of every figure; what is none is that of the first."""
+    return {
+        key: mean(report[key] for report in reports) if isinstance(value, int | float) else value
+        for key, value in reports[0].items()
+    }
+
+
+def seeds_of(cell: str, seeds: Sequence[str]) -> Sequence[str]:
+    """The seeds worth a replay: a trace is the same with each."""
+    return seeds[:1] if CELLS[cell][0] == _CONVERSATION else seeds
 
 
 @click.group()
@@ -136,19 +158,22 @@ def main() -> None:
 @click.option("--minutes", default=30.0)
 @click.option("--cells", default="*")
 @click.option("--strategies", default=",".join((OWN, *YARDSTICKS, *OTHERS)))
+@click.option("--seeds", default="1", help="For generators, separated by commas.")
 @click.option("--again", default="", help="Strategies to replay although there are results.")
-def run(trace: str, minutes: float, cells: str, strategies: str, again: str) -> None:
+def run(trace: str, minutes: float, cells: str, strategies: str, seeds: str, again: str) -> None:
     """Replay what is missing."""
     replays = _Replays(trace, minutes)
     for cell in fnmatch.filter(CELLS, cells):
-        known = load(cell)
+        known = _load(cell)
         for name in strategies.split(","):
-            if name not in known or name in again.split(","):
-                found = replays.one(CELLS[cell], name)
-                if found is not None:
-                    known[name] = found
-                    _path(cell).write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2))
-        print(_line(cell, known), flush=True)
+            reports = known.get(name, {})
+            for seed in seeds_of(cell, seeds.split(",")):
+                if seed not in reports or name in again.split(","):
+                    found = replays.one((*CELLS[cell], "--seed", seed), name)
+                    if found is not None:
+                        known.setdefault(name, reports)[seed] = found
+                        _path(cell).write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2))
+        print(_line(cell, load(cell)), flush=True)
 
 
 @main.command()
