@@ -13,6 +13,8 @@ dropped by itself: the order in which engines free blocks, tails first. Runs are
 - when they were not used for `ttl_seconds`,
 - all of a pod's when its row belongs to another pod, or its engine has restarted,
 - the oldest of the fullest pod, when the view is full: `max_blocks` blocks, and an eighth as many (pod, run) pairs.
+  Those that many prompts branched off from are spared once. What is dropped so, its pod still holds: `forgotten` says
+  how much there is of that.
 So at 1 M blocks a view has 131,072 pairs at most, whatever the traffic. It then takes 14 MB where prompts bring 64 new
 blocks each, 30 MB with 16, and 60 MB at most (`python -m bench.decision_cost --memory`).
 
@@ -21,7 +23,7 @@ anything since the last time, 3 µs per record when somebody has.
 """
 
 from collections import OrderedDict, deque
-from math import inf
+from math import exp, inf
 from typing import Final
 
 import numpy as np
@@ -40,6 +42,8 @@ RECORDS_PER_DRAIN: Final = 512
 """Bounds the pause before one decision to about 2 ms. Only a process that starts has more to catch up with."""
 MAX_HEARD: Final = 256
 BLOCKS_PER_PAIR: Final = 8
+MAX_SPARED: Final = 256
+"""Runs, each time that room is made."""
 
 
 class PrefixIndex:
@@ -71,6 +75,8 @@ class PrefixIndex:
         """By row of the pod: tokens that must be computed again for each one that is computed there."""
         self._used: list[int] = []
         self._room: list[float] = []  # tokens
+        self._forgotten: list[float] = []  # bytes
+        self._overfull = False
         self._rows = b""
         self._tags: list[int] = []
         self._swept = 0
@@ -177,6 +183,14 @@ class PrefixIndex:
             return max(1.0 - run.branched / run.passed, 0.0)
         return max(1.0 - self._unfound / self._prompts, 0.0) if self._prompts else 0.0
 
+    def forgotten(self) -> float:
+        """Of what pods hold, the share for which the view had no room. Only what prompts went on from counts: the last
+        turn of a conversation that is over will not be asked for."""
+        if not self._overfull:
+            return 0.0
+        size = sum(self._forgotten)
+        return size / max(size + sum(self._used), 1.0)
+
     def recent_prompts(self, now: float) -> float:
         """How many prompts were routed of late, at least 1: a run's share of them is the demand for it."""
         return max(faded(self._uses, self._used_at, now), 1.0)
@@ -198,6 +212,7 @@ class PrefixIndex:
             order = self._orders[slot]
             while order:
                 self._drop(slot, order.popitem(last=False)[0])
+            self._forgotten[slot] = 0.0
 
     def _refresh(self) -> None:
         """Follow the pod rows: who has each, since when, and how many tokens its cache holds."""
@@ -214,6 +229,7 @@ class PrefixIndex:
             self._tags.append(0)
             self._used.append(0)
             self._room.append(0.0)
+            self._forgotten.append(0.0)
             self.recompute_per_token.append(0.0)
             self._orders.append(OrderedDict())
             self._turnovers.append(Turnover())
@@ -273,6 +289,10 @@ class PrefixIndex:
         if parent is not None and (parent is new or (byte == size and (parent.start + parent.blocks) << 3 == size)):
             parent.answered |= bit
         more = self._used[slot] - used
+        if self._overfull:
+            room = self._room[slot] * self._bytes_per_token
+            left = self._forgotten[slot] * exp(-more / room)  # the engine drops it in its turn
+            self._forgotten[slot] = min(left, max(room - self._used[slot], 0.0))
         turnover = self._turnovers[slot]
         if turnover.stay < inf:
             again, before = 0, at - TAIL * turnover.stay
@@ -310,7 +330,9 @@ class PrefixIndex:
             run.passed += passed
             passed = 1.0
         if branched and path:
-            path[-1].branched += 1.0
+            last = path[-1]
+            last.shared = last.shared or last.branched > 0.0
+            last.branched += 1.0
         since = self._used_at
         if since < at:
             self._used_at = at
@@ -386,17 +408,33 @@ class PrefixIndex:
             self.blocks -= run.blocks
 
     def _make_room(self) -> None:
-        """The view is full: take a hundredth from the pods that have most in it."""
+        """The view is full: take a hundredth from the pods that have most in it, the least recently used first, but
+        what is shared only the second time (CLOCK)."""
         blocks = self._max_blocks - self._max_blocks // 100
         pairs = self._max_pairs - self._max_pairs // 100
         orders, used = self._orders, self._used
+        spared = 0
         while self.blocks > blocks or self.pairs > pairs:
             if self.pairs > pairs:
                 slot = max(range(len(orders)), key=lambda slot: len(orders[slot]))
             else:
                 slot = used.index(max(used))
-            for _ in range(min(16, len(orders[slot]))):
-                self._drop(slot, orders[slot].popitem(last=False)[0])
+            order = orders[slot]
+            for _ in range(min(16, len(order))):
+                run = next(iter(order))
+                if run.shared and spared < MAX_SPARED:
+                    spared += 1
+                    run.shared = False
+                    spare: Run | None = run
+                    while spare is not None:
+                        order.move_to_end(spare)
+                        spare = spare.parent
+                    continue
+                del order[run]
+                if run.passed > 0.0:
+                    self._forgotten[slot] += run.blocks * run.block_bytes
+                    self._overfull = True
+                self._drop(slot, run)
 
     def _sweep(self, now: float) -> None:
         """Drop what one pod, in turn, has not used for long."""

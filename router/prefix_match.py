@@ -35,6 +35,7 @@ class Run:
         "key",
         "parent",
         "passed",
+        "shared",
         "start",
         "used_at",
         "uses",
@@ -57,6 +58,9 @@ class Run:
         """How many of these uses went on beyond it: fading alike."""
         self.branched = 0.0
         """How many of those with something that nobody held."""
+        self.shared = False
+        """Whether it was branched off from again since it was last spared: a beginning that many prompts have, not one
+        turn of a conversation."""
         self.before = 0.0
         """How many prompts had been routed when it was first seen, at `born`: fading alike."""
         self.born = 0.0

@@ -162,7 +162,7 @@ class LookUp:
         """The candidate that every replica would choose for what nobody is known to hold, and the uncached and scarce
         tokens to be expected there; None where no more is to be expected than is known. `uncached`, `scarce` and
         `others` as `uncached_and_scarce` gave them; `keys`: a number for each candidate, the same in all replicas;
-        `unseen`: the share of requests that others route.
+        `unseen`: the share of requests that others route, or of what is held that the index forgot.
 
         It is the candidate with the highest random weight (rendezvous hashing) by the first block that nobody holds:
         of all, or where the prompt goes on after one that was answered, of those that answered it.

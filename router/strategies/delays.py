@@ -36,6 +36,8 @@ MAX_APPLIED: Final = 64
 """More is worked out anew."""
 MAX_BUSY: Final = 0.98
 """With prefills, of a pod's time: more than all of it may have been promised."""
+MIN_FORGOTTEN: Final = 0.1
+"""Of what pods hold. Less is not worth looking for."""
 MIN_UNSEEN: Final = 0.3
 """Fewer requests from elsewhere are no other replica: direct traffic, or polls and ledger that do not quite agree."""
 JITTER_SECONDS: Final = 1e-9
@@ -214,6 +216,8 @@ class Delays:
         self._heard = 0
         self.unseen = 0.0
         """Share of the requests in flight that others have sent; 0 where it is small."""
+        self.forgotten = 0.0
+        """Share of what the pods hold for which the prefix index had no room; 0 where it is small."""
         self._keys: npt.NDArray[np.uint64] | None = None
 
     def keys(self) -> npt.NDArray[np.uint64]:
@@ -298,6 +302,8 @@ class Delays:
         self._weigh_slack()
         unseen = self.speeds.share_elsewhere
         self.unseen = unseen if unseen > MIN_UNSEEN else 0.0
+        forgotten = prefixes.forgotten() if prefixes is not None else 0.0
+        self.forgotten = forgotten if forgotten > MIN_FORGOTTEN else 0.0
         self._set_coefficients(prefixes)
 
     def _take_loads(self, now: float) -> None:

@@ -87,9 +87,10 @@ class MarginalDelay(Scoring):
     next decision of any other; engines' own counts add what other gateways sent. Equal pods are told apart by chance, a
     nanosecond at most. Source: our own, found by simulation (docs/routing.md).
 
-    Where other replicas route without telling, as without Redis (engines count more requests than are known), what
-    nobody is known to hold may be held all the same. All replicas expect it at the same pod, which no message has to
-    say (`LookUp.at_home`), and so it comes to be there.
+    Where other replicas route without telling, as without Redis (engines count more requests than are known), or where
+    the prefix index is too small for what the pods hold, what nobody is known to hold may be held all the same. It is
+    always expected at the same pod, by all replicas, which no message has to say and nobody to remember
+    (`LookUp.at_home`), and so it comes to be there.
 
     When it knows less: with old metrics it goes by its own account and the speeds it learnt before; without prefix
     knowledge C is the whole prompt on every pod; without a prompt length it is by requests in flight.
@@ -160,10 +161,12 @@ class MarginalDelay(Scoring):
             elif other > most:
                 most = other
         new = new * new / most if most > 0.0 else 0.0
-        if delays.unseen and prefixes is not None and found is not None and prefixes.homes:
-            home = found.at_home(uncached, scarce, others, prefixes.index, delays.keys(), delays.unseen)
-            if home is not None:
-                others = [*others, home]
+        if prefixes is not None and found is not None:
+            unseen = max(delays.unseen if prefixes.homes else 0.0, delays.forgotten)
+            if unseen > 0.0:
+                home = found.at_home(uncached, scarce, others, prefixes.index, delays.keys(), unseen)
+                if home is not None:
+                    others = [*others, home]
         if now - speeds.sampled_at > STALE_SECONDS:
             mode = "stale-metrics" if prompt > 0 else "requests-only"
         self.modes[request.model] = mode

@@ -252,6 +252,71 @@ def test_a_full_view_stays_within_its_bounds_and_keeps_the_newest() -> None:
     assert matched(index, chain(("p2999", 3)))[2999 % 4] == 3
 
 
+def test_a_full_view_keeps_for_longer_what_many_prompts_begin_with() -> None:
+    """A conversation that is over is dropped in its turn, however many turns it had."""
+    index = Room(tokens=1e9).view(0, max_blocks=2000)
+    for turn in range(1, 6):
+        index.remember(chain(("system", 20), (f"user {turn}", 1)), 0, 1.0)
+        index.remember(chain(*((f"turn {number}", 4) for number in range(turn))), 0, 1.0)
+    for number in range(250):
+        index.remember(chain((f"once {number}", 10)), 0, 2.0)
+    assert matched(index, chain(("turn 0", 4)))[0] == 0
+    assert matched(index, chain(("system", 20)))[0] == 20
+    check_order(index)
+    for number in range(250):
+        index.remember(chain((f"once more {number}", 10)), 0, 3.0)
+    assert matched(index, chain(("system", 20)))[0] == 0
+
+
+def test_making_room_takes_no_longer_where_everything_is_shared() -> None:
+    index = Room(tokens=1e9).view(0, max_blocks=8 * 2000)
+    for number in range(700):
+        for end in ("a", "b", "c"):
+            index.remember(chain((f"system {number}", 2), (f"{number} {end}", 1)), 0, float(number))
+    assert index.pairs <= 2000
+    spared = [run for run in index._runs.values() if run.shared]
+    assert len(spared) < 700
+    check_order(index)
+
+
+def test_what_the_view_had_no_room_for_is_known_to_be_forgotten() -> None:
+    room = Room(tokens=1e9)
+    index = room.view(0, max_blocks=2000)
+    for number in range(400):
+        index.remember(chain((f"once {number}", 10)), number % 4, float(number))
+    assert index.forgotten() == 0.0, "nobody will ask for it"
+    for number in range(400):
+        for turns in (1, 2):
+            parts = ((f"{number} {turn}", 10) for turn in range(turns))
+            index.remember(chain(*parts), number % 4, 1000.0 + number)
+    held = sum(index.held_bytes(slot) for slot in range(4))
+    assert index.forgotten() == pytest.approx(1 - held / (4000 * BLOCK), abs=0.15)
+    for slot in range(4):
+        room.appear(slot, 1, tokens=1e9, incarnation=1)
+    index.follow(2000.0)
+    assert index.forgotten() == 0.0
+
+
+def test_what_engines_have_dropped_meanwhile_is_not_forgotten() -> None:
+    index = Room(pods=1, tokens=64_000.0).view(0, max_blocks=400)  # of the 1000 that the pod holds
+    for number in range(200):
+        for turns in (1, 2):
+            index.remember(chain(*((f"{number} {turn}", 10) for turn in range(turns))), 0, float(number))
+            assert index.forgotten() <= 1 - index.held_tokens(0) / 64_000 + 1e-9
+    assert index.forgotten() > 0.2
+    for number in range(1000):
+        index.remember(chain((f"once {number}", 10)), 0, 1000.0 + number)
+    assert index.forgotten() < 0.01
+
+
+def check_order(index: PrefixIndex) -> None:
+    """Whatever a pod holds, it holds what comes before it, and drops that later."""
+    for order in index._orders:
+        place = {run: i for i, run in enumerate(order)}
+        for run in order:
+            assert run.parent is None or place[run.parent] > place[run]
+
+
 def test_a_process_without_a_row_keeps_a_view_of_its_own() -> None:
     room = Room()
     index = room.view(None)

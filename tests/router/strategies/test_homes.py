@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from router.rates import ELSEWHERE_SECONDS
-from router.strategies.delays import MIN_UNSEEN
+from router.strategies.delays import MIN_FORGOTTEN, MIN_UNSEEN
 from state.catalog import PodRecord
 
 NAME = "marginal-delay"
@@ -48,7 +48,7 @@ def home(fleet: Any, text: bytes) -> list[int]:
     delays = strategy.delays(candidates, fleet.now)
     known = request.prefix.uncached_and_scarce(strategy._prefixes.index, fleet.now, 0)[2]
     added = others[len(known) :]
-    assert delays.unseen or not added
+    assert delays.unseen or delays.forgotten or not added
     return [candidates.pods[index].slot for indices, _, _ in added for index in indices]
 
 
@@ -159,6 +159,26 @@ def test_where_replicas_tell_each_other_nothing_is_guessed(lab: Any, prompt: Any
     assert home(fleet, prompt("new", 32)) != []
     fleet.worker()[2].prefixes.homes = False
     assert home(fleet, prompt("newer", 32)) == []
+
+
+def test_what_a_full_index_has_forgotten_is_expected_at_home(lab: Any, prompt: Any) -> None:
+    """Also where replicas tell each other everything: that they hear it does not mean that they can keep it."""
+    fleet = lab(PODS)
+    prefixes = fleet.worker()[2].prefixes
+    prefixes.homes = False
+    for slot in range(PODS):
+        fleet.poll(slot, num_gpu_blocks=1e5, block_size=16.0)
+    have_conversations(fleet, prompt)
+    assert home(fleet, prompt("new", 32)) == []
+    prefixes.index._max_blocks = 2 * prefixes.index.blocks
+    for number in range(60):
+        for turns in (1, 2):
+            fleet.send(NAME, fleet.request(b"".join(prompt(f"{number} {turn}", 8) for turn in range(turns))))
+            fleet.finish()
+            fleet.now += 0.1
+    assert prefixes.index.forgotten() > MIN_FORGOTTEN
+    (slot,) = home(fleet, prompt("new", 32))
+    assert fleet.send(NAME, fleet.request(prompt("new", 32))) == slot
 
 
 def test_polls_that_differ_by_chance_are_no_other_replica(lab: Any, prompt: Any) -> None:
