@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -90,6 +91,7 @@ def serve(
 ) -> None:
     """Run the router. AIBrix's flags are taken too: --grpc-bind-address, --http-bind-address, --metrics-bind-address,
     --endpoints-config, --standalone."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until the supervisor has a handler for it
     flags["listen"] = flags["listen"] or _bind_address(grpc_bind_address)
     flags["admin"] = flags["admin"] or _bind_address(http_bind_address)
     flags["endpoints"] = flags["endpoints"] or endpoints_config

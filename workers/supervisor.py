@@ -135,6 +135,7 @@ class Supervisor:
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in _HANDLED:
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
     def _wait_for_events(self) -> None:
         """Sleep until a signal, a word from a child, or the next thing that is due."""

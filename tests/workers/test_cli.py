@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from bench.lab import free_ports
 from router.strategies import STRATEGIES, formula
 from workers.cli import main
 
@@ -239,3 +240,30 @@ def test_serve_takes_aibrix_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = CliRunner().invoke(main, ["serve", *flags, f"--endpoints-config={endpoints}"])
     assert done.exit_code == 0, done.output
     assert (seen[0].listen, seen[0].admin, seen[0].endpoints) == ("0.0.0.0:50152", "127.0.0.1:8180", endpoints)
+
+
+def test_a_hangup_while_it_starts_reloads_instead_of_ending_it(config: Path) -> None:
+    """Such as a script sends that has just written the configuration."""
+    early = """
+import os, signal
+from workers import cli
+load = cli.load_or_exit
+def load_or_exit(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return load(*arguments, **options)
+cli.load_or_exit = load_or_exit
+cli.main()
+"""
+    listen, admin, worker = (f"127.0.0.1:{port}" for port in free_ports(3))
+    addresses = f"listen: {listen}\nadmin: {admin}\nworker_listen: {worker}\nworkers: 1\n"
+    config.write_text(f"strategy: random\nendpoints: endpoints.yaml\n{addresses}")
+    command = [sys.executable, "-c", early, "serve", "--config", str(config)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as router:
+        try:
+            assert router.stderr is not None
+            lines = iter(router.stderr.readline, "")
+            assert any("rolling restart" in line for line in lines), router.wait()
+        finally:
+            router.terminate()
+            router.communicate(timeout=30)
+        assert router.returncode == 0
