@@ -91,7 +91,8 @@ def serve(
 ) -> None:
     """Run the router. AIBrix's flags are taken too: --grpc-bind-address, --http-bind-address, --metrics-bind-address,
     --endpoints-config, --standalone."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until the supervisor has a handler for it
+    # Until the supervisor has handlers for them: their default is to end or to stop the process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU})
     flags["listen"] = flags["listen"] or _bind_address(grpc_bind_address)
     flags["admin"] = flags["admin"] or _bind_address(http_bind_address)
     flags["endpoints"] = flags["endpoints"] or endpoints_config
