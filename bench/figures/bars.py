@@ -70,6 +70,7 @@ BARS: dict[str, Bar] = {
     "envoy/unix/p99": Bar(1.5, peers="AIBrix 2.7-9, llm-d 3-8"),
     "idle-streams/rss": Bar(100),
     "workers/least-request/more": Bar(10),
+    "workers/least-request, core full/more": Bar(10),
     "one-core/idle": Bar(0.06, peers="AIBrix 0.19, llm-d 0.19"),
     "one-core/h2/p99": Bar(5, peers="AIBrix 243, llm-d 205"),
     "one-core/grpcio/p99": Bar(10, peers="AIBrix 243, llm-d 205"),

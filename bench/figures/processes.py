@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 
 from bench.figures.figure import Figure
-from bench.figures.rig import ROOT, BenchError, Rig, Server, all_pids, cpu_seconds, memory_mib, server_core
+from bench.figures.rig import ROOT, BenchError, Rig, Server, all_pids, cpu_seconds, memory_mib, server_core, tool
+from bench.figures.streams import saturated, two_messages
 from bench.lab import Lab
 
 LOAD_STRATEGIES = (
@@ -18,6 +21,7 @@ LOAD_STRATEGIES = (
 DEFAULT_STRATEGY = "marginal-delay"
 WORKERS = (1, 2, 4)
 UNROUTED = {"grpc.aio, no routing": "bench.grpc_aio_baseline", "our HTTP/2, no routing": "bench.h2_server"}
+AT_ONCE_WHEN_FULL = 64
 OPEN_STREAMS = 10_000
 
 
@@ -43,7 +47,9 @@ def idle_streams(rig: Rig) -> list[Figure]:
 
 def workers(rig: Rig) -> list[Figure]:
     """CPU of a stream with more workers at the same total load, and with as many servers that route nothing: what a
-    core loses by going to and fro between processes shows there, too."""
+    core loses by going to and fro between processes shows there, too. And so with a core that is never idle, where
+    processes wake up less often."""
+    h2load = tool("h2load", "nghttp2-client")
     pods = rig.pods(64)
     servers: dict[tuple[str, int], Server] = {}
     for count in WORKERS:
@@ -62,10 +68,20 @@ def workers(rig: Rig) -> list[Figure]:
             return lambda: rig.load(servers[kind, count], *options).cpu_microseconds
         return lambda: rig.load(servers["router", count], *options, "-strategy", kind).cpu_microseconds
 
+    def full_cell(kind: str, count: int) -> Callable[[], float]:
+        server = servers[kind if kind in UNROUTED else "router", count]
+        return lambda: saturated(h2load, server, Path(body.name), rig.seconds / rig.rounds, AT_ONCE_WHEN_FULL)[0]
+
     kinds = ("least-request", DEFAULT_STRATEGY, *UNROUTED)
-    values = rig.take_turns({(kind, count): cell(kind, count) for kind in kinds for count in WORKERS})
+    cells = {(kind, count): cell(kind, count) for kind in kinds for count in WORKERS}
+    full = {"least-request, core full": "least-request", "our HTTP/2, no routing, core full": "our HTTP/2, no routing"}
+    with tempfile.NamedTemporaryFile() as body:
+        body.write(two_messages(4096, ("routing-strategy", "least-request")))
+        body.flush()
+        cells |= {(name, count): full_cell(kind, count) for name, kind in full.items() for count in WORKERS}
+        values = rig.take_turns(cells)
     figures = []
-    for kind in kinds:
+    for kind in (*kinds, *full):
         figures += [
             Figure.over(
                 f"workers/{kind}/{count}", f"{kind}, {count} worker{'s' * (count > 1)}", values[kind, count], "µs"

@@ -7,6 +7,7 @@ own HTTP/2 server with the same nothing behind it, which shows what of a stream 
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -76,9 +77,9 @@ def saturation(rig: Rig) -> list[Figure]:
 
         def cell(name: str) -> Callable[[], float]:
             def measured() -> float:
-                capacity, rate = _h2load(h2load, servers[name], Path(body.name), rig.seconds / rig.rounds)
+                cost, rate = saturated(h2load, servers[name], Path(body.name), rig.seconds / rig.rounds)
                 rates.setdefault(name, []).append(rate)
-                return capacity
+                return 1e6 / cost
 
             return measured
 
@@ -94,7 +95,7 @@ def saturation(rig: Rig) -> list[Figure]:
     return [*figures, Figure.over("saturation/ratio", "h2 over grpcio", ratios, "x")]
 
 
-def two_messages(body_bytes: int) -> bytes:
+def two_messages(body_bytes: int, *more_headers: tuple[str, str]) -> bytes:
     """The gRPC messages of a stream back to back: request headers, and a chat of so many bytes."""
     start, end = f'{{"model":"{MODEL}","max_tokens":64,"messages":[{{"role":"user","content":"', '"}]}'
     chat = start + "x" * (body_bytes - len(start) - len(end)) + end
@@ -103,7 +104,7 @@ def two_messages(body_bytes: int) -> bytes:
     for key, value in (
         (":authority", "llm.example.com"), (":path", "/v1/chat/completions"), (":method", "POST"), (":scheme", "http"),
         ("content-type", "application/json"), ("content-length", str(len(chat))), ("user-agent", "OpenAI/Python 1.50"),
-        ("authorization", "Bearer sk-12345678901234567890"), ("accept", "application/json"),
+        ("authorization", "Bearer sk-12345678901234567890"), ("accept", "application/json"), *more_headers,
     ):  # fmt: skip
         listed.add(key=key, raw_value=value.encode())
     body = ProcessingRequest()
@@ -112,20 +113,31 @@ def two_messages(body_bytes: int) -> bytes:
     return b"".join(b"\0" + len(each).to_bytes(4, "big") + each for each in serialised)
 
 
-def _h2load(h2load: str, server: Server, body: Path, seconds: float) -> tuple[float, float]:
-    """Streams per second of the server's CPU, and per second of the clock."""
+def saturated(h2load: str, server: Server, body: Path, seconds: float, at_once: int = 16) -> tuple[float, float]:
+    """Microseconds of the server's CPU per stream, and streams per second of the clock: four connections in all, shared
+    out among its addresses, with so many streams at once on each."""
+    addresses = server.address.split(",")
     before = cpu_seconds(server.pids)
-    said = run(
-        [h2load, "-c4", "-m16", "--duration", f"{max(1, round(seconds))}", "-d", str(body),
-         "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{server.address}{PROCESS}"],
-        timeout=60,
-    )  # fmt: skip
+
+    def drive(address: str) -> str:
+        return run(
+            [h2load, f"-c{4 // len(addresses)}", f"-m{at_once}", "--duration", f"{max(1, round(seconds))}",
+             "-d", str(body), "-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{address}{PROCESS}"],
+            timeout=60,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(len(addresses)) as at_the_same_time:
+        said = list(at_the_same_time.map(drive, addresses))
     used = cpu_seconds(server.pids) - before
-    rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", said)
-    counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", said)
-    if rate is None or counts is None or any(int(count) for count in counts.groups()[1:]):
-        raise BenchError(f"h2load: {said.strip()[-600:]}")
-    return int(counts[1]) / used, float(rate[1])
+    streams, per_second = 0, 0.0
+    for each in said:
+        rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", each)
+        counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout", each)
+        if rate is None or counts is None or any(int(count) for count in counts.groups()[1:]):
+            raise BenchError(f"h2load: {each.strip()[-600:]}")
+        streams += int(counts[1])
+        per_second += float(rate[1])
+    return used / streams * 1e6, per_second
 
 
 def chunks(rig: Rig) -> list[Figure]:
