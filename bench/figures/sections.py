@@ -62,7 +62,8 @@ SECTIONS: dict[str, Section] = {
             "workers",
             "More workers",
             "Streams of 4 KB, 64 at once on four connections, to 1, 2 or 4 workers on one core, and to as many servers "
-            "that route nothing: CPU of a stream. `core full` is `h2load -m64` on four connections: the core never rests.",
+            "that route nothing: CPU of a stream. `core full` is `h2load -m64` on four connections: the core never "
+            "rests.",
             processes.workers,
         ),
         Section(
