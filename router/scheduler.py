@@ -276,9 +276,10 @@ class Scheduler:
             self.finished(decision.pod, 499)
 
     def show_modes(self) -> None:
-        """Put into the series what `marginal-delay` last had to go by, for each model."""
+        """Put into the series what `marginal-delay` last had to go by, for each model, and what it has forgotten."""
         for strategy in self._strategies.made:
             if isinstance(strategy, MarginalDelay):
+                self.series.put(strategy.forgotten, "prefix_forgotten", str(self.tables.writer))
                 for model, mode in strategy.modes.items():
                     for name in MODES:
                         self.series.put(float(name == mode), "mode", model, name)

@@ -21,7 +21,7 @@ _ROW: Final = LABEL_BYTES + 8
 _HEADER: Final = 64
 SEPARATOR: Final = "\x1f"
 OVERFLOW: Final = "overflow"
-LEVELS: Final = frozenset(("transport_level", "mode", "replicas"))
+LEVELS: Final = frozenset(("transport_level", "mode", "prefix_forgotten", "replicas"))
 """The metrics that are gauges: with the process that set them they are over."""
 POD_PLACE: Final[Mapping[str, int]] = {
     "decisions": 2, "finished": 1, "retried": 1, "polls": 1, "ejections": 1, "settled": 1,

@@ -109,6 +109,11 @@ class MarginalDelay(Scoring):
         self.modes: dict[str, str] = {}
         """What the last decision for a model was made from."""
 
+    @property
+    def forgotten(self) -> float:
+        """Share of what pods hold for which the prefix index had no room."""
+        return self._prefixes.index.forgotten() if self._prefixes is not None else 0.0
+
     def scores(self, request: RoutingRequest, candidates: Candidates, now: float) -> Floats:
         """Seconds of delay."""
         return np.array(self._score(request, candidates, now).scores())

@@ -198,6 +198,7 @@ async def test_the_router_tells_of_its_transport_and_its_strategy(lab: Lab, sess
                 'pointsman_transport_level{what="streams_open"} ',
                 'pointsman_transport_events_total{event="streams_opened"} ',
                 'pointsman_strategy_mode{mode="full",',
+                "pointsman_prefix_forgotten_ratio 0.0",
             )
         )
 

@@ -11,6 +11,7 @@ from fleet import MODEL, loads, make_record, set_row
 
 from router.errors import RequestError
 from router.fleet import Candidates
+from router.prefixes import Prefixes
 from router.replies import Destination
 from router.request import RoutingRequest
 from router.scheduler import Decision, Scheduler
@@ -180,6 +181,33 @@ def test_what_the_default_strategy_had_to_go_by_is_shown_per_model() -> None:
     shown = counted(by, "mode")
     assert set(shown) == {(MODEL, mode) for mode in ("full", "stale-metrics", "no-prefix", "requests-only")}
     assert sorted(shown.values()) == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_how_much_the_index_has_forgotten_is_shown_per_worker() -> None:
+    tables = fleet.make_fleet(2)
+    prefixes = Prefixes.of(tables, max_blocks=64)
+    by = Scheduler(
+        tables, "marginal-delay", itertools.count(1000, 0.001).__next__, Context(Random(1), prefixes=prefixes)
+    )
+
+    def have_conversations(count: int) -> None:
+        for number in range(count):
+            for turns in (1, 2, 3):
+                text = b"".join(f"{number} {turn}".encode() * 200 for turn in range(turns))
+                by.decide(
+                    RoutingRequest(MODEL, text=text),
+                    "marginal-delay",
+                    destination=Destination.HEADER,
+                    held=True,
+                    duplex=False,
+                )
+        by.show_modes()
+
+    have_conversations(1)
+    assert counted(by, "prefix_forgotten") == {(str(tables.writer),): 0.0}
+    have_conversations(40)
+    assert counted(by, "prefix_forgotten") == {(str(tables.writer),): pytest.approx(prefixes.index.forgotten())}
+    assert prefixes.index.forgotten() > 0.3
 
 
 class Prepared(LeastRequest):
