@@ -125,14 +125,13 @@ class TablesCollector(Collector):
             if labels[0] == "mode":
                 modes.add_metric(labels[1:], value)
         yield modes
-        forgotten = [value for labels, value in merged.items() if labels[0] == "prefix_forgotten"]
-        if forgotten:
-            share = GaugeMetricFamily(
-                "pointsman_prefix_forgotten_ratio",
-                "Of what pods hold and prompts went on from, what the fullest prefix index had no room for",
-            )
-            share.add_metric((), max(forgotten))
-            yield share
+        forgotten = GaugeMetricFamily(
+            "pointsman_prefix_forgotten_ratio",
+            "Of what pods hold and prompts went on from, what the fullest prefix index had no room for",
+        )
+        shares = (value for labels, value in merged.items() if labels[0] == "prefix_forgotten")
+        forgotten.add_metric((), max(shares, default=0.0))
+        yield forgotten
 
     def _pods(self) -> Iterator[Metric]:
         tables = self._tables

@@ -98,6 +98,7 @@ async def test_a_prompt_with_the_same_prefix_is_prefilled_where_the_first_was(
 ) -> None:
     texts = [f"What {name} has said before is said again. " * 400 for name in ("Ann", "Bob", "Cy", "Di")]
     firsts = [(await ask(client, divided, text))[1]["prefill-target-pod"] for text in texts]
+    await asyncio.sleep(1.5)  # what the pods were promised is done, whatever it was taken to last
     again = [(await ask(client, divided, text + "More."))[1]["prefill-target-pod"] for text in texts]
     # One may go elsewhere all the same, where a pod seems to be busy for a moment.
     assert sum(one == other for one, other in zip(firsts, again, strict=True)) >= 3, (firsts, again)
