@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.prefix_hash import Chain, PrefixHasher
-from router.prefix_index import PrefixIndex
+from router.prefix_index import MAX_SPARED, PrefixIndex
 from router.prefix_match import SlotIndex
 from router.prefixes import LookUp
 from state.pods import COLUMN, FIELDS, PodTable
@@ -269,13 +269,15 @@ def test_a_full_view_keeps_for_longer_what_many_prompts_begin_with() -> None:
 
 
 def test_making_room_takes_no_longer_where_everything_is_shared() -> None:
-    index = Room(tokens=1e9).view(0, max_blocks=8 * 2000)
-    for number in range(700):
-        for end in ("a", "b", "c"):
-            index.remember(chain((f"system {number}", 2), (f"{number} {end}", 1)), 0, float(number))
-    assert index.pairs <= 2000
-    spared = [run for run in index._runs.values() if run.shared]
-    assert len(spared) < 700
+    index = Room(tokens=1e9).view(0)
+    for number in range(1000):
+        index.remember(chain((f"p{number}", 2)), 0, float(number))
+    for run in index._runs.values():
+        run.shared = True
+    index._max_blocks = 1000
+    index.remember(chain(("one more", 2)), 0, 1000.0)
+    assert index.blocks <= 1000
+    assert sum(not run.shared for run in index._runs.values()) <= MAX_SPARED + 1
     check(index)
 
 
