@@ -381,8 +381,8 @@ def test_a_child_that_hangs_for_long_is_replaced(running: Callable[..., Running]
     before = one.children()
     os.kill(before[name], signal.SIGSTOP)
     wait_until(lambda: one.children().get(name, before[name]) != before[name])
+    wait_until(lambda: one.says("killing a child that hangs"))
     wait_until(one.ready)
-    assert one.says("killing a child that hangs")
     assert {each: pid for each, pid in one.children().items() if each != name} == {
         each: pid for each, pid in before.items() if each != name
     }
