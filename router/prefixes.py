@@ -53,11 +53,11 @@ class LookUp:
         return out
 
     def uncached_and_scarce(
-        self, index: PrefixIndex, now: float, full: int = 0, busy: int = 0, slack: float = 1.0
+        self, index: PrefixIndex, now: float, full: int = 0, busy: int = 0, worth: float = 1.0
     ) -> tuple[float, float, Shares]:
         """(uncached, scarce) of most candidates, and the candidates for which they are others. `full` are those that
-        have no room for it and `busy` those where it would wait for other prefills, as bitmaps of their rows; `slack`
-        is the share of pods where it would not.
+        have no room for it and `busy` those where it would wait for other prefills, as bitmaps of their rows; `worth`
+        is what a copy made now is good for, from 0 to 1.
 
         Scarce are uncached tokens, but those of which there are too few copies for their demand count less: a run that
         a share f of all prompts has wants to be on a share SPARE * f of the candidates. While it is on fewer, k, to
@@ -68,9 +68,10 @@ class LookUp:
         A run of which busy pods have all copies keeps those waiting that ask for it. Of k pods the least busy is the
         sooner done the more they are, as 1 / k: so one copy more saves each of them 1 / (k * (k + 1)) of a wait, and
         those that come while it is kept share its price. With b that went on from the run of late with what nobody
-        held, s = PAID_OFF * slack * (b - sqrt(b)) / (k * (k + 1)) do, and it counts 1 / (1 + s). The turns of one
+        held, s = PAID_OFF * worth * (b - sqrt(b)) / (k * (k + 1)) do, and it counts 1 / (1 + s). The turns of one
         conversation are no such demand: each goes on from where the one before it ended. Without slack a copy would
-        keep others waiting.
+        keep others waiting; and while little is found, as when all prefixes are new, they wait for what is computed
+        only once, so the pods will soon be less busy.
         A run of which full pods have all copies is as good as gone until they have room: those that ask for it, `uses`
         of late, share the price of a copy on another pod, the more so the more pods have room.
         """
@@ -78,7 +79,7 @@ class LookUp:
         if not groups:
             return prompt, prompt, ()
         slots, block_tokens = self.slots, self.block_tokens
-        prefix_value = self._prefix_value(index, now, full, busy, slack)
+        prefix_value = self._prefix_value(index, now, full, busy, worth)
         most = prompt - 1.0  # an engine computes at least the last token again
         left = slots.mask
         common = pods = 0
@@ -113,7 +114,7 @@ class LookUp:
         return prompt, scarce, shares
 
     def _prefix_value(
-        self, index: PrefixIndex, now: float, full: int, busy: int, slack: float
+        self, index: PrefixIndex, now: float, full: int, busy: int, worth: float
     ) -> dict[int, float] | None:
         """What the first so many blocks count, in tokens, and -1 for the whole prompt. None where nothing is scarce."""
         block_tokens, n, mask = self.block_tokens, self.slots.count, self.slots.mask
@@ -137,7 +138,7 @@ class LookUp:
                     if copies < wanted:
                         less = 1.0 - (copies / wanted) ** 2
                 if run.branched > 1.0 and not holders & ~busy:
-                    sharing = PAID_OFF * slack * _sure(run.branched, run.used_at, now) / (copies * (copies + 1))
+                    sharing = PAID_OFF * worth * _sure(run.branched, run.used_at, now) / (copies * (copies + 1))
                     less = max(less, sharing / (1.0 + sharing))
             if less > 0.0:
                 if prefix_value is None:

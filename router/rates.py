@@ -24,6 +24,12 @@ from prefill, both get the factor that fits the sum. A pod that joins a running 
 prefills at first, and at full speed after WARM_UP_SECONDS: engines compile, capture graphs and fill their own caches
 during their first requests.
 
+What an engine has counted since it was first polled begins and ends within prompts, each counted whole or not at all.
+So a sample of few seconds weighs less than one of a minute; of a fleet's first samples it is believed how fast pods are
+in all, but not yet what of it is decode and what prefill; and how fast one pod is more than others, half after
+EDGE_SECONDS. Otherwise pods that are all alike seem to be of many speeds until they have been watched for minutes, and
+a router that has just started with them piles prompts on those that seem fastest.
+
 It does not take more: with rates wrong by a factor of 2 (prefill) or 3 (decode) `marginal-delay` decides almost
 as well.
 
@@ -38,7 +44,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from router.attention import Attention, Sent
+from router.attention import SENT_SECONDS, Attention, Sent
 from router.fleet import Candidates
 from state.pods import Floats, Ints
 
@@ -48,13 +54,15 @@ STALE_SECONDS: Final = 15.0
 _KEEP: Final = 0.9
 """What is left of the weight of a pod's samples after the next one."""
 FLEET_SAMPLES: Final = 3.0
+FIRST_SAMPLES: Final = 3.0
+"""Of each pod of a fleet, from which decode and prefill are not told apart yet."""
 _UNSEEN_SAMPLES: Final = 0.01
 """Of the fleet's, for how fast a pod is in all: only for one that has none of its own."""
 _TOGETHER: Final = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
-DOUBTED_SAMPLES: Final = 10.0
-"""Of each pod, by how fast it is in all: the first ones, and they count as if as many before them had shown nothing."""
+EDGE_SECONDS: Final = 5.0
+"""Of a pod that has been watched for so long, half is believed of how fast it is in all."""
 USUAL_SPREAD: Final = 0.15
 """So far (as a logarithm) pods of one kind may be off each other in all, and for long, by what they happen to do. Of a
 pod's distance half counts where it is as much, nearly all where it is twice that, next to nothing where it is half."""
@@ -264,7 +272,9 @@ class Rates:
         out.idle_step = self.prior.step_seconds + tokens * self.prior.kv_token_seconds
 
 
-_OF_A_POD: Final = ("sampled_at", "_queued", "_full", "_max_requests", "_most", "_lasting", "_chance", "_pace")
+_OF_A_POD: Final = (
+    "sampled_at", "_queued", "_full", "_max_requests", "_most", "_lasting", "_chance", "_pace", "_paced", "_window",
+)  # fmt: skip
 
 
 class _Fleet:
@@ -274,6 +284,7 @@ class _Fleet:
         "_chance",
         "_decode",
         "_elsewhere_at",
+        "_evidence",
         "_extra",
         "_full",
         "_known",
@@ -281,6 +292,7 @@ class _Fleet:
         "_max_requests",
         "_most",
         "_pace",
+        "_paced",
         "_pods",
         "_prefill",
         "_queued",
@@ -288,6 +300,7 @@ class _Fleet:
         "_smoothed_loads",
         "_sums",
         "_watched",
+        "_window",
         "_young",
         "attention",
         "kv_share_per_token",
@@ -324,14 +337,20 @@ class _Fleet:
         # Of the logarithms of prefill factors: how far each pod is off the mean, and by how much that varies.
         self._lasting: Floats = np.zeros(len(pods))
         self._chance: Floats = np.zeros(len(pods))
+        # The logarithm of how fast each pod is in all, the weight of what that is the mean of, and the seconds that its
+        # last sample is of.
         self._pace: Floats = np.zeros(len(pods))
+        self._paced: Floats = np.zeros(len(pods))
+        self._window: Floats = np.zeros(len(pods))
         self._watched = 0.0
+        self._evidence = 0.0  # the weight of all samples so far
 
     def inherit(self, known: "_Fleet") -> None:
         """Begin with what is known of another set, one that has lost pods or got new ones, say."""
         self.attention = known.attention.copy(len(self._pods))
         self.spread, self.output_tokens, self._watched = known.spread, known.output_tokens, known._watched
         self._extra, self._known, self._elsewhere_at = known._extra, known._known, known._elsewhere_at
+        self._evidence = known._evidence
         indices = {id(pod): j for j, pod in enumerate(known._pods)}
         for i, pod in enumerate(self._pods):
             j = indices.get(id(pod), -1)
@@ -344,8 +363,9 @@ class _Fleet:
         pod = self._pods[i]
         pod.sent.fade(max(sampled - pod.polled, 0.0))
         pod.polled = max(sampled, pod.polled)
-        _observe(pod, prior, row, self.attention)
+        self._evidence += _observe(pod, prior, row, self.attention)
         self._sums[:, i] = pod.sums
+        self._window[i] = _window_seconds(row)
         self._prefill = None
 
     def measure_room(self, polled: list[int], candidates: Candidates) -> None:
@@ -420,18 +440,22 @@ class _Fleet:
         return result
 
     def _lasting_paces(self) -> Floats:
-        """How many times as long as on the others everything takes on each pod, as far as that lasts and is more than
-        pods of one kind differ."""
+        """How many times as long as on the others everything takes on each pod, as far as that is known by now, lasts
+        and is more than pods of one kind differ. A sample's error goes by 1 / its seconds, so its weight by their
+        square."""
         dd, dp, pp, d, p, own = self._sums
         square, both = dd + 2.0 * dp + pp, d + p
-        weight = _UNSEEN_SAMPLES / max(float(own.sum()), 1e-9)
-        every, everys = weight * float(both.sum()), weight * float(square.sum())
+        unseen = _UNSEEN_SAMPLES / max(float(own.sum()), 1e-9)
+        every, everys = unseen * float(both.sum()), unseen * float(square.sum())
         if not (every > 0 and everys > 0):
             return np.ones(len(own))
         logs = np.log(np.clip((both + every) / (square + everys), 1.0 / _LIMIT, _LIMIT))
-        self._pace += (logs - logs.mean() - self._pace) / (self._watched + DOUBTED_SAMPLES * len(own))
-        distance = self._pace**4
-        result: Floats = np.exp(self._pace * distance / (distance + USUAL_SPREAD**4))
+        squares = self._window**2
+        self._paced = np.minimum(self._paced + squares, LASTING_SAMPLES * len(own) * SENT_SECONDS**2)
+        self._pace += squares / np.maximum(self._paced, 1e-9) * (logs - logs.mean() - self._pace)
+        pace = self._pace * squares / (squares + EDGE_SECONDS**2)
+        distance = pace**4
+        result: Floats = np.exp(pace * distance / (distance + USUAL_SPREAD**4))
         return result
 
     def factors(self, now: float) -> tuple[Floats, Floats]:
@@ -441,9 +465,11 @@ class _Fleet:
             pace = self._lasting_paces()
             sums = self._sums.copy()
             sums[3:5] /= pace
-            decode, prefill = _solve(sums)
+            first = FIRST_SAMPLES * len(self._pods)
+            doubt = exp(-self._evidence / first)
+            decode, prefill = _solve(sums, _TOGETHER + doubt)
             self._decode, self._prefill = decode * pace, self._what_lasts(prefill) * pace
-            self.attention.solve()
+            self.attention.solve(first * doubt)
         if now - self._young >= WARM_UP_SECONDS:
             return self._prefill, self._decode
         ages = np.array([now - pod.seen for pod in self._pods])
@@ -451,6 +477,7 @@ class _Fleet:
 
 
 _USED: Final = (
+    "window_seconds",
     "busy_ratio",
     "hit_ratio",
     "prompt_tokens_per_second",
@@ -471,13 +498,14 @@ _USED: Final = (
 _GENERATED: Final = _USED.index("generation_tokens_mean")
 
 
-def _solve(sums: Floats) -> Floats:
-    """(decode, prefill) factors of each pod, from sums[6][pods]."""
+def _solve(sums: Floats, together: float = _TOGETHER) -> Floats:
+    """(decode, prefill) factors of each pod, from sums[6][pods]. `together`: how much the two are drawn together, as a
+    share of the samples' weight."""
     dd, dp, pp, d, p, samples = sums.sum(axis=1).tolist()
     if not samples > 0:
         return np.ones((2, sums.shape[1]))
     both = (d + p) / (dd + 2.0 * dp + pp)
-    together = _TOGETHER * (dd + 2.0 * dp + pp)
+    together *= dd + 2.0 * dp + pp
     dd_fleet, pp_fleet = dd + together, pp + together
     decode, prefill = _two(dd_fleet, dp, pp_fleet, d + (dd_fleet - dd) * both, p + (pp_fleet - pp) * both)
     # The fleet's equations, at the weight of FLEET_SAMPLES of a pod's own, come to those of each pod.
@@ -507,12 +535,17 @@ def _known(value: float, otherwise: float) -> float:
     return value if isfinite(value) else otherwise
 
 
-def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attention) -> None:
-    """Take one sample of a pod's metrics in."""
+def _window_seconds(row: dict[str, float]) -> float:
+    """What the sample's means are of, a minute at most."""
+    return min(max(_known(row["window_seconds"], SENT_SECONDS), 0.0), SENT_SECONDS)
+
+
+def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attention) -> float:
+    """Take one sample of a pod's metrics in. Returns its weight: the share of a minute that it shows the pod busy."""
     generated = row["generation_tokens_per_second"]
     itl = row["itl_mean_seconds"]
     if row["observed_age_seconds"] > 10.0 or not generated > 0:
-        return  # nothing happened since: the means are old ones
+        return 0.0  # nothing happened since: the means are old ones
     busy = min(max(_known(row["busy_ratio"], 1.0), 0.02), 1.0)
     hit = _known(row["hit_ratio"], 0.0)
     computed = _known(row["computed_prompt_tokens_per_second"], row["prompt_tokens_per_second"] * (1.0 - hit))
@@ -524,25 +557,27 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
     per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
     steps = row["steps_per_second"]
     pod.sums = tuple(_KEEP * x for x in pod.sums)  # type: ignore[assignment]
+    weight = busy * _window_seconds(row) / SENT_SECONDS
     cost = attention.cost(pod.sent)
     if steps > 0:
         seconds = busy / steps
         decode = (prior.step_seconds + generated / steps * per_request) / seconds
         prefill = computed / steps * prior.prefill_token_seconds / seconds
-        attention.add(pod.sent, decode, prefill, busy)
-        pod.add(decode, prefill * cost, busy)
-        return
+        attention.add(pod.sent, decode, prefill, weight)
+        pod.add(decode, prefill * cost, weight)
+        return weight
     computed *= cost
     decode = prior.step_seconds
     if itl > 0:
         decoding = max(generated * itl / busy, 1.0)
         decode += decoding * per_request
         others = computed / busy * prior.prefill_token_seconds * decoding / (1.0 + decoding)
-        pod.add(decode / itl, others, busy)
+        pod.add(decode / itl, others, weight)
     phase = row["prefill_mean_seconds"]
     if phase > 0:
         finished = row["requests_per_second"]
         tokens = computed / finished if finished > 0 else row["prompt_tokens_mean"] * (1.0 - hit)
         if tokens > 0:
             meanwhile = (tokens / phase + computed / busy) * prior.prefill_token_seconds
-            pod.add(decode / phase, meanwhile, busy)
+            pod.add(decode / phase, meanwhile, weight)
+    return weight

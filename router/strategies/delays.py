@@ -205,6 +205,9 @@ class Delays:
         self._price_of_all = 1.0
         self.slack = 0.0
         """Share of the pods where nobody waits."""
+        self.worth = 0.0
+        """What a copy made now is good for, from 0 to 1: the slack there is, times what the prompts of late found in
+        relation to what they computed, if that is less than 1."""
         self.busy = 0
         """Those that were promised prefill which is not yet done, as a bitmap of their rows."""
         self._per_new = 0.0
@@ -362,6 +365,7 @@ class Delays:
         self.slack = slack / self._n
         self._price_of_all = 1.0 + all_served / self._n
         mean_prompt = max(self._backlog.mean_prompt, mean_tokens)
+        self.worth = self.slack * min(mean_prompt / mean_tokens - 1.0, 1.0)
         self._per_new = self.slack * self.speeds.output_tokens * (1.0 / mean_tokens - 1.0 / mean_prompt)
 
     def _set_coefficients(self, prefixes: PrefixIndex | None) -> None:

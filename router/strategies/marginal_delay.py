@@ -158,7 +158,7 @@ class MarginalDelay(Scoring):
         uncached = scarce = prompt
         others: Shares = ()
         if prefixes is not None and found is not None:
-            uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full, delays.busy, delays.slack)
+            uncached, scarce, others = found.uncached_and_scarce(prefixes.index, now, full, delays.busy, delays.worth)
         new = most = uncached
         for _, other, _ in others:
             if other < new:

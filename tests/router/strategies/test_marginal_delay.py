@@ -496,7 +496,7 @@ def test_a_prefix_whose_only_pod_is_full_is_worth_a_copy(lab: Any, prompt: Any) 
 
 
 def test_a_prefix_whose_pods_are_all_busy_is_worth_a_copy(lab: Any, prompt: Any) -> None:
-    """The more so the more prompts go on from it, the fewer copies there are, and the more pods have nothing to do."""
+    """The more so the more prompts go on from it, and the fewer copies there are."""
     fleet = lab(4)
     _, _, context = fleet.worker()
     candidates, index = fleet.candidates(), context.prefixes.index
@@ -506,9 +506,9 @@ def test_a_prefix_whose_pods_are_all_busy_is_worth_a_copy(lab: Any, prompt: Any)
     for number in range(1000):  # of all prompts of late it is few that have it
         context.prefixes.remember(fleet.request(prompt(f"other {number}", 1)), candidates, 1, fleet.now)
 
-    def price_of_a_copy(busy: int, slack: float = 1.0) -> float:
+    def price_of_a_copy(busy: int, worth: float = 1.0) -> float:
         found = context.prefixes.look_up(fleet.request(hot), candidates, fleet.now)
-        return float(found.uncached_and_scarce(index, fleet.now, 0, busy, slack)[1])
+        return float(found.uncached_and_scarce(index, fleet.now, 0, busy, worth)[1])
 
     assert price_of_a_copy(0b1110) == 4096
     sharing = 3 * (25 - 5) / 2
@@ -532,6 +532,27 @@ def test_the_turns_of_one_conversation_are_no_demand_for_copies(lab: Any, prompt
             context.prefixes.remember(fleet.request(prompt(f"{turn} {number}", 1)), candidates, 1, fleet.now)
     found = context.prefixes.look_up(fleet.request(text), candidates, fleet.now)
     assert found.uncached_and_scarce(index, fleet.now, 0, 0b0001)[1] == 4096
+
+
+def test_what_a_copy_is_worth_depends_on_the_slack_and_on_what_is_found(lab: Any, prompt: Any) -> None:
+    """Nothing while all prefixes are new; all of it where nobody waits and half of the prompts is found."""
+    fleet = lab(2)
+    strategy = fleet.strategy(NAME)
+    backlog = fleet.worker()[2].backlog
+
+    def worth(mean_prompt: float, mean_computed: float) -> tuple[float, float]:
+        backlog.mean_prompt, backlog.mean_tokens = mean_prompt, mean_computed
+        fleet.now += 1
+        delays = strategy.up_to_date(fleet.candidates(), fleet.now)
+        return delays.worth, delays.slack
+
+    assert worth(4000.0, 4000.0) == (0.0, 1.0)
+    assert worth(4000.0, 3200.0) == (pytest.approx(0.25), 1.0)
+    assert worth(4000.0, 2000.0) == (1.0, 1.0)
+    assert worth(4000.0, 400.0) == (1.0, 1.0)
+    fleet.promise(0, 400_000)
+    found, slack = worth(4000.0, 400.0)
+    assert found == slack == pytest.approx(0.5, abs=0.01)
 
 
 def test_pods_that_were_promised_prefill_are_busy_until_it_is_done(lab: Any, prompt: Any) -> None:
