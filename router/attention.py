@@ -100,14 +100,14 @@ class Attention:
         tokens, pairs = self._mean
         self._mean = keep * tokens + sent.tokens, keep * pairs + sent.pairs
 
-    def solve(self, doubted: float = 0.0) -> None:
-        """Work out `flat` and `slope` anew, with the weight of so many samples more for a slope of 0."""
+    def solve(self) -> None:
+        """Work out `flat` and `slope` anew."""
         tokens, pairs = self._mean
         dd, dp, dq, pp, pq, qq, d, p, q = self._sums
         if not (tokens > 0 and dd > 0):
             return
         mean = pairs / tokens
-        qq += (DRAWN * (self._samples + DOUBTED_SAMPLES) + doubted) * mean * mean
+        qq += DRAWN * (self._samples + DOUBTED_SAMPLES) * mean * mean
         # Without decoding, two equations are left.
         pp -= dp * dp / dd
         pq -= dp * dq / dd

@@ -68,10 +68,10 @@ class LookUp:
         A run of which busy pods have all copies keeps those waiting that ask for it. Of k pods the least busy is the
         sooner done the more they are, as 1 / k: so one copy more saves each of them 1 / (k * (k + 1)) of a wait, and
         those that come while it is kept share its price. With b that went on from the run of late with what nobody
-        held, s = PAID_OFF * worth * (b - sqrt(b)) / (k * (k + 1)) do, and it counts 1 / (1 + s). The turns of one
-        conversation are no such demand: each goes on from where the one before it ended. Without slack a copy would
-        keep others waiting; and while little is found, as when all prefixes are new, they wait for what is computed
-        only once, so the pods will soon be less busy.
+        held, s = PAID_OFF * worth * (b - sqrt(b)) / (k * (k + 1)) do, and it counts 1 / (1 + s). Of a new run b is what
+        it will be if it keeps its share of all prompts. The turns of one conversation are no such demand: each goes on
+        from where the one before it ended. Without slack a copy would keep others waiting; and while little is found,
+        as when all prefixes are new, those that wait do so for prompts computed once, and the wait passes by itself.
         A run of which full pods have all copies is as good as gone until they have room: those that ask for it, `uses`
         of late, share the price of a copy on another pod, the more so the more pods have room.
         """
@@ -130,7 +130,8 @@ class LookUp:
             elif holders != mask:
                 if not prompts:
                     prompts = index.recent_prompts(now) + n
-                per_copy = (prompts - faded(run.before, run.born, now)) / (SPARE * n)
+                since = prompts - faded(run.before, run.born, now)
+                per_copy = since / (SPARE * n)
                 wanted = run.uses / per_copy  # at most, since it fades
                 copies = holders.bit_count()
                 if copies < wanted:
@@ -139,6 +140,7 @@ class LookUp:
                         less = 1.0 - (copies / wanted) ** 2
                 if run.branched > 1.0 and not holders & ~busy:
                     sharing = PAID_OFF * worth * _sure(run.branched, run.used_at, now) / (copies * (copies + 1))
+                    sharing *= prompts / since
                     less = max(less, sharing / (1.0 + sharing))
             if less > 0.0:
                 if prefix_value is None:

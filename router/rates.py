@@ -25,10 +25,10 @@ prefills at first, and at full speed after WARM_UP_SECONDS: engines compile, cap
 during their first requests.
 
 What an engine has counted since it was first polled begins and ends within prompts, each counted whole or not at all.
-So a sample of few seconds weighs less than one of a minute; of a fleet's first samples it is believed how fast pods are
-in all, but not yet what of it is decode and what prefill; and how fast one pod is more than others, half after
-EDGE_SECONDS. Otherwise pods that are all alike seem to be of many speeds until they have been watched for minutes, and
-a router that has just started with them piles prompts on those that seem fastest.
+So a sample of few seconds weighs less than one of a minute. A fleet's first samples are believed as to how fast it is
+in all, but not yet as to what of that is decode and what prefill. And how much faster one pod is than the others is
+half believed once it has been watched for EDGE_SECONDS. Otherwise pods that are all alike seem to be of many speeds
+until they have been watched for minutes, and a router that starts with them piles prompts on those that seem fastest.
 
 It does not take more: with rates wrong by a factor of 2 (prefill) or 3 (decode) `marginal-delay` decides almost
 as well.
@@ -55,14 +55,14 @@ _KEEP: Final = 0.9
 """What is left of the weight of a pod's samples after the next one."""
 FLEET_SAMPLES: Final = 3.0
 FIRST_SAMPLES: Final = 3.0
-"""Of each pod of a fleet, from which decode and prefill are not told apart yet."""
+"""With so many samples of a minute for each pod, the doubt which of them is decode and which prefill falls to 1 / e."""
 _UNSEEN_SAMPLES: Final = 0.01
 """Of the fleet's, for how fast a pod is in all: only for one that has none of its own."""
 _TOGETHER: Final = 0.002
 """How much the two factors are drawn together, as a share of a full sample's weight: a kind of work that takes a
 twentieth of the time says little of its own factor, since all errors of the other would be put down to it."""
 EDGE_SECONDS: Final = 5.0
-"""Of a pod that has been watched for so long, half is believed of how fast it is in all."""
+"""Of how far a pod is off the others in all, half is believed once it has been watched for so long."""
 USUAL_SPREAD: Final = 0.15
 """So far (as a logarithm) pods of one kind may be off each other in all, and for long, by what they happen to do. Of a
 pod's distance half counts where it is as much, nearly all where it is twice that, next to nothing where it is half."""
@@ -154,11 +154,15 @@ class Speeds:
 
 
 class _Pod:
-    __slots__ = ("polled", "seen", "sent", "sums")
+    __slots__ = ("evidence", "polled", "seen", "sent", "sums", "watched")
 
     def __init__(self, now: float) -> None:
         self.seen = now
         self.polled = 0.0
+        self.watched = 0.0
+        """Seconds that samples so far are of, those of a minute before the first one included."""
+        self.evidence = 0.0
+        """The samples that said something, in samples of a minute."""
         self.sent = Sent()
         self.sums = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         """Of d*d, d*p, p*p, d, p and 1 over the samples, d and p being the decode and prefill seconds by the prior,
@@ -284,7 +288,6 @@ class _Fleet:
         "_chance",
         "_decode",
         "_elsewhere_at",
-        "_evidence",
         "_extra",
         "_full",
         "_known",
@@ -337,20 +340,18 @@ class _Fleet:
         # Of the logarithms of prefill factors: how far each pod is off the mean, and by how much that varies.
         self._lasting: Floats = np.zeros(len(pods))
         self._chance: Floats = np.zeros(len(pods))
-        # The logarithm of how fast each pod is in all, the weight of what that is the mean of, and the seconds that its
-        # last sample is of.
+        # The logarithm of how fast each pod is in all, the weight of the samples that this is the mean of, and the
+        # seconds that the last one is of.
         self._pace: Floats = np.zeros(len(pods))
         self._paced: Floats = np.zeros(len(pods))
         self._window: Floats = np.zeros(len(pods))
         self._watched = 0.0
-        self._evidence = 0.0  # the weight of all samples so far
 
     def inherit(self, known: "_Fleet") -> None:
         """Begin with what is known of another set, one that has lost pods or got new ones, say."""
         self.attention = known.attention.copy(len(self._pods))
         self.spread, self.output_tokens, self._watched = known.spread, known.output_tokens, known._watched
         self._extra, self._known, self._elsewhere_at = known._extra, known._known, known._elsewhere_at
-        self._evidence = known._evidence
         indices = {id(pod): j for j, pod in enumerate(known._pods)}
         for i, pod in enumerate(self._pods):
             j = indices.get(id(pod), -1)
@@ -361,11 +362,13 @@ class _Fleet:
     def observe(self, i: int, row: dict[str, float], prior: Prior, sampled: float) -> None:
         """Take a sample of one pod in. Another fleet may have seen it already: time passes once for the pod."""
         pod = self._pods[i]
-        pod.sent.fade(max(sampled - pod.polled, 0.0))
-        pod.polled = max(sampled, pod.polled)
-        self._evidence += _observe(pod, prior, row, self.attention)
-        self._sums[:, i] = pod.sums
+        passed = max(sampled - pod.polled, 0.0)
         self._window[i] = _window_seconds(row)
+        pod.watched += min(passed, float(self._window[i]))
+        pod.sent.fade(passed)
+        pod.polled = max(sampled, pod.polled)
+        _observe(pod, prior, row, self.attention)
+        self._sums[:, i] = pod.sums
         self._prefill = None
 
     def measure_room(self, polled: list[int], candidates: Candidates) -> None:
@@ -441,8 +444,8 @@ class _Fleet:
 
     def _lasting_paces(self) -> Floats:
         """How many times as long as on the others everything takes on each pod, as far as that is known by now, lasts
-        and is more than pods of one kind differ. A sample's error goes by 1 / its seconds, so its weight by their
-        square."""
+        and is more than pods of one kind differ. A sample's error goes by 1 / its seconds, so in this mean, in which
+        each one holds those before it, its weight by their square."""
         dd, dp, pp, d, p, own = self._sums
         square, both = dd + 2.0 * dp + pp, d + p
         unseen = _UNSEEN_SAMPLES / max(float(own.sum()), 1e-9)
@@ -450,10 +453,11 @@ class _Fleet:
         if not (every > 0 and everys > 0):
             return np.ones(len(own))
         logs = np.log(np.clip((both + every) / (square + everys), 1.0 / _LIMIT, _LIMIT))
-        squares = self._window**2
+        squares = np.where(own > 0, self._window, 0.0) ** 2
         self._paced = np.minimum(self._paced + squares, LASTING_SAMPLES * len(own) * SENT_SECONDS**2)
         self._pace += squares / np.maximum(self._paced, 1e-9) * (logs - logs.mean() - self._pace)
-        pace = self._pace * squares / (squares + EDGE_SECONDS**2)
+        watched: Floats = np.array([pod.watched for pod in self._pods]) ** 2
+        pace = self._pace * watched / (watched + EDGE_SECONDS**2)
         distance = pace**4
         result: Floats = np.exp(pace * distance / (distance + USUAL_SPREAD**4))
         return result
@@ -465,11 +469,10 @@ class _Fleet:
             pace = self._lasting_paces()
             sums = self._sums.copy()
             sums[3:5] /= pace
-            first = FIRST_SAMPLES * len(self._pods)
-            doubt = exp(-self._evidence / first)
+            doubt = exp(-sum([pod.evidence for pod in self._pods]) / (FIRST_SAMPLES * len(self._pods)))
             decode, prefill = _solve(sums, _TOGETHER + doubt)
             self._decode, self._prefill = decode * pace, self._what_lasts(prefill) * pace
-            self.attention.solve(first * doubt)
+            self.attention.solve()
         if now - self._young >= WARM_UP_SECONDS:
             return self._prefill, self._decode
         ages = np.array([now - pod.seen for pod in self._pods])
@@ -508,7 +511,7 @@ def _solve(sums: Floats, together: float = _TOGETHER) -> Floats:
     together *= dd + 2.0 * dp + pp
     dd_fleet, pp_fleet = dd + together, pp + together
     decode, prefill = _two(dd_fleet, dp, pp_fleet, d + (dd_fleet - dd) * both, p + (pp_fleet - pp) * both)
-    # The fleet's equations, at the weight of FLEET_SAMPLES of a pod's own, come to those of each pod.
+    # The fleet's equations, at the weight of FLEET_SAMPLES (or more, in doubt), come to those of each pod.
     own = sums[5]
     mean = (sums[0] + sums[2] + 1e-9) / np.maximum(own, 1e-9)
     share = FLEET_SAMPLES / (dd + pp) * np.where(own > 0.1, mean, (dd + pp) / samples)
@@ -540,12 +543,12 @@ def _window_seconds(row: dict[str, float]) -> float:
     return min(max(_known(row["window_seconds"], SENT_SECONDS), 0.0), SENT_SECONDS)
 
 
-def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attention) -> float:
-    """Take one sample of a pod's metrics in. Returns its weight: the share of a minute that it shows the pod busy."""
+def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attention) -> None:
+    """Take one sample of a pod's metrics in. Its weight is the share of a minute that it shows the pod busy."""
     generated = row["generation_tokens_per_second"]
     itl = row["itl_mean_seconds"]
     if row["observed_age_seconds"] > 10.0 or not generated > 0:
-        return 0.0  # nothing happened since: the means are old ones
+        return  # nothing happened since: the means are old ones
     busy = min(max(_known(row["busy_ratio"], 1.0), 0.02), 1.0)
     hit = _known(row["hit_ratio"], 0.0)
     computed = _known(row["computed_prompt_tokens_per_second"], row["prompt_tokens_per_second"] * (1.0 - hit))
@@ -557,7 +560,8 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
     per_request = prior.decode_request_seconds + context * prior.kv_token_seconds
     steps = row["steps_per_second"]
     pod.sums = tuple(_KEEP * x for x in pod.sums)  # type: ignore[assignment]
-    weight = busy * _window_seconds(row) / SENT_SECONDS
+    minutes = _window_seconds(row) / SENT_SECONDS
+    weight = busy * minutes
     cost = attention.cost(pod.sent)
     if steps > 0:
         seconds = busy / steps
@@ -565,7 +569,8 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
         prefill = computed / steps * prior.prefill_token_seconds / seconds
         attention.add(pod.sent, decode, prefill, weight)
         pod.add(decode, prefill * cost, weight)
-        return weight
+        pod.evidence += minutes
+        return
     computed *= cost
     decode = prior.step_seconds
     if itl > 0:
@@ -573,6 +578,7 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
         decode += decoding * per_request
         others = computed / busy * prior.prefill_token_seconds * decoding / (1.0 + decoding)
         pod.add(decode / itl, others, weight)
+        pod.evidence += minutes
     phase = row["prefill_mean_seconds"]
     if phase > 0:
         finished = row["requests_per_second"]
@@ -580,4 +586,3 @@ def _observe(pod: _Pod, prior: Prior, row: dict[str, float], attention: Attentio
         if tokens > 0:
             meanwhile = (tokens / phase + computed / busy) * prior.prefill_token_seconds
             pod.add(decode / phase, meanwhile, weight)
-    return weight

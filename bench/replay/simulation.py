@@ -109,10 +109,11 @@ class _Worker:
         self.replica = replica
         self.hasher = NamedBlocks()
         index = PrefixIndex(tables.prefix_log, tables.pods, max_blocks=settings.index_blocks)
+        self.rates = Rates(settings.prior, learn=settings.learn)
         context = Context(
             random.Random(settings.seed * 1000 + replica.number * 100 + number),
             prefixes=Prefixes(index, self.hasher),
-            rates=Rates(settings.prior, learn=settings.learn),
+            rates=self.rates,
             user_tokens=tables.user_tokens,
         )
         self.scheduler = Scheduler(tables, strategy, replica.clock, context)

@@ -10,8 +10,7 @@ import pytest
 from bench.engine_presets import PRESETS
 from bench.replay.generators import shared_prefix
 from bench.replay.simulation import MODEL, START, Settings, Simulation
-from router.fleet import Fleet
-from router.rates import Prior, Rates, Speeds
+from router.rates import Prior
 
 PODS = 16
 
@@ -26,19 +25,18 @@ class Seen:
 
 
 class Watched(Simulation):
-    """Notes what a worker would know after each poll."""
+    """Notes what its worker knows after each poll."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.seen: list[Seen] = []
-        self._fleet = Fleet(self._replicas[0].tables)
-        self._rates = Rates()
 
     def _poll(self, replica: Any) -> None:
         super()._poll(replica)
-        candidates = self._fleet.candidates(MODEL)
+        worker = self._workers[0]
+        candidates = worker.scheduler.fleet.candidates(MODEL)
         assert candidates is not None
-        known: Speeds = self._rates.speeds(candidates, self.clock())
+        known = worker.rates.speeds(candidates, self.clock())
         prefill = known.prefill_seconds / Prior().prefill_token_seconds
         self.seen.append(Seen(self.clock() - START, prefill, known.decode.copy()))
 
