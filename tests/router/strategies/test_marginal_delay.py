@@ -496,7 +496,7 @@ def test_a_prefix_whose_only_pod_is_full_is_worth_a_copy(lab: Any, prompt: Any) 
 
 
 def test_a_prefix_whose_pods_are_all_busy_is_worth_a_copy(lab: Any, prompt: Any) -> None:
-    """The more so the more prompts go on from it, and the fewer copies there are."""
+    """The more so the more prompts go on from it, the fewer copies there are, and the more one made now is worth."""
     fleet = lab(4)
     _, _, context = fleet.worker()
     candidates, index = fleet.candidates(), context.prefixes.index
@@ -518,6 +518,22 @@ def test_a_prefix_whose_pods_are_all_busy_is_worth_a_copy(lab: Any, prompt: Any)
     context.prefixes.remember(fleet.request(hot), candidates, 1, fleet.now)
     assert price_of_a_copy(0b0001) == 4096, "one of its pods is not busy"
     assert price_of_a_copy(0b0011) == pytest.approx(4096 / (1 + sharing / 3))
+
+
+def test_a_new_prefix_is_in_demand_as_its_share_of_all_prompts_says(lab: Any, prompt: Any) -> None:
+    """Not as few as those are that had the time to ask for it."""
+    fleet = lab(4)
+    _, _, context = fleet.worker()
+    candidates, index = fleet.candidates(), context.prefixes.index
+    for number in range(1000):
+        context.prefixes.remember(fleet.request(prompt(f"other {number}", 1)), candidates, 1, fleet.now)
+    hot = prompt("hot", 16)
+    for number in range(4):
+        context.prefixes.remember(fleet.request(hot + prompt(f"own {number}", 1)), candidates, 0, fleet.now)
+    found = context.prefixes.look_up(fleet.request(hot), candidates, fleet.now)
+    prompts = 1000 + 4 + 4  # one more for each candidate, in doubt
+    sharing = 3 * (4 - 2) / 2 * prompts / (prompts - 1000)
+    assert found.uncached_and_scarce(index, fleet.now, 0, 0b0001)[1] == pytest.approx(4096 / (1 + sharing))
 
 
 def test_the_turns_of_one_conversation_are_no_demand_for_copies(lab: Any, prompt: Any) -> None:
@@ -553,6 +569,27 @@ def test_what_a_copy_is_worth_depends_on_the_slack_and_on_what_is_found(lab: Any
     fleet.promise(0, 400_000)
     found, slack = worth(4000.0, 400.0)
     assert found == slack == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_copy_is_charged_less_the_more_it_is_worth(lab: Any, prompt: Any) -> None:
+    """Of a prefix whose only pod is busy, by what pods are charged for it that do not have it."""
+    fleet = lab(4)
+    _, _, context = fleet.worker()
+    candidates, backlog = fleet.candidates(), context.backlog
+    hot = prompt("hot", 16)
+    for number in range(25):
+        context.prefixes.remember(fleet.request(hot + prompt(f"own {number}", 1)), candidates, 0, fleet.now)
+    for number in range(400):
+        context.prefixes.remember(fleet.request(prompt(f"other {number}", 1)), candidates, 1, fleet.now)
+    fleet.promise(0, 20_000)
+    asked = fleet.request(hot)
+    charged = []
+    for backlog.mean_tokens in (4000.0, 3000.0, 400.0):
+        backlog.mean_prompt = 4000.0
+        fleet.now += 0.1
+        charged.append(fleet.strategy(NAME).terms(asked, fleet.candidates(), fleet.now)["others"][3])
+    assert charged == sorted(charged, reverse=True)
+    assert charged[1] < 0.5 * charged[0]
 
 
 def test_pods_that_were_promised_prefill_are_busy_until_it_is_done(lab: Any, prompt: Any) -> None:
