@@ -7,10 +7,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from bench.figures.figure import Figure
-from bench.figures.rig import ROOT, BenchError, Rig, Server, all_pids, cpu_seconds, memory_mib, server_core, tool
+from bench.figures.rig import (
+    ROOT,
+    WARM_SECONDS,
+    BenchError,
+    Rig,
+    Server,
+    all_pids,
+    cpu_seconds,
+    memory_mib,
+    server_core,
+    task_switches,
+    tool,
+)
 from bench.figures.streams import saturated, two_messages
 from bench.lab import Lab
 
@@ -64,14 +76,27 @@ def workers(rig: Rig) -> list[Figure]:
     def cell(kind: str, count: int) -> Callable[[], float]:
         connections = max(WORKERS) // count  # to each worker, the same number in all
         options: tuple[str | int, ...] = ("-size", 4096, "-c", 64, "-conns", connections)
-        if kind in UNROUTED:
-            return lambda: rig.load(servers[kind, count], *options).cpu_microseconds
-        return lambda: rig.load(servers["router", count], *options, "-strategy", kind).cpu_microseconds
+        if kind not in UNROUTED:
+            options += ("-strategy", kind)
+        server = servers[kind if kind in UNROUTED else "router", count]
+
+        def measured() -> float:
+            before = task_switches(server.pids)
+            load = rig.load(server, *options)
+            # The load generator's first seconds, which it does not count, are counted here.
+            seconds = load.seconds + min(WARM_SECONDS, load.seconds)
+            switches.setdefault((kind, count), []).append(
+                (task_switches(server.pids) - before) / (load.streams_per_second * seconds)
+            )
+            return load.cpu_microseconds
+
+        return measured
 
     def full_cell(kind: str, count: int) -> Callable[[], float]:
         server = servers[kind if kind in UNROUTED else "router", count]
         return lambda: saturated(h2load, server, Path(body.name), rig.seconds / rig.rounds, AT_ONCE_WHEN_FULL)[0]
 
+    switches: dict[tuple[str, int], list[float]] = {}
     kinds = ("least-request", DEFAULT_STRATEGY, *UNROUTED)
     cells = {(kind, count): cell(kind, count) for kind in kinds for count in WORKERS}
     full = {"least-request, core full": "least-request", "our HTTP/2, no routing, core full": "our HTTP/2, no routing"}
@@ -84,7 +109,11 @@ def workers(rig: Rig) -> list[Figure]:
     for kind in (*kinds, *full):
         figures += [
             Figure.over(
-                f"workers/{kind}/{count}", f"{kind}, {count} worker{'s' * (count > 1)}", values[kind, count], "µs"
+                f"workers/{kind}/{count}",
+                f"{kind}, {count} worker{'s' * (count > 1)}",
+                values[kind, count],
+                "µs",
+                f"{median(switches[kind, count]):.2f} task switches a stream" if (kind, count) in switches else "",
             )
             for count in WORKERS
         ]

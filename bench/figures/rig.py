@@ -284,6 +284,15 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return seconds
 
 
+def task_switches(pids: Iterable[int]) -> int:
+    """How often the kernel has taken the core from one of their threads, because it slept or because of another."""
+    count = 0
+    for pid in pids:
+        for status in Path(f"/proc/{pid}/task").glob("*/status"):
+            count += sum(int(each) for each in re.findall(r"ctxt_switches:\s+(\d+)", status.read_text()))
+    return count
+
+
 def memory_mib(pid: int, field: str = "Rss") -> float:
     """Rss, Pss or another line of smaps_rollup, in MiB."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
