@@ -60,16 +60,26 @@ def test_what_a_fleet_has_learnt_outlives_a_pod_that_fails_and_one_that_comes() 
     assert speeds_of(rates, tables, now).slope == learnt.slope
 
 
-def decode_step(tables: Tables, slot: int, now: float, window: float, speed: float, busy: float = 1.0) -> None:
-    """A sample of a pod that decodes ten requests and computes a prompt of 400 tokens in each step, so many times as
-    fast as the prior says."""
+def decode_step(
+    tables: Tables,
+    slot: int,
+    now: float,
+    window: float,
+    speed: float,
+    *,
+    busy: float = 1.0,
+    prefill: float = 1.0,
+    prompt: float = 400.0,
+) -> None:
+    """A sample of a pod that decodes ten requests and computes so many tokens of prompts in each step: `speed` times as
+    fast as the prior says, prompts `prefill` times as slowly as that."""
     prior = Prior()
     context = 1000.0 + 100.0
     step = prior.step_seconds + 10 * (prior.decode_request_seconds + context * prior.kv_token_seconds)
-    steps = busy * speed / (step + 400 * prior.prefill_token_seconds)
+    steps = busy * speed / (step + prompt * prefill * prior.prefill_token_seconds)
     set_row(
         tables, slot, sampled_at=now, window_seconds=window, busy_ratio=busy, running=10.0, steps_per_second=steps,
-        generation_tokens_per_second=10.0 * steps, computed_prompt_tokens_per_second=400.0 * steps,
+        generation_tokens_per_second=10.0 * steps, computed_prompt_tokens_per_second=prompt * steps,
         observed_age_seconds=0.0, tracked_requests_at_sample=10.0, tracked_tokens_at_sample=10_000.0,
         generation_tokens_mean=200.0,
     )  # fmt: skip
@@ -148,3 +158,17 @@ def test_a_fleet_that_is_replaced_as_a_whole_is_as_new_as_its_pods() -> None:
     assert len(speeds.decode) == 3
     warm = speeds.prefill_seconds / Prior().prefill_token_seconds / 2.0
     assert speeds.decode == pytest.approx(warm, rel=0.15)
+
+
+@pytest.mark.parametrize("busy", [1.0, 0.05])
+def test_decode_and_prefill_are_told_apart_within_half_a_minute_however_little_there_is_to_do(busy: float) -> None:
+    """By a worker that starts where pods have been watched for long."""
+    tables, rates, now = make_fleet(3), Rates(), 50_000.0
+    for number in range(30):
+        now += 1.0
+        for slot in range(3):
+            prompt = 200.0 * (1 + (number + slot) % 3)
+            decode_step(tables, slot, now, 60.0, 1.0, busy=busy, prefill=3.0, prompt=prompt)
+        speeds = speeds_of(rates, tables, now)
+    assert speeds.decode == pytest.approx([1.0] * 3, rel=0.2)
+    assert speeds.prefill_seconds / Prior().prefill_token_seconds == pytest.approx([3.0] * 3, rel=0.2)
