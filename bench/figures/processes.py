@@ -83,7 +83,7 @@ def workers(rig: Rig) -> list[Figure]:
         def measured() -> float:
             before = task_switches(server.pids)
             load = rig.load(server, *options)
-            # The load generator's first seconds, which it does not count, are counted here.
+            # The switches are those of the warm-up, too, whose streams the load generator does not count.
             seconds = load.seconds + min(WARM_SECONDS, load.seconds)
             switches.setdefault((kind, count), []).append(
                 (task_switches(server.pids) - before) / (load.streams_per_second * seconds)

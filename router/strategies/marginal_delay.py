@@ -35,7 +35,7 @@ class MarginalDelay(Scoring):
            flat + slope * (P - u / 2), since attention makes a token dearer by those before it. flat and slope are
            learnt, such that the mean token of all prompts counts once (`router.attention`). (prefill)
     C'     [s] The same as C, but what has too few copies for its demand, or none on a pod that has room or where nobody
-           waits, counts less (`LookUp.uncached_and_scarce`; worth says how much less). (price, prefill)
+           waits, counts less (`LookUp.uncached_and_scarce`, with `Delays.worth`). (price, prefill)
     s      [s] The pod's step: a0 + n' * per-request cost + context tokens of its requests * per-KV-token cost. (step)
     a      [s per token] What one token of an answer costs, to itself and to others: s + x + n' * d.
            (step, prefill_interference, shared)
